@@ -1,0 +1,82 @@
+"""Which implementation of a kernel runs: Triton on a CUDA device, PyTorch everywhere else, or as asked.
+
+Importing this module never touches CUDA. Triton is optional: without it the kernels are plain functions
+that nobody calls, and every public function takes its PyTorch path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton is published for Linux only
+    triton = tl = None
+
+BACKENDS = ("auto", "triton", "torch")
+ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_BACKEND"
+# Read once, as Triton does: the variable must be set before the kernels are imported.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(function: Callable) -> Callable:
+    """`triton.jit` where Triton is installed, the bare function elsewhere."""
+    return triton.jit(function) if triton is not None else function
+
+
+def resolve(tensor: torch.Tensor, backend: str = "auto") -> tuple[str, str]:
+    """Choose the implementation for an input, and say why.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        The input that decides: its device and dtype.
+    backend : {"auto", "triton", "torch"}
+        "auto" lets OSSCL_KERNELS_BACKEND decide where it is set, and otherwise takes Triton for a CUDA
+        tensor on compute capability 8.0 or newer, PyTorch for anything else.
+
+    Returns
+    -------
+    choice : {"triton", "torch"}
+    reason : str
+        One line for logs and error messages.
+
+    Raises
+    ------
+    ValueError
+        If `backend` or the environment variable names no known backend.
+    RuntimeError
+        If Triton is asked for where it cannot run.
+    """
+    source = "argument"
+    if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
+        backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
+    if backend not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
+    obstacle = _obstacle(tensor)
+    if backend == "torch":
+        return "torch", f"asked for by {source}"
+    if backend == "triton":
+        if obstacle:
+            raise RuntimeError(f"{source} asks for the triton backend, but {obstacle}")
+        return "triton", f"asked for by {source}"
+    if INTERPRETED and not tensor.is_cuda:
+        return "torch", "the Triton interpreter runs only when asked for"
+    return ("torch", obstacle) if obstacle else ("triton", "CUDA tensor")
+
+
+def _obstacle(tensor: torch.Tensor) -> str:
+    """Why Triton cannot take this tensor; empty where it can."""
+    if triton is None:
+        return "triton is not installed"
+    if tensor.dtype == torch.float64:
+        return "float64 has no Triton path"
+    if not tensor.is_cuda:
+        return "" if INTERPRETED else f"the tensor is on {tensor.device} and TRITON_INTERPRET is not 1"
+    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return ""
