@@ -21,7 +21,7 @@ def pytest_report_header(config):
 
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
-    """The folder of real machine sounds and scores that OSSCL_REAL_DATA names; the test is skipped without."""
+    """Real machine sounds and scores, from OSSCL_REAL_DATA; the test is skipped where it is unset."""
     folder = os.environ.get("OSSCL_REAL_DATA")
     if not folder:
         pytest.skip("OSSCL_REAL_DATA is not set")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +28,24 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 def jit(function: Callable) -> Callable:
     """`triton.jit` where Triton is installed, the bare function elsewhere."""
     return triton.jit(function) if triton is not None else function
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One shipped kernel configuration, as the ahead-of-time check compiles it.
+
+    Every kernel module yields its own from `compile_cases(capability)`, with capability 80, 86, 90 or 100.
+    """
+
+    name: str  # "supcon_backward tf32x3 D=128"
+    kernel: Any  # the jitted function
+    signature: dict[str, str]  # argument -> Triton type: "*fp32", "i32", ...
+    constants: dict[str, Any]  # tl.constexpr arguments
+    num_warps: int
+    num_stages: int
+    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16 at run time
+    tensor_cores: bool = False  # tensor-core instructions are meant to be there
+    loop_carried: int = 0  # loops that must carry values (a known miscompilation drops them)
 
 
 def resolve(tensor: torch.Tensor, backend: str = "auto") -> tuple[str, str]:
