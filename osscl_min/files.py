@@ -1,0 +1,117 @@
+"""Errors that a user can act on, files that are never half-written, and where a result came from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+
+class UserError(Exception):
+    """A mistake in the input: what, where, what to do, in one line, which is all the command line prints."""
+
+
+@contextmanager
+def replacing(path: Path | str, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside `path` and rename it to `path` when the block ends without an error.
+
+    Parameters
+    ----------
+    path : Path or str
+        The final name; its folder is made where missing. An existing file stays whole until the rename.
+    mode : {"w", "wb"}
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be written or the disk is full; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.fchmod(descriptor, 0o644)
+        with os.fdopen(
+            descriptor, mode, **({} if "b" in mode else {"newline": "", "encoding": "utf-8"})
+        ) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write `content` as indented JSON, replacing the file as a whole."""
+    with replacing(path) as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def write_csv(path: Path | str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a header and rows as CSV, replacing the file as a whole; floats keep every digit."""
+    with replacing(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def provenance(device: Any = None) -> dict[str, str]:
+    """Describe what produced a result: package commit, versions, processor, time (UTC).
+
+    Parameters
+    ----------
+    device : torch.device, optional
+        The device that computed; a CUDA device is named by its product name.
+    """
+    import numpy
+    import torch
+
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+        version = commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        version = "not a git checkout"
+    name = "cpu" if device is None else str(device)
+    if name.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    return {
+        "commit": version,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "device": name,
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
