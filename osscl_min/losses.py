@@ -1,0 +1,78 @@
+"""One-stage training's loss: mixup, ArcFace cross-entropy on both labels, noise-supervised SupCon."""
+
+from __future__ import annotations
+
+import torch
+from osscl_kernels import supcon_loss
+from torch.nn import functional as F
+
+from osscl_min.config import LossConfig
+
+
+def mixup(
+    wave: torch.Tensor, log_mel: torch.Tensor, mix: float | torch.Tensor, permutation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix every clip with its partner: waves linearly, and log-mels linearly in dB, separately.
+
+    The log-mel of a mixed wave is another thing; the authors' code mixes the two maps as here.
+
+    Parameters
+    ----------
+    wave : (B, samples)
+    log_mel : (B, 1, mels, frames), dB
+    mix : float or 0-d tensor
+        lambda, the share of the clip itself; one for the batch, drawn from Beta(0.5, 0.5).
+    permutation : (B,) int64
+        Position of each clip's partner.
+    """
+    return (
+        mix * wave + (1 - mix) * wave[permutation],
+        mix * log_mel + (1 - mix) * log_mel[permutation],
+    )
+
+
+def os_scl_loss(
+    logits: torch.Tensor,
+    embedding: torch.Tensor,
+    labels: torch.Tensor,
+    partner_labels: torch.Tensor,
+    mix: float | torch.Tensor,
+    config: LossConfig = LossConfig(),
+    group=None,
+) -> dict[str, torch.Tensor]:
+    """lambda CE(logits, y_a) + (1 - lambda) CE(logits, y_b) + w SupCon(z, y_a); paper, section 2.
+
+    The margin sits on y_a's logit in both cross-entropies, and SupCon sees mixed features under y_a alone:
+    the mixed-in partner is label noise, which is the "noise-supervised" part.
+
+    Parameters
+    ----------
+    logits : (B, classes)
+        With the margin on `labels`.
+    embedding : (B, D)
+        Of unit length, of the mixed clips.
+    labels, partner_labels : (B,) int64
+        y_a and y_b.
+    mix : float or 0-d tensor
+        lambda.
+    config : LossConfig
+    group : torch.distributed.ProcessGroup, optional
+        SupCon over the rows of all its ranks.
+
+    Returns
+    -------
+    dict of 0-d tensors
+        "total", "cross_entropy", "contrastive".
+    """
+    cross_entropy = mix * F.cross_entropy(logits, labels) + (1 - mix) * F.cross_entropy(
+        logits, partner_labels
+    )
+    contrastive = supcon_loss(
+        embedding,
+        labels,
+        temperature=config.temperature,
+        base_temperature=config.base_temperature,
+        group=group,
+    )
+    total = cross_entropy + config.contrastive_weight * contrastive
+    return {"total": total, "cross_entropy": cross_entropy, "contrastive": contrastive}

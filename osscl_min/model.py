@@ -1,0 +1,379 @@
+"""The network: Tgram and TFgram from the wave, MobileFaceNet over the stacked maps, FPH, ArcFace.
+
+Only the layers that ever get a gradient in the authors' code are here: 1,372,246 parameters of their
+81,174,760. Layer by layer the arithmetic is theirs; `load_upstream_state` takes their checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from osscl_kernels.tfgram_infer import LAYERS
+from torch import nn
+from torch.nn import functional as F
+
+from osscl_min.config import ModelConfig
+from osscl_min.files import UserError
+
+
+class Tgram(nn.Module):
+    """Time-domain feature of STgram-MFN: one wide strided convolution, then three along the frames.
+
+    Parameters
+    ----------
+    mels : int
+        Channels, so that the map stacks with the log-mel.
+    hop : int
+        Stride in samples; the kernel is two hops, padded by one.
+    frames : int
+        LayerNorm runs over the frames and ties the module to one clip length.
+    """
+
+    def __init__(self, mels: int, hop: int, frames: int):
+        super().__init__()
+        self.extractor = nn.Conv1d(1, mels, 2 * hop, stride=hop, padding=hop, bias=False)
+        self.encoder = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.LayerNorm(frames), nn.LeakyReLU(0.2), nn.Conv1d(mels, mels, 3, padding=1, bias=False)
+                )
+                for _ in range(3)
+            )
+        )
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        """(B, samples) -> (B, mels, frames)."""
+        return self.encoder(self.extractor(wave.unsqueeze(1)))
+
+
+class TFgram(nn.Module):
+    """The paper's feature: seven convolutions along the wave with BatchNorm, ReLU and max-pooling.
+
+    Parameters
+    ----------
+    frames : int
+        Frames of the result; adaptive pooling leads there through 2 * frames.
+    """
+
+    def __init__(self, frames: int):
+        super().__init__()
+        self.frames = frames
+        self.conv = nn.ModuleList(
+            nn.Conv1d(
+                layer.inputs,
+                layer.outputs,
+                layer.kernel,
+                layer.stride,
+                layer.padding,
+                dilation=layer.dilation,
+                bias=False,
+            )
+            for layer in LAYERS
+        )
+        self.norm = nn.ModuleList(nn.BatchNorm1d(layer.outputs) for layer in LAYERS)
+        for conv in self.conv:
+            nn.init.xavier_uniform_(conv.weight)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        """(B, samples) -> (B, 128, frames)."""
+        x = wave.unsqueeze(1)
+        for layer, conv, norm in zip(LAYERS, self.conv, self.norm, strict=True):
+            x = F.relu(norm(conv(x)))
+            if layer.pool == "max4":
+                x = F.max_pool1d(x, 4)
+            elif layer.pool:
+                x = F.adaptive_max_pool1d(x, 2 * self.frames if layer.pool == "frames2" else self.frames)
+        return x
+
+
+class ConvBlock(nn.Module):
+    """Conv2d without bias, BatchNorm and, unless linear, a PReLU per channel."""
+
+    def __init__(self, inputs, outputs, kernel, stride=1, padding=0, groups=1, linear=False):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        self.prelu = None if linear else nn.PReLU(outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.conv(x))
+        return x if self.prelu is None else self.prelu(x)
+
+
+class Bottleneck(nn.Module):
+    """MobileNetV2's inverted residual with PReLU: 1x1 expand, 3x3 depthwise, 1x1 project."""
+
+    def __init__(self, inputs, outputs, stride, expansion):
+        super().__init__()
+        self.residual = stride == 1 and inputs == outputs
+        inner = inputs * expansion
+        self.conv = nn.Sequential(
+            nn.Conv2d(inputs, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.PReLU(inner),
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.PReLU(inner),
+            nn.Conv2d(inner, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+class MobileFaceNet(nn.Module):
+    """The encoder: (B, maps, mels, frames) -> (B, 128).
+
+    Parameters
+    ----------
+    maps : int
+        Stacked input maps, 1 to 3.
+    mels, frames : int
+        Size of a map. The last depthwise kernel covers what four strides of two leave of it, (8, 20) for
+        128 x 313, so a trained encoder fits one clip length.
+    embedding : int
+    """
+
+    bottlenecks = (
+        (2, 128, 2, 2),
+        (4, 128, 2, 2),
+        (4, 128, 2, 2),
+    )  # expansion, channels, repeats, first stride
+
+    def __init__(self, maps: int, mels: int, frames: int, embedding: int = 128):
+        super().__init__()
+        self.conv1 = ConvBlock(maps, 64, 3, 2, 1)
+        self.dw_conv1 = ConvBlock(64, 64, 3, 1, 1, groups=64)
+        blocks, channels = [], 64
+        for expansion, outputs, repeats, stride in self.bottlenecks:
+            for repeat in range(repeats):
+                blocks.append(Bottleneck(channels, outputs, stride if repeat == 0 else 1, expansion))
+                channels = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.conv2 = ConvBlock(channels, 512, 1)
+        left = tuple(math.ceil(size / 16) for size in (mels, frames))
+        self.linear7 = ConvBlock(512, 512, left, groups=512, linear=True)
+        self.linear1 = ConvBlock(512, embedding, 1, linear=True)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.dw_conv1(self.conv1(maps)))
+        return self.linear1(self.linear7(self.conv2(x))).flatten(1)
+
+
+class FeaturePerturbationHead(nn.Module):
+    """The paper's head (FPH), used in training and at test: 128 -> 64 -> 128 with ReLU before BatchNorm.
+
+    Parameters
+    ----------
+    embedding : int
+    kind : {"basic", "leaky"}
+        ReLU, or LeakyReLU with slope 0.01.
+    """
+
+    def __init__(self, embedding: int = 128, kind: str = "basic"):
+        super().__init__()
+        half = embedding // 2
+
+        def activation() -> nn.Module:
+            return nn.ReLU() if kind == "basic" else nn.LeakyReLU(0.01)
+
+        self.layers = nn.Sequential(
+            nn.Linear(embedding, half),
+            activation(),
+            nn.BatchNorm1d(half),
+            nn.Linear(half, embedding),
+            activation(),
+            nn.BatchNorm1d(embedding),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class ArcMarginHead(nn.Module):
+    """ArcFace (Deng et al., 2019): scaled cosines, with an angular margin on the own class.
+
+    Parameters
+    ----------
+    embedding, classes : int
+    scale, margin : float
+        s and m (radians).
+    """
+
+    def __init__(self, embedding: int, classes: int, scale: float = 30.0, margin: float = 0.4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, embedding))
+        self.scale, self.margin = scale, margin
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, embedding: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, D) unit vectors -> (B, classes) logits; with `labels` (B,), their logits carry the margin."""
+        cosine = F.linear(embedding, F.normalize(self.weight))
+        if labels is None:
+            return self.scale * cosine
+        # The authors leave 1 - cos^2 unclamped: NaN for an aligned feature. A clamp at 0 would keep an
+        # infinite gradient, so it stands a little above.
+        sine = (1 - cosine.square()).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
+        shifted = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
+        beyond = cosine - math.sin(math.pi - self.margin) * self.margin  # theta + m would pass pi
+        shifted = torch.where(cosine > math.cos(math.pi - self.margin), shifted, beyond)
+        own = F.one_hot(labels, cosine.shape[1]).bool()
+        return self.scale * torch.where(own, shifted, cosine)
+
+
+class OSSCL(nn.Module):
+    """The whole detector network.
+
+    Parameters
+    ----------
+    config : ModelConfig
+        Names the inputs, the head, the number of classes and the clip length.
+    """
+
+    def __init__(self, config: ModelConfig = ModelConfig()):
+        super().__init__()
+        audio = config.audio
+        if not config.inputs or len(set(config.inputs)) < len(config.inputs):
+            raise UserError(
+                f"model.inputs: name each of log_mel, tgram, tfgram at most once, got {config.inputs}"
+            )
+        if "tfgram" in config.inputs and audio.mels != LAYERS[-1].outputs:
+            raise UserError(
+                f"model.audio.mels: TFgram gives {LAYERS[-1].outputs} rows, so mels cannot be {audio.mels}"
+            )
+        self.config = config
+        self.tgram = Tgram(audio.mels, audio.hop, audio.frames) if "tgram" in config.inputs else None
+        self.tfgram = TFgram(audio.frames) if "tfgram" in config.inputs else None
+        self.encoder = MobileFaceNet(len(config.inputs), audio.mels, audio.frames, config.embedding)
+        self.head = FeaturePerturbationHead(config.embedding, config.head) if config.head != "none" else None
+        self.arcface = ArcMarginHead(config.embedding, config.classes, config.scale, config.margin)
+
+    def maps(self, wave: torch.Tensor, log_mel: torch.Tensor) -> torch.Tensor:
+        """The stacked input maps, in the order of `config.inputs`: (B, maps, mels, frames)."""
+        wave, audio = wave.flatten(1), self.config.audio
+        log_mel = log_mel.reshape(len(wave), audio.mels, -1)
+        if log_mel.shape[-1] != audio.frames or 1 + wave.shape[-1] // audio.hop != audio.frames:
+            raise UserError(
+                f"this model takes clips of {audio.seconds:g} s ({audio.samples} samples, {audio.frames} "
+                f"frames), not {wave.shape[-1]} samples and {log_mel.shape[-1]} frames; train one for those"
+            )
+        made = {
+            "log_mel": lambda: log_mel,
+            "tgram": lambda: self.tgram(wave),
+            "tfgram": lambda: self.tfgram(wave),
+        }
+        return torch.stack([made[name]() for name in self.config.inputs], 1)
+
+    def forward(
+        self, wave: torch.Tensor, log_mel: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Parameters
+        ----------
+        wave : (B, samples) or (B, 1, samples), in [-1, 1]
+        log_mel : (B, 1, mels, frames) or (B, mels, frames), dB
+        labels : (B,) int64, optional
+
+        Returns
+        -------
+        logits : (B, classes)
+            s cos, with the margin on the own class where labels are given.
+        embedding : (B, embedding)
+            Of unit length.
+        """
+        features = self.encoder(self.maps(wave, log_mel))
+        embedding = F.normalize(features if self.head is None else self.head(features))
+        return self.arcface(embedding, labels), embedding
+
+
+# --- the authors' checkpoints ------------------------------------------------------------------------------
+
+# Layers of the authors' model that never run or never get a gradient.
+UPSTREAM_UNUSED = re.compile(
+    r"^(TFgramNet\.(pre_block4|spec_augmenter|bn0|conv_block[1-6]|fc1|fc_audioset)|mobilefacenet\.fc_out)\."
+)
+_TFGRAM = (
+    ("pre_conv0", "pre_bn0"),
+    *((f"pre_block{b}.conv{i}", f"pre_block{b}.bn{i}") for b in (1, 2, 3) for i in (1, 2)),
+)
+
+
+def _upstream_name(name: str) -> str:
+    """Our state entry's name -> the authors'."""
+    part, _, rest = name.partition(".")
+    if part == "tfgram":
+        kind, number, entry = rest.split(".")
+        return f"TFgramNet.{_TFGRAM[int(number)][kind == 'norm']}.{entry}"
+    if part == "tgram":
+        return "tgramnet." + rest.replace("extractor", "conv_extrctor").replace("encoder", "conv_encoder")
+    return {"encoder": "mobilefacenet.", "head": "head.", "arcface": "arcface."}[part] + rest.replace(
+        "layers", "head"
+    )
+
+
+def _live_entries(model: OSSCL) -> dict[str, tuple[str, torch.Tensor]]:
+    """The authors' name -> (our name, tensor) of every entry but the batch counters."""
+    state = model.state_dict()
+    return {
+        _upstream_name(name): (name, value)
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def upstream_state_shapes(config: ModelConfig = ModelConfig()) -> dict[str, tuple[int, ...]]:
+    """The authors' names and the shapes of every live state entry, without num_batches_tracked."""
+    with torch.device("meta"):
+        model = OSSCL(config)
+    return {theirs: tuple(value.shape) for theirs, (_, value) in _live_entries(model).items()}
+
+
+def load_upstream_state(model: OSSCL, state: Mapping[str, torch.Tensor]) -> OSSCL:
+    """Load the authors' checkpoint, whole or pruned of its unused layers, into this model.
+
+    Parameters
+    ----------
+    model : OSSCL
+        Entries for inputs that it does not have are passed over, as are the authors' unused layers.
+    state : mapping
+        The authors' state dict; a "module." prefix is taken off.
+
+    Raises
+    ------
+    UserError
+        If a live entry is missing, has another shape, or a name is unknown.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    live = _live_entries(model)
+    missing = sorted(set(live) - set(state))
+    if missing:
+        raise UserError(
+            f"not a checkpoint of this model: {len(missing)} entries are missing, first {missing[0]}"
+        )
+    loaded = {}
+    for name, value in state.items():
+        if name in live:
+            ours, tensor = live[name]
+            if value.shape != tensor.shape:
+                raise UserError(
+                    f"checkpoint of another configuration: {name} has shape {tuple(value.shape)}, "
+                    f"the model {tuple(tensor.shape)}"
+                )
+            loaded[ours] = value
+        elif not (
+            UPSTREAM_UNUSED.match(name)
+            or name.endswith("num_batches_tracked")
+            or (model.tgram is None and name.startswith("tgramnet."))
+            or (model.tfgram is None and name.startswith("TFgramNet."))
+        ):
+            raise UserError(f"not a checkpoint of this model: unknown entry {name}")
+    model.load_state_dict({**model.state_dict(), **loaded})
+    return model
