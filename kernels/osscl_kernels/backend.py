@@ -46,6 +46,7 @@ class CompileCase:
     aligned: tuple[str, ...] = ()  # arguments that are multiples of 16 at run time
     tensor_cores: bool = False  # tensor-core instructions are meant to be there
     loop_carried: int = 0  # loops that must carry values (a known miscompilation drops them)
+    carried_values: int = 0  # values that all loops together must carry
 
 
 def resolve(tensor: torch.Tensor, backend: str = "auto") -> tuple[str, str]:
