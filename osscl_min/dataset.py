@@ -67,6 +67,7 @@ class Dataset:
     clips: list[Clip]
     problems: dict[str, str] = field(default_factory=dict)  # file -> why it is not used
     remarks: Counter = field(default_factory=Counter)  # what was done to usable files, and to how many
+    synthetic: bool = False  # simulated machines (the folder holds synthetic.json); a store must keep this
 
     def split(self, name: str) -> list[Clip]:
         """The clips of "train" or "test"."""
@@ -132,7 +133,7 @@ def scan(root: Path | str) -> Dataset:
     if not root.is_dir():
         raise UserError(f"no such data folder: {root}")
     truth = read_truth(root / TRUTH_FILE) if (root / TRUTH_FILE).is_file() else {}
-    dataset = Dataset(root, [])
+    dataset = Dataset(root, [], synthetic=(root / "synthetic.json").is_file())
     types = [
         folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")
     ]

@@ -125,7 +125,7 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
     random = np.random.default_rng(seed)
     result: dict[str, Any] = {"ids": [], "types": []}
     drawn_types = []
-    for machine_type in sorted(grouped):
+    for machine_type in sorted(grouped, key=str.lower):
         ids, arrays, weights = [], [], []
         for machine_id, clips in sorted(grouped[machine_type].items()):
             truth = np.array([clip.anomaly for clip in clips])
@@ -236,8 +236,8 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
                 except (IndexError, ValueError) as error:
                     if not row:
                         continue
-                    found = ",".join(row)
-                    raise UserError(f"{path}, line {number}: expected `file name,score`, got {found!r}") from error
+                    text = ",".join(row)
+                    raise UserError(f"{path}, line {number}: expected `file name,score`, got {text!r}") from error
                 stem = Path(name).stem
                 if stem.startswith(("anomaly_", "normal_")):
                     anomaly = int(stem.startswith("anomaly_"))
