@@ -1,0 +1,101 @@
+"""Checkpoints: written whole or not at all, loaded without running code, ours and the authors'."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osscl_min.config import AudioConfig, Config, ModelConfig, from_dict, to_dict
+from osscl_min.dataset import BENCHMARK
+from osscl_min.files import UserError, replacing
+from osscl_min.model import OSSCL, load_upstream_state
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """A network with everything needed to score a clip with it."""
+
+    path: Path
+    model: OSSCL  # in eval mode
+    config: Config
+    classes: tuple[tuple[str, str], ...]  # label -> (machine type, machine id)
+    epoch: int | None  # epochs trained; None for the authors' files
+    synthetic: bool = False  # trained on simulated machines
+
+
+def save(path: Path | str, content: dict[str, Any], config: Config, classes: tuple, synthetic: bool) -> None:
+    """Write tensors and plain values with their configuration, replacing the file as a whole."""
+    header = {"format": FORMAT, "config": to_dict(config), "classes": [list(machine) for machine in classes]}
+    with replacing(path, "wb") as file:
+        torch.save(header | {"synthetic": synthetic} | content, file)
+
+
+def read(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The raw content of a checkpoint file.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, damaged or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint, but a {type(content).__name__}")
+    return content
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
+    """Load a network for scoring.
+
+    Parameters
+    ----------
+    path : Path or str
+        One of a run's .pt files, or a .pth of the authors', whole or pruned of its unused layers.
+    device : torch.device or str
+
+    Raises
+    ------
+    UserError
+        If the file is no checkpoint of this network.
+    """
+    path = Path(path)
+    content = read(path, device)
+    if "format" not in content:
+        return _load_upstream(path, content, device)
+    if content["format"] != FORMAT:
+        raise UserError(f"{path}: checkpoint format {content['format']}, this package reads {FORMAT}")
+    config = from_dict(content["config"], where=str(path))
+    model = OSSCL(config.model).to(device)
+    try:
+        model.load_state_dict(content["ema"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit its configuration ({error})") from error
+    classes = tuple(tuple(machine) for machine in content["classes"])
+    return Checkpoint(path, model.eval(), config, classes, content["epoch"], content["synthetic"])
+
+
+def _load_upstream(path: Path, state: dict[str, Any], device: torch.device | str) -> Checkpoint:
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    first = state.get("mobilefacenet.conv1.conv.weight")
+    if first is None:
+        raise UserError(f"{path}: neither a checkpoint of this package nor one of the authors'")
+    inputs = ("log_mel",) if first.shape[1] == 1 else ("log_mel", "tgram", "tfgram")
+    config = Config(model=ModelConfig(audio=AudioConfig(), inputs=inputs))
+    model = OSSCL(config.model).to(device)
+    try:
+        load_upstream_state(model, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return Checkpoint(path, model.eval(), config, BENCHMARK, None)

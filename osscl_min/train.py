@@ -1,0 +1,339 @@
+"""One-stage training: batches of mixed clips, one loss, an EMA that is validated and kept."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from osscl_min import checkpoint
+from osscl_min.config import Config, to_dict, with_classes
+from osscl_min.dataset import label_table
+from osscl_min.features import LogMel
+from osscl_min.files import UserError, provenance, replacing, write_json
+from osscl_min.losses import mixup, os_scl_loss
+from osscl_min.model import OSSCL
+from osscl_min.pack import open_data
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto" is the first CUDA device where there is one, the CPU elsewhere."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def to_wave(samples: np.ndarray, device: torch.device) -> torch.Tensor:
+    """(B, samples) int16 -> float32 in [-1, 1) on the device."""
+    return torch.from_numpy(samples).to(device).float() / 32768
+
+
+class Trainer:
+    """The networks, the optimiser and one step.
+
+    Parameters
+    ----------
+    config : Config
+    device : torch.device
+    model : OSSCL, optional
+        Where training starts; a freshly drawn network without.
+
+    Attributes
+    ----------
+    model, ema : OSSCL
+        The student and its exponential moving average, which start alike. The EMA is what is validated,
+        kept and scored with.
+    """
+
+    def __init__(self, config: Config, device: torch.device, model: OSSCL | None = None):
+        self.config, self.device = config, device
+        self.model = (model or OSSCL(config.model)).to(device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.log_mel = LogMel(config.model.audio).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.train.learning_rate, fused=True)
+        # every float entry of the state, BatchNorm's statistics included, as the authors' code does
+        self._student, self._average = (
+            [value for value in network.state_dict().values() if value.is_floating_point()]
+            for network in (self.model, self.ema)
+        )
+
+    def step(
+        self,
+        wave: torch.Tensor,
+        log_mel: torch.Tensor,
+        labels: torch.Tensor,
+        mix: float,
+        permutation: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """One optimisation step on a batch; returns its losses, still on the device.
+
+        Parameters
+        ----------
+        wave : (B, samples)
+        log_mel : (B, 1, mels, frames), dB, of the unmixed waves
+        labels : (B,) int64
+        mix : float
+            lambda.
+        permutation : (B,) int64
+        """
+        self.model.train()
+        mixed = mixup(wave.flatten(1), log_mel, mix, permutation)
+        logits, embedding = self.model(*mixed, labels)
+        losses = os_scl_loss(logits, embedding, labels, labels[permutation], mix, self.config.loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self._average, self._student, 1 - self.config.train.ema_decay)
+            if self.config.train.student_decay:
+                torch._foreach_mul_(self._student, 1 - self.config.train.student_decay)
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def learning_rate(self, epoch: int) -> float:
+        """Cosine annealing, stepped once an epoch (counted from 0)."""
+        train = self.config.train
+        cosine = (1 + math.cos(math.pi * epoch / train.epochs)) / 2
+        return train.final_learning_rate + (train.learning_rate - train.final_learning_rate) * cosine
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set the epoch's learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(epoch)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+        """The EMA's mean cross-entropy (margin on) and identity accuracy (margin off) on unmixed clips."""
+        loss, correct, count = 0.0, 0, 0
+        for wave, labels in batches:
+            log_mel = self.log_mel(wave)
+            _, embedding = self.ema(wave, log_mel)
+            loss += F.cross_entropy(
+                self.ema.arcface(embedding, labels).double(), labels, reduction="sum"
+            ).item()
+            correct += (self.ema.arcface(embedding).argmax(1) == labels).sum().item()
+            count += len(labels)
+        return loss / count, correct / count
+
+
+def batches_of(order: Sequence[int], size: int) -> list[np.ndarray]:
+    """Cut an order into batches; a last batch of one joins the one before, since BatchNorm needs two."""
+    cuts = list(range(size, len(order), size))
+    if cuts and len(order) - cuts[-1] == 1:
+        cuts.pop()
+    return np.split(np.asarray(order), cuts)
+
+
+def load_batches(
+    reader: Any, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Waves and labels batch by batch; the next batch is read while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(reader.read, batches[0])
+        for number, batch in enumerate(batches):
+            samples = ahead.result()
+            if number + 1 < len(batches):
+                ahead = pool.submit(reader.read, batches[number + 1])
+            yield to_wave(samples, device), torch.from_numpy(labels[batch]).to(device)
+
+
+def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and to validate on: a random split; at least one clip is held out.
+
+    Returns
+    -------
+    train, validation : sorted int64 arrays
+    """
+    order = np.random.default_rng([seed, 0]).permutation(count)
+    held_out = min(max(1, round(fraction * count)), count - 2)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def train(
+    dataset: Dataset, out: Path | str, config: Config, device: str = "auto", strict: bool = False
+) -> Path:
+    """Train a detector on the normal clips of a data set.
+
+    A run that was cut short goes on after its last whole epoch; a finished one is left as it is. Every
+    random draw follows from (seed, epoch, step), so a continued run equals an uninterrupted one.
+
+    Parameters
+    ----------
+    data : Path or str
+        A data folder or a packed store.
+    out : Path or str
+        The run's folder: config.json first, then log.jsonl (a line an epoch), initial.pt (the untrained
+        network), last.pt (to go on from) and best.pt (the epoch with the lowest validation loss).
+    config : Config
+        The number of classes is taken from the data.
+    device : str
+        "auto", "cpu", "cuda", "cuda:1", ...
+    strict : bool
+        Stop at the first unusable file.
+
+    Returns
+    -------
+    Path
+        best.pt.
+
+    Raises
+    ------
+    UserError
+        If the data cannot be trained on, the folder holds another run, or the loss is not finite.
+    """
+    out, where = Path(out), choose_device(device)
+    opened = open_data(data, config.model.audio, splits=["train"], strict=strict)
+    dataset, reader = opened.dataset, opened.train
+    if opened.report():
+        tqdm.write(opened.report())
+    classes = label_table(reader.clips)
+    if len(reader) < 4:
+        raise UserError(f"{dataset.root}: {len(reader)} training clips are too few")
+    config = with_classes(config, len(classes))
+    labels = np.array([classes.index(clip.machine) for clip in reader.clips])
+    training, held_out = split_validation(len(reader), config.train.validation_fraction, config.train.seed)
+    run = {
+        "config": to_dict(config),
+        "data": {
+            "folder": dataset.root.name,
+            "synthetic": dataset.synthetic,
+            "clips": _fingerprint(reader.clips),
+            "training": len(training),
+            "validation": len(held_out),
+            "validation_files": [reader.clips[position].path.name for position in held_out],
+        },
+        "classes": [list(machine) for machine in classes],
+        "provenance": provenance(where),
+    }
+    torch.manual_seed(config.train.seed)
+    trainer = Trainer(config, where)
+    start, best = _continue(out, run, trainer)
+    if start >= config.train.epochs:
+        tqdm.write(f"{out}: already trained for {start} epochs, nothing to do")
+        return out / "best.pt"
+    if start == 0:
+        write_json(out / "config.json", run)
+        _save(out / "initial.pt", trainer, 0, run)
+    steps = len(batches_of(training, config.train.batch_size))
+    bar = tqdm(
+        total=config.train.epochs * steps, initial=start * steps, desc="training", unit="step", disable=None
+    )
+    for epoch in range(start, config.train.epochs):
+        began = time.perf_counter()
+        trainer.start_epoch(epoch)
+        order = np.random.default_rng([config.train.seed, 1, epoch]).permutation(training)
+        batches = batches_of(order, config.train.batch_size)
+        history = []
+        for step, (wave, target) in enumerate(load_batches(reader, labels, batches, where)):
+            random = np.random.default_rng([config.train.seed, 2, epoch, step])
+            mix = float(random.beta(config.loss.mixup_alpha, config.loss.mixup_alpha))
+            permutation = torch.from_numpy(random.permutation(len(target))).to(where)
+            with torch.no_grad():
+                log_mel = trainer.log_mel(wave)
+            history.append(trainer.step(wave, log_mel, target, mix, permutation))
+            bar.update()
+        losses = {name: torch.stack([item[name] for item in history]).tolist() for name in history[0]}
+        for step, total in enumerate(losses["total"]):
+            if not math.isfinite(total):
+                files = ", ".join(reader.clips[position].path.name for position in batches[step])
+                raise UserError(
+                    f"epoch {epoch + 1}, step {step + 1}: the loss is {total}; its clips: {files}"
+                )
+        seconds = time.perf_counter() - began
+        validation = trainer.validate(
+            load_batches(reader, labels, batches_of(held_out, config.evaluate.batch_size), where)
+        )
+        entry = {
+            "epoch": epoch + 1,
+            **{name: float(np.mean(values)) for name, values in losses.items()},
+            "validation_loss": validation[0],
+            "validation_accuracy": validation[1],
+            "learning_rate": trainer.learning_rate(epoch),
+            "seconds": seconds,
+            "clips_per_second": len(training) / seconds,
+        }
+        if not all(math.isfinite(value) for value in entry.values()):
+            raise UserError(
+                f"epoch {epoch + 1}: the validation loss is {validation[0]}; the last checkpoint stands"
+            )
+        bar.set_postfix(epoch=epoch + 1, loss=f"{entry['total']:.3f}", validation=f"{validation[0]:.3f}")
+        if best is None or validation[0] < best:
+            best = validation[0]
+            _save(out / "best.pt", trainer, epoch + 1, run)
+        _append(out / "log.jsonl", entry)
+        _save(out / "last.pt", trainer, epoch + 1, run, best)
+    bar.close()
+    return out / "best.pt"
+
+
+def read_log(run: Path | str) -> list[dict[str, float]]:
+    """The entries of a run's log.jsonl, an epoch each."""
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def _append(path: Path, entry: dict[str, float]) -> None:
+    """Add the epoch's line; lines of epochs that a cut-short run did not finish are dropped."""
+    kept = []
+    if entry["epoch"] > 1:
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] < entry["epoch"]]
+    with replacing(path) as file:
+        file.write("\n".join([*kept, json.dumps(entry)]) + "\n")
+
+
+def _save(path: Path, trainer: Trainer, epoch: int, run: dict, best: float | None = None) -> None:
+    content: dict[str, Any] = {"ema": trainer.ema.state_dict(), "epoch": epoch}
+    if best is not None:
+        content |= {
+            "student": trainer.model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict(),
+            "best": best,
+            "clips": run["data"]["clips"],
+        }
+    classes = tuple(tuple(machine) for machine in run["classes"])
+    checkpoint.save(path, content, trainer.config, classes, run["data"]["synthetic"])
+
+
+def _continue(out: Path, run: dict, trainer: Trainer) -> tuple[int, float | None]:
+    """Take up the run in `out`, if there is one: epochs done and the best validation loss so far."""
+    last = out / "last.pt"
+    if not last.is_file():
+        return 0, None
+    content = checkpoint.read(last, trainer.device)
+    for name, here, there in (
+        ("configuration", run["config"], content["config"]),
+        ("data", {"clips": run["data"]["clips"]}, {"clips": content["clips"]}),
+    ):
+        difference = _first_difference(here, there)
+        if difference:
+            raise UserError(
+                f"{out} holds a run with another {name} ({difference}); choose another folder or remove it"
+            )
+    trainer.model.load_state_dict(content["student"])
+    trainer.ema.load_state_dict(content["ema"])
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    return content["epoch"], content["best"]
+
+
+def _first_difference(here: Any, there: Any, name: str = "") -> str:
+    if isinstance(here, dict) and isinstance(there, dict):
+        for key in {**here, **there}:
+            found = _first_difference(here.get(key), there.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return ""
+    here, there = (list(value) if isinstance(value, tuple) else value for value in (here, there))
+    return "" if here == there else f"{name}: {there} there, {here} here"
+
+
+def _fingerprint(clips: Sequence[Any]) -> str:
+    """A digest of the clips' names and identities, to notice other data under a run."""
+    text = "\n".join(f"{clip.machine_type}/{clip.split}/{clip.path.name}" for clip in clips)
+    return f"{len(clips)} clips, {hashlib.sha256(text.encode()).hexdigest()[:12]}"
