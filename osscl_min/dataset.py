@@ -1,19 +1,22 @@
 """From a folder of sound files to clips: machine type, machine id, label, split and truth, and the samples.
 
-Layout (DCASE 2020 Task 2): TYPE/train/normal_id_00_00000000.wav, TYPE/test/anomaly_id_00_00000000.wav; a
-test file with neither normal_ nor anomaly_ in its name is unlabelled unless eval_data_list.csv has it.
+The benchmark's layout (DCASE 2020 Task 2): TYPE/train/normal_id_00_00000000.wav and
+TYPE/test/anomaly_id_00_00000000.wav; a test file with neither normal_ nor anomaly_ in its name is unlabelled
+unless eval_data_list.csv has it. `layouts` knows the others.
 """
 
 from __future__ import annotations
 
 import csv
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import scipy.signal
@@ -22,10 +25,12 @@ from tqdm import tqdm
 
 from osscl_min.config import AudioConfig
 from osscl_min.files import UserError
+from osscl_min.layouts import interpret, read_manifest, recognise
 
 SUFFIXES = (".wav", ".flac")
 TRUTH_FILE = "eval_data_list.csv"  # the published ground truth of the evaluation set
-FILE_NAME = re.compile(r"^(?:(normal|anomaly)_)?id_(\d+)_\d+$")
+TRUTH_FILES = "ground_truth_*_section_*.csv"  # the same of DCASE 2021-2025, one a machine type and section
+MANIFEST = "manifest.csv"
 
 # The fixed 41 labels of the benchmark, in the authors' order: (machine type, machine id) -> position.
 BENCHMARK: tuple[tuple[str, str], ...] = tuple(
@@ -51,7 +56,9 @@ class Clip:
     machine_id: str  # "00"
     split: str  # "train" or "test"
     anomaly: int | None  # 0 normal, 1 anomalous, None unlabelled
-    subset: str = "development"  # "evaluation" where the truth comes from, or waits for, eval_data_list.csv
+    subset: str = "development"  # "evaluation" where the truth comes from, or waits for, a truth file
+    domain: str = ""  # "source" or "target" (DCASE 2021-2025), the signal-to-noise ratio (MIMII)
+    attributes: str = ""  # what else the name says: "vel_6_loc_A"
 
     @property
     def machine(self) -> tuple[str, str]:
@@ -68,10 +75,16 @@ class Dataset:
     problems: dict[str, str] = field(default_factory=dict)  # file -> why it is not used
     remarks: Counter = field(default_factory=Counter)  # what was done to usable files, and to how many
     synthetic: bool = False  # simulated machines (the folder holds synthetic.json); a store must keep this
+    layout: str = "DCASE 2020"  # or another of `layouts.LAYOUTS`, or "manifest"
+    channel: int | None = None  # taken of files with several; None averages them
 
     def split(self, name: str) -> list[Clip]:
         """The clips of "train" or "test"."""
         return [clip for clip in self.clips if clip.split == name]
+
+    def name(self, path: Path) -> str:
+        """A file's name in messages and tables: relative to the root where it lies in it."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
     def report(self, strict: bool = False, most: int = 10) -> str:
         """What is not used, and why, and what was done to the rest; one line each.
@@ -111,69 +124,95 @@ def label_table(clips: Iterable[Clip]) -> tuple[tuple[str, str], ...]:
     return BENCHMARK if set(machines) <= set(BENCHMARK) else tuple(machines)
 
 
-def scan(root: Path | str) -> Dataset:
-    """Find the clips of a folder in the DCASE 2020 layout.
+def scan(root: Path | str, channel: int | None = None) -> Dataset:
+    """Find the clips of a data set.
 
     Parameters
     ----------
     root : Path or str
-        Holds one folder a machine type, each with train/ and, for evaluation, test/; wav or flac.
+        A folder in one of these layouts, recognised by its file names, of wav or flac files:
+        DCASE 2020 (TYPE/train/normal_id_00_00000000.wav, TYPE/test/anomaly_id_00_00000000.wav);
+        DCASE 2021 to 2025 (TYPE/train/section_00_source_train_normal_0000.wav; the section is the id);
+        MIMII (6_dB_fan/fan/id_00/normal/00000000.wav); plain (TYPE/ID/any_name.wav, all normal, and, if you
+        have them, test/TYPE/ID/normal/..., test/TYPE/ID/anomaly/...).
+        Or a manifest: a CSV file with the columns path, machine_type, machine_id, split, anomaly, or a folder
+        with a manifest.csv.
+    channel : int, optional
+        The channel to take of files with several; left out, the layout's own: 0 for MIMII, else their mean.
 
     Returns
     -------
     Dataset
-        Clips sorted by type, split and name. Files that cannot be used are in `problems`.
+        Clips sorted by path. Files that cannot be used are in `problems`.
 
     Raises
     ------
     UserError
-        If the folder is missing or empty, or a machine type has no train/ and no test/.
+        If the folder is missing or empty, or a machine type has no train/.
     """
     root = Path(root)
+    if root.is_file() and root.suffix.lower() == ".csv":
+        return _from_manifest(root, channel)
     if not root.is_dir():
         raise UserError(f"no such data folder: {root}")
+    if (root / MANIFEST).is_file():
+        return _from_manifest(root / MANIFEST, channel)
+    names = _files(root)
+    sounds = [name for name in names if name.suffix.lower() in SUFFIXES]
+    layout = recognise(sounds)
+    if layout.name == "DCASE 2020":
+        for folder in sorted(root.iterdir()):
+            if folder.is_dir() and not folder.name.startswith(".") and not (folder / "train").is_dir():
+                raise UserError(f"{folder}: no train/ folder in it; expected {layout.expected}")
     truth = read_truth(root / TRUTH_FILE) if (root / TRUTH_FILE).is_file() else {}
-    dataset = Dataset(root, [], synthetic=(root / "synthetic.json").is_file())
-    types = [
-        folder for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")
-    ]
-    for folder in types:
-        if not (folder / "train").is_dir():
-            raise UserError(
-                f"{folder}: no train/ folder in it; expected {folder.name}/train/normal_id_00_00000000.wav"
-            )
-        for split in ("train", "test"):
-            for path in sorted((folder / split).glob("*")):
-                name = str(path.relative_to(root))
-                if path.name.startswith(".") or not path.is_file():
-                    continue
-                if path.suffix.lower() not in SUFFIXES:
-                    dataset.problems[name] = "not a .wav or .flac file"
-                    continue
-                clip = _clip(path, folder.name, split, truth)
-                if isinstance(clip, str):
-                    dataset.problems[name] = clip
-                else:
-                    dataset.clips.append(clip)
+    for path in sorted(root.rglob(TRUTH_FILES)) if layout.name == "DCASE 2021-2025" else ():
+        truth |= _read_section_truth(path)
+    dataset = Dataset(
+        root,
+        [],
+        synthetic=(root / "synthetic.json").is_file(),
+        layout=layout.name,
+        channel=layout.channel if channel is None else channel,
+    )
+    found = interpret(layout, sounds, truth)
+    clip_folders = {name.parent for name, clip in found.items() if isinstance(clip, dict)}
+    for name in names:
+        if name in found:
+            _add(dataset, root / name, found[name])
+        elif name.parent in clip_folders or name.parent.name in ("train", "test"):
+            dataset.problems[str(name)] = "not a .wav or .flac file"
+    return _not_empty(dataset, layout.expected)
+
+
+def _from_manifest(path: Path, channel: int | None) -> Dataset:
+    dataset = Dataset(path.parent, [], layout="manifest", channel=channel)
+    for file, clip in read_manifest(path).items():
+        _add(dataset, file, clip)
+    return _not_empty(dataset, "a row a file")
+
+
+def _add(dataset: Dataset, path: Path, clip: dict | str) -> None:
+    if isinstance(clip, str):
+        dataset.problems[dataset.name(path)] = clip
+    else:
+        dataset.clips.append(Clip(path, **clip))
+
+
+def _not_empty(dataset: Dataset, expected: str) -> Dataset:
     if not dataset.clips:
-        why = dataset.report() or "expected TYPE/train/normal_id_00_00000000.wav"
-        raise UserError(f"{root}: no usable clips; {why}")
+        raise UserError(f"{dataset.root}: no usable clips; {dataset.report() or f'expected {expected}'}")
     return dataset
 
 
-def _clip(path: Path, machine_type: str, split: str, truth: dict[tuple[str, str], int]) -> Clip | str:
-    """The clip behind a file name, or the reason why there is none."""
-    match = FILE_NAME.match(path.stem)
-    if not match:
-        return "no machine id in the name; expected normal_id_00_00000000 or the like"
-    state, number = match.groups()
-    if split == "train":
-        if state == "anomaly":
-            return "an anomalous clip in train/; training uses normal clips alone"
-        return Clip(path, machine_type, number, split, 0)
-    if state:
-        return Clip(path, machine_type, number, split, int(state == "anomaly"))
-    return Clip(path, machine_type, number, split, truth.get((machine_type, path.stem)), "evaluation")
+def _files(root: Path) -> list[PurePosixPath]:
+    """Every file in the folders of `root` but hidden ones, relative to it and sorted."""
+    names = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        place = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        if place.parts:
+            names += [place / name for name in sorted(files) if not name.startswith(".")]
+    return names
 
 
 def read_truth(path: Path | str) -> dict[tuple[str, str], int]:
@@ -203,7 +242,31 @@ def read_truth(path: Path | str) -> dict[tuple[str, str], int]:
     return truth
 
 
-def decode(path: Path | str, audio: AudioConfig) -> tuple[np.ndarray, list[str]]:
+def _read_section_truth(path: Path) -> dict[tuple[str, str], int]:
+    """Read ground_truth_TYPE_section_03_source_test.csv (rows `file,0 or 1`) of DCASE 2021-2025."""
+    machine_type = re.match(r"ground_truth_(.+?)_section_", path.name)[1]
+    truth = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            if len(row) == 2 and row[1].strip() in ("0", "1"):
+                truth[machine_type, Path(row[0]).stem] = int(row[1])
+            elif row:
+                raise UserError(f"{path}, line {number}: expected `file,0 or 1`, got {','.join(row)!r}")
+    return truth
+
+
+class Sound(NamedTuple):
+    """A decoded file."""
+
+    samples: np.ndarray  # (audio.samples,) int16
+    remarks: list[str]  # what was done to it, as phrases for `Dataset.remarks`
+    seconds: float  # of the file itself
+    rate: int  # Hz, of the file itself
+    channels: int  # of the file itself
+    clipped: int  # samples at full scale, at the model's rate, in the file's whole length
+
+
+def listen(path: Path | str, audio: AudioConfig, channel: int | None = None) -> Sound:
     """Read a sound file as the model hears it: mono, int16, at the model's rate and length.
 
     Parameters
@@ -212,14 +275,14 @@ def decode(path: Path | str, audio: AudioConfig) -> tuple[np.ndarray, list[str]]
         Anything that libsndfile reads.
     audio : AudioConfig
         Gives the rate (Hz) and the length (samples).
+    channel : int, optional
+        The channel to take of a file with several; left out, their mean.
 
     Returns
     -------
-    samples : (audio.samples,) int16
-        Divide by 32768 for [-1, 1). Channels are averaged, another rate is resampled (scipy's polyphase
-        filter), a longer clip is cropped to its first part and a shorter one repeated.
-    remarks : list of str
-        What was done, as phrases for `Dataset.remarks`.
+    Sound
+        Divide its samples by 32768 for [-1, 1). Another rate is resampled (scipy's polyphase filter), a
+        longer clip is cropped to its first part and a shorter one repeated.
 
     Raises
     ------
@@ -229,24 +292,34 @@ def decode(path: Path | str, audio: AudioConfig) -> tuple[np.ndarray, list[str]]
     remarks = []
     try:
         with soundfile.SoundFile(path) as file:
-            exact = file.subtype == "PCM_16" and file.channels == 1 and file.samplerate == audio.sample_rate
+            one = file.channels == 1 or channel is not None
+            exact = file.subtype == "PCM_16" and file.samplerate == audio.sample_rate and one
             rate, channels, expected = file.samplerate, file.channels, file.frames
+            # libsndfile takes the length of a wav that was cut short for what is left of it, and notes that
+            declared = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
             samples = file.read(dtype="int16" if exact else "float64", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
         raise UserError(f"not a readable sound file ({error})") from error
+    if declared and int(declared[1]) < 0x7FFFFFFF:  # beyond: a header that was never given its length
+        raise UserError(f"truncated: {declared[2]} of {declared[1]} bytes of sound")
     if not len(samples):
         raise UserError("empty")
     if len(samples) < expected:
         raise UserError(f"truncated: {len(samples)} of {expected} samples")
     if len(samples) < rate:
         raise UserError(f"shorter than one second ({len(samples) / rate:.2f} s)")
+    if channels > 1 and channel is not None:
+        if not 0 <= channel < channels:
+            raise UserError(f"has no channel {channel}, only 0 to {channels - 1}")
+        remarks.append(f"with several channels, channel {channel} taken")
+    elif channels > 1:
+        remarks.append("with several channels, averaged")
     if not exact and not np.isfinite(samples).all():
         raise UserError("holds NaN or infinite samples")
+    samples = samples[:, 0 if channels == 1 else channel] if one else samples.mean(axis=1)
     if samples.max() == samples.min():
         raise UserError("silent")
-    if channels > 1:
-        remarks.append("with several channels, averaged")
-    samples = samples[:, 0] if channels == 1 else samples.mean(axis=1)
+    seconds = len(samples) / rate
     if rate != audio.sample_rate:
         common = math.gcd(rate, audio.sample_rate)
         samples = scipy.signal.resample_poly(samples, audio.sample_rate // common, rate // common)
@@ -256,12 +329,18 @@ def decode(path: Path | str, audio: AudioConfig) -> tuple[np.ndarray, list[str]]
         if np.abs(scaled).max() > 32768:
             remarks.append("clipped to 16 bits")
         samples = scaled.clip(-32768, 32767).astype(np.int16)
+    clipped = int(np.count_nonzero(samples == 32767) + np.count_nonzero(samples == -32768))
     if len(samples) > audio.samples:
         remarks.append(f"cropped to {audio.seconds:g} s")
     elif len(samples) < audio.samples:
         remarks.append(f"repeated to {audio.seconds:g} s")
         samples = np.resize(samples, audio.samples)
-    return samples[: audio.samples], remarks
+    return Sound(np.ascontiguousarray(samples[: audio.samples]), remarks, seconds, rate, channels, clipped)
+
+
+def decode(path: Path | str, audio: AudioConfig, channel: int | None = None) -> tuple[np.ndarray, list[str]]:
+    """The samples and remarks of `listen`."""
+    return listen(path, audio, channel)[:2]
 
 
 class FolderReader:
@@ -285,6 +364,7 @@ class FolderReader:
 
     def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
         self.audio = audio
+        self.channel = dataset.channel
         self.samples: np.ndarray | None = None
         fits = len(clips) * audio.samples * 2 <= keep
         if fits:
@@ -293,14 +373,14 @@ class FolderReader:
         def check(numbered: tuple[int, Clip]) -> str | list[str]:
             number, clip = numbered
             try:
-                samples, remarks = decode(clip.path, audio)
+                samples, remarks = decode(clip.path, audio, dataset.channel)
             except UserError as error:
                 return str(error)
             if fits:
                 self.samples[number] = samples
             return remarks
 
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             results = list(
                 tqdm(
                     pool.map(check, enumerate(clips)),
@@ -316,7 +396,7 @@ class FolderReader:
             if isinstance(result, list):
                 dataset.remarks.update(result)
             else:
-                dataset.problems[str(clip.path.relative_to(dataset.root))] = result
+                dataset.problems[dataset.name(clip.path)] = result
         self.clips = [clip for clip, ok in zip(clips, usable, strict=True) if ok]
         unusable = {clip for clip, ok in zip(clips, usable, strict=True) if not ok}
         dataset.clips = [clip for clip in dataset.clips if clip not in unusable]
@@ -334,6 +414,6 @@ class FolderReader:
             row[:] = (
                 self.samples[position]
                 if self.samples is not None
-                else decode(self.clips[position].path, self.audio)[0]
+                else decode(self.clips[position].path, self.audio, self.channel)[0]
             )
         return out

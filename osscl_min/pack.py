@@ -93,7 +93,7 @@ def open_data(
     >>> table = label_table(data.train.clips)  # doctest: +SKIP
     >>> wave = torch.from_numpy(data.train.read([5, 0, 7])).float() / 32768  # doctest: +SKIP
     """
-    dataset = scan(path)
+    dataset = scan(path, channel)
     readers = {split: FolderReader(dataset, dataset.split(split), audio) for split in splits}
     dataset.report(strict)
     return Data(dataset, **readers)
