@@ -158,7 +158,7 @@ def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray
 
 
 def train(
-    dataset: Dataset, out: Path | str, config: Config, device: str = "auto", strict: bool = False
+    data: Path | str, out: Path | str, config: Config, *, device: str = "auto", strict: bool = False
 ) -> Path:
     """Train a detector on the normal clips of a data set.
 

@@ -1,0 +1,229 @@
+"""Anomaly scores of test clips, in batches and constant memory, and the tables made from them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from osscl_min import checkpoint
+from osscl_min.checkpoint import Checkpoint
+from osscl_min.config import EvaluateConfig, to_dict
+from osscl_min.dataset import Clip
+from osscl_min.features import LogMel
+from osscl_min.files import UserError, provenance, replacing, write_csv, write_json
+from osscl_min.metrics import Score, evaluate_scores, write_metrics
+from osscl_min.pack import Reader, open_data
+from osscl_min.train import choose_device, load_batches
+
+
+def anomaly_score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy against the clip's own machine, in float64 and free of saturation.
+
+    log(1 + sum over the other classes of exp(logit - own logit)): a cross-entropy in float32 is exactly 0
+    for every clip that is recognised well, and such clips tie.
+
+    Parameters
+    ----------
+    logits : (B, classes)
+        With the margin on the own class, as the authors score.
+    labels : (B,) int64
+
+    Returns
+    -------
+    (B,) float64, higher = more anomalous
+    """
+    logits = logits.double()
+    difference = logits - logits.gather(1, labels[:, None])
+    return difference.scatter(1, labels[:, None], -torch.inf).exp().sum(1).log1p()
+
+
+@dataclass
+class Scored:
+    """Test clips with what the network says of them."""
+
+    clips: list[Clip]
+    labels: np.ndarray  # (n,) own class
+    scores: np.ndarray  # (n,) float64
+    predicted: np.ndarray  # (n,) the class recognised, margin off
+    embeddings: np.ndarray  # (n, D) float32
+    seconds: float
+
+    @property
+    def rows(self) -> list[Score]:
+        """As `metrics.evaluate_scores` takes them."""
+        return [
+            Score(clip.path.name, *clip.machine, float(score), clip.anomaly)
+            for clip, score in zip(self.clips, self.scores, strict=True)
+        ]
+
+    @property
+    def identity_accuracy(self) -> float | None:
+        """Share of normal clips recognised as their own machine; None without any."""
+        normal = np.array([clip.anomaly == 0 for clip in self.clips], bool)
+        return float((self.predicted == self.labels)[normal].mean()) if normal.any() else None
+
+
+@torch.no_grad()
+def score_clips(
+    trained: Checkpoint,
+    reader: Reader,
+    *,
+    batch_size: int = 16,
+    positions: Sequence[int] | None = None,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    description: str = "scoring",
+) -> Scored:
+    """Score clips against their own machine.
+
+    Parameters
+    ----------
+    trained : Checkpoint
+    reader : Reader
+        Its clips' machines must be among the checkpoint's classes.
+    batch_size : int
+        Clips at once; bounds the memory.
+    positions : sequence of int, optional
+        Which of the reader's clips; all without.
+    transform : callable, optional
+        Applied to each batch of waves (B, samples) first, such as a filter.
+    description : str
+        For the progress bar.
+    """
+    device = trained.model.arcface.weight.device
+    numbers = {machine: label for label, machine in enumerate(trained.classes)}
+    labels = np.array([numbers.get(clip.machine, -1) for clip in reader.clips])
+    positions = np.arange(len(reader)) if positions is None else np.asarray(positions)
+    if (labels[positions] < 0).any():
+        raise UserError("a clip of a machine that was never trained on cannot be scored against itself")
+    log_mel = LogMel(trained.config.model.audio).to(device)
+    model = trained.model.eval()
+    scores, predicted, embeddings = [], [], []
+    began = time.perf_counter()
+    with tqdm(total=len(positions), desc=description, unit="clip", disable=None, leave=False) as bar:
+        batches = np.array_split(positions, range(batch_size, len(positions), batch_size))
+        for wave, target in load_batches(reader, labels, batches, device):
+            wave = wave if transform is None else transform(wave)
+            _, embedding = model(wave, log_mel(wave))
+            scores.append(anomaly_score(model.arcface(embedding, target), target).cpu())
+            predicted.append(model.arcface(embedding).argmax(1).cpu())
+            embeddings.append(embedding.cpu())
+            bar.update(len(target))
+    return Scored(
+        [reader.clips[position] for position in positions],
+        labels[positions],
+        torch.cat(scores).numpy(),
+        torch.cat(predicted).numpy(),
+        torch.cat(embeddings).numpy(),
+        time.perf_counter() - began,
+    )
+
+
+def known_machines(trained: Checkpoint, reader: Reader) -> tuple[list[int], str]:
+    """Positions of the clips whose machine was trained on, and a line about the others ("" without any)."""
+    classes = set(trained.classes)
+    known = [position for position, clip in enumerate(reader.clips) if clip.machine in classes]
+    others = Counter(" ".join(clip.machine) for clip in reader.clips if clip.machine not in classes)
+    if not known:
+        raise UserError(
+            f"no test clip is of a machine that this checkpoint was trained on ({', '.join(others)})"
+        )
+    if not others:
+        return known, ""
+    names = ", ".join(f"{name} ({count})" for name, count in sorted(others.items()))
+    return (
+        known,
+        f"{sum(others.values())} test clips are of machines never trained on and not scored: {names}",
+    )
+
+
+def evaluate(
+    checkpoint_path: Path | str,
+    data: Path | str,
+    out: Path | str,
+    *,
+    config: EvaluateConfig = EvaluateConfig(),
+    device: str = "auto",
+    strict: bool = False,
+) -> dict[str, Any]:
+    """Score the test clips of a data set and measure them.
+
+    Parameters
+    ----------
+    checkpoint_path : Path or str
+        A run's .pt, or the authors' .pth.
+    data : Path or str
+        A data folder or a packed store.
+    out : Path or str
+        Gets scores.csv (every clip), anomaly_score_TYPE_id_XX.csv (DCASE format), metrics.json and
+        metrics.csv (see `metrics.evaluate_scores`), embeddings.npz and evaluation.json (what was run). Clips
+        whose truth comes from eval_data_list.csv, the benchmark's evaluation set, are measured apart, in
+        out/evaluation_set.
+    config : EvaluateConfig
+    device : str
+    strict : bool
+        Stop if any file cannot be used.
+
+    Returns
+    -------
+    dict
+        The content of evaluation.json, with "metrics" of the development set (of the evaluation set, where
+        only that has a known truth; None where no clip has).
+    """
+    out, where = Path(out), choose_device(device)
+    trained = checkpoint.load(checkpoint_path, where)
+    opened = open_data(data, trained.config.model.audio, splits=["test"], strict=strict)
+    if not len(opened.test):
+        raise UserError(f"{data}: no test clips; expected TYPE/test/normal_id_00_00000000.wav and the like")
+    positions, left_out = known_machines(trained, opened.test)
+    for message in filter(None, (opened.report(), left_out)):
+        tqdm.write(message)
+    scored = score_clips(trained, opened.test, batch_size=config.batch_size, positions=positions)
+    rows = scored.rows
+    write_csv(
+        out / "scores.csv",
+        ["file", "machine_type", "machine_id", "subset", "anomaly", "score", "recognised_as"],
+        [
+            [row.file, *clip.machine, clip.subset, row.anomaly, row.score, " ".join(trained.classes[label])]
+            for row, clip, label in zip(rows, scored.clips, scored.predicted, strict=True)
+        ],
+    )
+    for machine_type, machine_id in sorted({clip.machine for clip in scored.clips}):
+        with replacing(out / f"anomaly_score_{machine_type}_id_{machine_id}.csv") as file:
+            file.writelines(
+                f"{row.file},{row.score!r}\n"
+                for row in rows
+                if (row.machine_type, row.machine_id) == (machine_type, machine_id)
+            )
+    with replacing(out / "embeddings.npz", "wb") as file:
+        np.savez(file, embeddings=scored.embeddings.astype(np.float32), labels=scored.labels)
+    measured = {}
+    for subset, folder in (("development", out), ("evaluation", out / "evaluation_set")):
+        chosen = [row for row, clip in zip(rows, scored.clips, strict=True) if clip.subset == subset]
+        if any(row.anomaly is not None for row in chosen):
+            measured[subset] = evaluate_scores(chosen, config.bootstrap)
+            write_metrics(measured[subset], folder)
+    summary = {
+        "checkpoint": Path(checkpoint_path).name,
+        "epoch": trained.epoch,
+        "data": opened.dataset.root.name,
+        "synthetic": opened.dataset.synthetic,
+        "clips": len(rows),
+        "unlabelled": sum(row.anomaly is None for row in rows),
+        "not_scored": left_out,
+        "problems": opened.dataset.problems,
+        "identity_accuracy": scored.identity_accuracy,
+        "machines": len({clip.machine for clip in scored.clips}),
+        "ms_per_clip": 1000 * scored.seconds / len(rows),
+        "config": to_dict(trained.config),
+        "provenance": provenance(where),
+    }
+    write_json(out / "evaluation.json", summary)
+    return summary | {"metrics": measured.get("development") or measured.get("evaluation")}
