@@ -16,7 +16,18 @@ from typing import IO, Any
 
 
 class UserError(Exception):
-    """A mistake in the input: what, where, what to do, in one line, which is all the command line prints."""
+    """A mistake in the input: what, where, what to do, in one line, which is all the command line prints.
+
+    Parameters
+    ----------
+    message : str
+    exit_status : int
+        What the command line ends with; other than 2 where a script may want to tell reasons apart.
+    """
+
+    def __init__(self, message: str, exit_status: int = 2):
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 @contextmanager
