@@ -43,9 +43,9 @@ class ModelConfig:
     """The network."""
 
     audio: AudioConfig = field(default_factory=AudioConfig)
-    inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")  # paper
+    inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")  # maps (paper)
     classes: int = 41  # machine identities of DCASE 2020 Task 2 (code); other data sets it to their own
-    embedding: int = 128  # code
+    embedding: int = 128  # dimensions (code)
     head: Literal["basic", "leaky", "none"] = (
         "basic"  # feature perturbation head: ReLU, LeakyReLU 0.01 (paper)
     )
@@ -60,14 +60,14 @@ class LossConfig:
     mixup_alpha: float = 0.5  # lambda ~ Beta(alpha, alpha), one a batch, not folded (code)
     temperature: float = 0.02  # SupCon tau (code)
     base_temperature: float = 0.07  # SupCon scale tau / base (code)
-    contrastive_weight: float = 1.0  # code
+    contrastive_weight: float = 1.0  # of SupCon in the loss (code)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The optimisation."""
 
-    epochs: int = 300  # code
+    epochs: int = 300  # passes over the training clips (code)
     batch_size: int = 64  # clips (code)
     learning_rate: float = 1e-4  # AdamW, default betas, eps and weight decay 0.01 (code)
     final_learning_rate: float = 1e-5  # cosine annealing over the epochs (code)
@@ -76,7 +76,7 @@ class TrainConfig:
         2e-6  # every such entry of the student times 1 - this, after the EMA (code); 0 is off
     )
     validation_fraction: float = 0.05  # random split (code)
-    seed: int = 2024  # code
+    seed: int = 2024  # of every random draw (code)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class EvaluateConfig:
 class Config:
     """Everything that a run depends on besides its data."""
 
-    preset: str = "paper"
+    preset: Literal["paper", "small", "quick"] = "paper"  # which set of defaults
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

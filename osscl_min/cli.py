@@ -1,0 +1,172 @@
+"""OS-SCL anomalous sound detection. Every command has its own --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from osscl_min.config import PRESETS, Config, EvaluateConfig
+from osscl_min.files import UserError
+
+Positional = tyro.conf.Positional
+Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
+
+
+def commands(preset: Config) -> dict[str, Callable]:
+    """Every command as a function; what they import is loaded only when they run.
+
+    Parameters
+    ----------
+    preset : Config
+        Gives the defaults of every setting.
+    """
+    from osscl_min.synth import SynthConfig
+
+    def synth(
+        out: Positional[Path],
+        config: Annotated[SynthConfig, tyro.conf.arg(name="")] = SynthConfig(),
+    ) -> None:
+        """Write simulated machines as a data folder in the DCASE 2020 layout.
+
+        Args:
+            out: The new folder.
+            config: What to simulate.
+        """
+        from osscl_min.synth import write_dataset
+
+        print(write_dataset(out, config))
+
+    def train(
+        data: Path,
+        out: Path,
+        config: Annotated[Config, tyro.conf.arg(name="")] = preset,
+        device: Device = "auto",
+        strict: bool = False,
+    ) -> None:
+        """Train a detector on the normal clips of a data folder; a run that was cut short goes on.
+
+        Args:
+            data: Data folder (TYPE/train/normal_id_00_00000000.wav) or packed store.
+            out: The run's folder.
+            config: Settings; --preset chooses their defaults.
+            device: Where to compute.
+            strict: Stop if any file cannot be used.
+        """
+        from osscl_min.train import train as run
+
+        print(run(data, out, config, device=device, strict=strict))
+
+    def evaluate(
+        checkpoint: Positional[Path],
+        data: Path,
+        out: Path,
+        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = preset.evaluate,
+        device: Device = "auto",
+        strict: bool = False,
+    ) -> None:
+        """Score the test clips of a data folder and write the tables.
+
+        Args:
+            checkpoint: A run's best.pt, or a .pth file of the authors'.
+            data: Data folder (TYPE/test/...) or packed store.
+            out: Folder for the scores and tables.
+            config: Batch size and bootstrap.
+            device: Where to compute.
+            strict: Stop if any file cannot be used.
+        """
+        from osscl_min.evaluate import evaluate as run
+        from osscl_min.metrics import as_text, table
+
+        result = run(checkpoint, data, out, config=config, device=device, strict=strict)
+        if result["metrics"] is None:
+            print(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
+        else:
+            print(as_text(table(result["metrics"])))
+
+    def metrics(
+        scores: Positional[Path],
+        out: Path | None = None,
+        labels: Path | None = None,
+        bootstrap: int = 1000,
+    ) -> None:
+        """Tables from any folder of DCASE-format score files, this package's or another's.
+
+        Args:
+            scores: Folder with anomaly_score_TYPE_id_XX.csv or TYPE_anomaly_score_id_XX.csv.
+            out: Folder for metrics.json and metrics.csv.
+            labels: eval_data_list.csv, for files whose names do not tell the truth.
+            bootstrap: Resamples for the 95 % intervals; 0 leaves them out.
+        """
+        from osscl_min.metrics import as_text, evaluate_scores, read_scores, table, write_metrics
+
+        result = evaluate_scores(read_scores(scores, labels), bootstrap)
+        if out is not None:
+            write_metrics(result, out)
+        print(as_text(table(result)))
+
+    def ablate(
+        name: Positional[Literal["high-frequency"]],
+        checkpoint: Path,
+        data: Path,
+        out: Path,
+        cutoffs: tuple[float, ...] | None = None,
+        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = preset.evaluate,
+        device: Device = "auto",
+    ) -> None:
+        """Run an experiment on a trained detector.
+
+        Args:
+            name: Which one.
+            checkpoint: A run's best.pt.
+            data: Data folder or packed store.
+            out: Folder for the result.
+            cutoffs: Cut-off frequencies in Hz.
+            config: Batch size and bootstrap.
+            device: Where to compute.
+        """
+        from osscl_min.experiments import CUTOFFS, high_frequency
+
+        high_frequency(checkpoint, data, out, cutoffs=cutoffs or CUTOFFS, config=config, device=device)
+        print(out / "high_frequency.json")
+
+    def report(run: Positional[Path], data: Path | None = None) -> None:
+        """Draw a run's figures and write its report, one HTML page that needs nothing else.
+
+        Args:
+            run: The run's folder.
+            data: Its data folder or packed store; without it, the clips' own pictures are left out.
+        """
+        from osscl_min import figures
+        from osscl_min import report as page
+        from osscl_min.metrics import as_text
+
+        figures.write_all(run, data)
+        written = page.write(run)
+        print(as_text(page.results_table(run)))
+        print(f"report: {written}")
+
+    functions = (synth, train, evaluate, metrics, ablate, report)
+    return {function.__name__: function for function in functions}
+
+
+def main() -> None:
+    """Run one command; a user's error ends in one line and exit status 2."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default="small")
+    try:
+        preset = PRESETS[first.parse_known_args()[0].preset]
+        tyro.extras.subcommand_cli_from_dict(commands(preset), prog="osscl", description=__doc__)
+    except UserError as error:
+        print(f"osscl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
