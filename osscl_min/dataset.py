@@ -94,14 +94,18 @@ class Dataset:
         UserError
             If `strict` and any file is not used.
         """
-        lines = [f"{count} files {remark}" for remark, count in sorted(self.remarks.items())]
+        lines = [f"{_count(count)} {remark}" for remark, count in sorted(self.remarks.items())]
         if self.problems:
-            lines.append(f"{len(self.problems)} files are not used:")
+            lines.append(f"{_count(len(self.problems))} not used:")
             lines += [f"  {file}: {reason}" for file, reason in list(self.problems.items())[:most]]
             lines += [f"  ... and {len(self.problems) - most} more"] if len(self.problems) > most else []
         if strict and self.problems:
             raise UserError("\n".join([*lines, "stopped because of --strict"]))
         return "\n".join(lines)
+
+
+def _count(count: int) -> str:
+    return f"{count} file{'' if count == 1 else 's'}"
 
 
 def label_table(clips: Iterable[Clip]) -> tuple[tuple[str, str], ...]:
@@ -298,7 +302,9 @@ def listen(path: Path | str, audio: AudioConfig, channel: int | None = None) -> 
             # libsndfile takes the length of a wav that was cut short for what is left of it, and notes that
             declared = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
             samples = file.read(dtype="int16" if exact else "float64", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"not a readable sound file ({error.error_string.rstrip('.')})") from error
+    except (RuntimeError, OSError) as error:
         raise UserError(f"not a readable sound file ({error})") from error
     if declared and int(declared[1]) < 0x7FFFFFFF:  # beyond: a header that was never given its length
         raise UserError(f"truncated: {declared[2]} of {declared[1]} bytes of sound")
