@@ -1,0 +1,183 @@
+"""TFgram in training: forward and backward with exact batch statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backend import resolve
+from .tfgram_infer import LAYERS, frames
+from .tfgram_train_cpu import ClipwiseTFgram
+
+PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
+MIN_SAMPLES = 40  # below it the adaptive pools would have to repeat frames
+
+
+def tfgram_train_ref(
+    wave: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    *,
+    eps: float = 1e-5,
+    hop: int = 512,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`tfgram_train` in plain PyTorch: conv1d, batch_norm, relu and the pools; any floating-point dtype.
+
+    Parameters and results as there, without the choice of precision and backend.
+    """
+    _check(wave, weights, gammas, betas, "auto")
+    count = frames(wave.shape[1], hop)
+    x, means, variances = wave.unsqueeze(1), [], []
+    for layer, weight, gamma, beta in zip(LAYERS, weights, gammas, betas, strict=True):
+        y = F.conv1d(x, weight, stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
+        variance, mean = torch.var_mean(y.detach(), (0, 2), correction=0)
+        means.append(mean)
+        variances.append(variance)
+        x = F.relu(F.batch_norm(y, None, None, gamma, beta, training=True, eps=eps))
+        if layer.pool == "max4":
+            x = F.max_pool1d(x, 4)
+        elif layer.pool:
+            x = F.adaptive_max_pool1d(x, 2 * count if layer.pool == "frames2" else count)
+    return x, means, variances
+
+
+def tfgram_train(
+    wave: Tensor,
+    weights: Sequence[Tensor],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    *,
+    eps: float = 1e-5,
+    hop: int = 512,
+    precision: str = "auto",
+    backend: str = "auto",
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """TFgram feature with the batch's own statistics, differentiable in weights, gammas, betas and wave.
+
+    Parameters
+    ----------
+    wave : Tensor, shape (B, samples), floating point
+        16 kHz in the paper; at least 40 samples.
+    weights : sequence of 7 tensors, shapes (C_out, C_in, kernel)
+        Bias-free convolution weights, as `LAYERS` lists them.
+    gammas, betas : sequences of 7 tensors, shapes (C_out,)
+        BatchNorm weights and biases.
+    eps : float
+        Added to the variances.
+    hop : int
+        Samples per frame of the result, T = 1 + samples // hop.
+    precision : {"auto", "ieee", "tf32x3", "tf32", "bf16"}
+        Of the matrix products in Triton; sums and statistics are float32 or wider in all. "bf16" also keeps
+        activations in bfloat16. "auto": bf16 for a bfloat16 wave or under bf16 autocast; otherwise tf32, or
+        tf32x3 where `torch.backends.cudnn.allow_tf32` is off. On the CPU: bf16, or the wave's own precision.
+    backend : {"auto", "triton", "torch"}
+        See `backend.resolve`. "torch" on the CPU is `tfgram_train_cpu`, elsewhere `tfgram_train_ref`.
+
+    Returns
+    -------
+    output : Tensor, shape (B, 128, T)
+        float32; float64 for a float64 wave on the CPU.
+    means, variances : lists of 7 tensors, shapes (C_out,)
+        Mean and biased variance of each convolution's output over clips and time, without gradient; see
+        `update_running_statistics`.
+
+    Raises
+    ------
+    ValueError
+        If a shape or choice is not one of the above, or a layer has one value per channel only.
+    RuntimeError
+        If Triton is asked for where it cannot run.
+
+    References
+    ----------
+    Huang et al., arXiv 2509.13853, the TFgram branch as its authors' code runs it; Ioffe and Szegedy,
+    "Batch Normalization", ICML 2015; Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance",
+    1983.
+    """
+    _check(wave, weights, gammas, betas, precision)
+    choice, _ = resolve(wave, backend)
+    device = wave.device.type
+    if precision == "auto":
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        if autocast or wave.dtype == torch.bfloat16:
+            precision = "bf16"
+        else:
+            precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    with torch.autocast(device, enabled=False):
+        if choice == "torch" and device != "cpu":
+            return _reference_in(wave, weights, gammas, betas, eps, hop, precision)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(wave.dtype, torch.float32)
+        output, *statistics = ClipwiseTFgram.apply(wave, eps, hop, dtype, *weights, *gammas, *betas)
+    return output, statistics[:7], statistics[7:]
+
+
+def _reference_in(wave, weights, gammas, betas, eps, hop, precision):
+    """The reference, under autocast where bf16 is asked for."""
+    enabled = precision == "bf16"
+    with torch.autocast(wave.device.type, dtype=torch.bfloat16, enabled=enabled):
+        return tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
+
+
+@torch.no_grad()
+def update_running_statistics(
+    norms: Iterable[nn.BatchNorm1d],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    counts: Sequence[int],
+) -> None:
+    """Do to BatchNorm buffers what their own forward pass in training mode does.
+
+    Parameters
+    ----------
+    norms : iterable of torch.nn.BatchNorm1d
+        Their running_mean, running_var and num_batches_tracked change in place; a module without buffers
+        (track_running_stats=False) is left alone. `momentum=None` is the cumulative average.
+    means, variances : sequences of tensors, shapes (C,)
+        Batch mean and biased variance; the running variance takes the unbiased one.
+    counts : sequence of int
+        Values per channel that they were taken over; see `rows`.
+    """
+    for norm, mean, variance, count in zip(norms, means, variances, counts, strict=True):
+        if norm.running_mean is None:
+            continue
+        norm.num_batches_tracked += 1
+        momentum = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        unbiased = variance.to(norm.running_var.dtype) * (count / (count - 1))
+        norm.running_var.lerp_(unbiased, momentum)
+
+
+def lengths(samples: int, hop: int = 512) -> list[int]:
+    """Time steps of each layer's convolution output, before its pool."""
+    first = (samples + 2 * LAYERS[0].padding - LAYERS[0].kernel) // LAYERS[0].stride + 1
+    wide = 2 * frames(samples, hop)
+    return [first, first, first, first // 4, first // 4, wide, wide]
+
+
+def rows(wave: Tensor, hop: int = 512) -> list[int]:
+    """Values per channel under each layer's batch statistics, for a wave (B, samples)."""
+    return [len(wave) * length for length in lengths(wave.shape[1], hop)]
+
+
+def _check(wave, weights, gammas, betas, precision):
+    if wave.dim() != 2 or not wave.is_floating_point() or wave.shape[1] < MIN_SAMPLES or not len(wave):
+        raise ValueError(
+            f"tfgram_train: wave {tuple(wave.shape)} {wave.dtype}; expected (B, samples) in floating point, "
+            f"with at least {MIN_SAMPLES} samples"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"tfgram_train: unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}"
+        )
+    for name, given in (("weights", weights), ("gammas", gammas), ("betas", betas)):
+        expected = [
+            (layer.outputs, layer.inputs, layer.kernel) if name == "weights" else (layer.outputs,)
+            for layer in LAYERS
+        ]
+        shapes = [tuple(t.shape) for t in given]
+        if shapes != expected:
+            raise ValueError(f"tfgram_train: {name} of shapes {shapes}; expected {expected}")

@@ -1,0 +1,354 @@
+"""TFgram training on the CPU: a few clips at a time, raw convolutions kept, everything else recomputed.
+
+Three things make it faster than the plain modules:
+
+* convolutions run as conv2d of height 1 in channels_last, and weight gradients on short blocks of time, both
+  of which oneDNN handles several times faster than conv1d;
+* a group of clips is small enough for its activations to stay in the cache;
+* the backward pass keeps one tensor a layer (the raw convolution output); BN + ReLU are recomputed.
+
+Tensors are (clips, channels, 1, time) in channels_last memory format. Source: the same equations as
+`tfgram_train_ref`; batch statistics combined by Chan, Golub and LeVeque (1983).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .tfgram_infer import LAYERS, frames
+
+GROUP_ROWS = 32_000  # time steps of the first layers in one group of clips: one clip of 10 s
+STATISTICS_BLOCK = 2_000  # rows summed in the input's precision before float64 takes over
+GRADIENT_BLOCK = 250  # time steps of a weight-gradient block: inputs and gradients fit the L2 cache
+FIRST = LAYERS[0]
+aten = torch.ops.aten
+
+
+def combine_moments(
+    counts: torch.Tensor, means: torch.Tensor, squares: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Join counts (n,), means (n, ...) and centred sums of squares (n, ...) of n parts, in float64.
+
+    Returns
+    -------
+    count, mean, square : torch.Tensor
+        Of the union of the parts.
+    """
+    weights = counts.double().view(-1, *[1] * (means.dim() - 1))
+    means = means.double()
+    mean = (weights * means).sum(0) / weights.sum()
+    square = squares.double().sum(0) + (weights * (means - mean).square()).sum(0)
+    return counts.sum(), mean, square
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(n, C, 1, T) in channels_last as one (1, C, 1, n T), without a copy."""
+    return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    blocks = _rows(y).split(STATISTICS_BLOCK, dim=-1)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    unused = torch.zeros(2, y.shape[1], dtype=wide)  # running buffers, only to fix the result's dtype
+    parts = [torch.batch_norm_update_stats(b, *unused.unbind(), 0.0) for b in blocks]
+    counts = torch.tensor([b.shape[-1] for b in blocks])
+    means, variances = (torch.stack(p) for p in zip(*parts, strict=True))
+    return combine_moments(counts, means, variances * counts[:, None])
+
+
+def _regroup(parts: list[torch.Tensor], size: int) -> list[torch.Tensor]:
+    return list(torch.cat(parts).split(size))
+
+
+class _BatchNorm:
+    """One layer's affine with its batch statistics, and the same statistics' part in the backward pass."""
+
+    def __init__(self, mean, variance, gamma, beta, eps, dtype):
+        self.mean, self.variance, self.gamma, self.beta = (
+            t.to(torch.promote_types(dtype, torch.float32)) for t in (mean, variance, gamma, beta)
+        )
+        self.eps = eps
+        self.rstd = (self.variance + eps).rsqrt()
+
+    def __call__(self, y):
+        return F.batch_norm(y, self.mean, self.variance, self.gamma, self.beta, False, 0.0, self.eps)
+
+    def sums(self, dz, y):
+        """Sums over the rows of dz xhat and of dz, in float64."""
+        total = 0.0
+        for d, x in zip(
+            _rows(dz).split(STATISTICS_BLOCK, -1), _rows(y).split(STATISTICS_BLOCK, -1), strict=True
+        ):
+            one, m, v = torch.ones_like(self.mean), self.mean, self.variance
+            mask = (False, True, True)
+            part = aten.native_batch_norm_backward(d, x, one, m, v, m, v, False, self.eps, mask)[1:]
+            total = total + torch.stack(part).double()
+        return total
+
+    def centred(self, dz, y, dgamma, dbeta, rows):
+        """dy / (gamma rstd) = dz - mean(dz) - xhat mean(dz xhat)."""
+        scale = (-dgamma / rows * self.rstd).to(self.mean.dtype)
+        shift = (-dbeta / rows).to(self.mean.dtype)
+        dy = F.batch_norm(y, self.mean, torch.ones_like(self.mean), scale, shift, False, 0.0, 0.0)
+        return dy.add_(dz)
+
+
+class _Pool:
+    """The maximum pool of a layer, and the rows that its adaptive windows cover."""
+
+    def __init__(self, kind: str, length: int, frame_count: int):
+        self.length, self.rows = length, None
+        if kind == "max4":
+            self.width = 4
+        elif kind == "frames":
+            self.width = 2  # from 2 T to T
+        else:  # unequal windows are gathered to equal ones, the last row repeated: the first maximum wins
+            out = torch.arange(2 * frame_count)
+            start, end = out * length // len(out), -((out + 1) * -length // len(out))
+            self.width = int((end - start).max())
+            self.rows = torch.minimum(start[:, None] + torch.arange(self.width), end[:, None] - 1).view(-1)
+
+    def _windows(self, z):
+        return z if self.rows is None else z.index_select(3, self.rows)
+
+    def forward(self, z):
+        return F.max_pool2d(self._windows(z), (1, self.width), return_indices=True)
+
+    def backward(self, dp, indices, y):
+        """Route dp (n, C, 1, pooled) to the rows that won, in a tensor like y (n, C, 1, T)."""
+        n, channels, _, length = y.shape
+        if self.rows is not None:
+            length = len(self.rows)
+        like = y.new_empty(n, 1, length, channels).permute(0, 3, 1, 2)
+        size = (1, self.width)
+        dz = aten.max_pool2d_with_indices_backward(dp, like, size, size, (0, 0), (1, 1), False, indices)
+        if self.rows is None:
+            return dz
+        out = y.new_zeros(n, 1, self.length, channels).permute(0, 3, 1, 2)
+        return out.index_add_(3, self.rows, dz)
+
+
+def _weight_gradient(padded: torch.Tensor, dy: torch.Tensor, dilation: int) -> torch.Tensor:
+    """Gradient (C_out, C_in, 3) from padded (n, T + 2 d, C_in) and dy (n, C_out, 1, T), by blocks of time."""
+    n, channels, _, length = dy.shape
+    halo = 2 * dilation
+    blocks = max(1, length // GRADIENT_BLOCK)
+    step = length // blocks
+    main = blocks * step
+    rows = dy.permute(0, 2, 3, 1).reshape(n, length, channels)
+    pieces = [
+        (
+            padded[:, : main + halo].unfold(1, step + halo, step).transpose(2, 3).flatten(0, 1),
+            rows[:, :main].reshape(n * blocks, step, channels),
+        )
+    ]
+    if main < length:
+        pieces.append((padded[:, main:], rows[:, main:]))
+    weight = dy.new_empty(channels, padded.shape[2], 1, 3).to(memory_format=torch.channels_last)
+    total = 0.0
+    for x, g in pieces:
+        x, g = (t.contiguous()[:, None].permute(0, 3, 1, 2) for t in (x, g))
+        args = (None, (1, 1), (0, 0), (1, dilation), False, (0, 0), 1, (False, True, False))
+        part = aten.convolution_backward(g, x, weight, *args)[1]
+        total = total + part[:, :, 0].to(torch.promote_types(part.dtype, torch.float32))
+    return total
+
+
+class ClipwiseTFgram(torch.autograd.Function):
+    """output, *means, *variances = f(wave, eps, hop, dtype, *weights, *gammas, *betas): `tfgram_train`."""
+
+    @staticmethod
+    def forward(ctx, wave, eps, hop, dtype, *parameters):
+        weights, gammas, betas = parameters[:7], parameters[7:14], parameters[14:]
+        wide = torch.promote_types(dtype, torch.float32)
+        frame_count = frames(wave.shape[1], hop)
+        # BatchNorm ignores a constant of the wave: without it nothing cancels. Padding becomes -offset.
+        x = wave.to(wide)
+        offset = x.mean(dtype=torch.float64).to(wide)
+        pad = (FIRST.padding, FIRST.padding)
+        x = list(F.pad(x - offset, pad, value=0.0).split(max(1, GROUP_ROWS * FIRST.stride // wave.shape[1])))
+        for part in x:
+            part[:, : FIRST.padding] = part[:, part.shape[1] - FIRST.padding :] = -offset
+
+        state = _State(x, weights, gammas, betas, eps, dtype)
+        means, variances = state.first_statistics(offset)
+        pooled_rows = max(1, GROUP_ROWS // (4 * frame_count))
+        for index in range(1, len(LAYERS)):
+            layer = LAYERS[index]
+            if LAYERS[index - 1].pool == "frames2":
+                state.pooled[index - 1] = _regroup(state.pooled[index - 1], pooled_rows)
+            weight = weights[index].to(dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
+            raw, moments = [], []
+            for group in range(state.groups(index - 1)):
+                y = F.conv2d(
+                    state.activation(index - 1, group),
+                    weight,
+                    padding=(0, layer.padding),
+                    dilation=(1, layer.dilation),
+                )
+                raw.append(y)
+                moments.append(_moments(y))
+            count, mean, square = combine_moments(*(torch.stack(m) for m in zip(*moments, strict=True)))
+            state.raw[index] = raw
+            state.counts[index] = int(count)
+            state.norms[index] = _BatchNorm(mean, square / count, gammas[index], betas[index], eps, dtype)
+            means.append(mean.to(wide))
+            variances.append((square / count).to(wide))
+            if layer.pool:
+                pool = state.pools[index] = _Pool(layer.pool, raw[0].shape[3], frame_count)
+                results = [pool.forward(state.norms[index](y)) for y in raw]
+                state.pooled[index] = [p.relu_() for p, _ in results]
+                state.indices[index] = [i for _, i in results]
+        output = torch.cat(state.pooled[6])[:, :, 0].to(wide).contiguous()
+        ctx.state, ctx.parameters_like, ctx.wave_shape = state, parameters, wave.shape
+        ctx.mark_non_differentiable(*means, *variances)
+        return output, *means, *variances
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, *_):
+        state, ctx.state = ctx.state, None
+        if state is None:
+            raise RuntimeError("tfgram_train: the backward pass ran a second time; its buffers are freed")
+        with torch.autocast("cpu", enabled=False):
+            wave, weights, gammas, betas = state.backward(grad_output, ctx.needs_input_grad[0])
+        if wave is not None:
+            wave = wave.reshape(ctx.wave_shape)
+        gradients = [
+            g.to(p.dtype) for g, p in zip(weights + gammas + betas, ctx.parameters_like, strict=True)
+        ]
+        return wave, None, None, None, *gradients
+
+
+class _State:
+    """What one forward pass leaves for its backward pass."""
+
+    def __init__(self, x, weights, gammas, betas, eps, dtype):
+        self.x, self.weights, self.dtype, self.eps = x, weights, dtype, eps
+        self.gammas, self.betas = gammas, betas
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.raw, self.pooled, self.indices, self.pools = {}, {}, {}, {}
+        self.norms: dict[int, _BatchNorm] = {}
+        self.counts: dict[int, int] = {}
+
+    def groups(self, index):
+        return len(self.x if index == 0 else self.pooled.get(index) or self.raw[index])
+
+    def windows(self, group):
+        """(rows, 11): what the first convolution sees."""
+        return self.x[group].unfold(1, FIRST.kernel, FIRST.stride).reshape(-1, FIRST.kernel)
+
+    def first_statistics(self, offset):
+        """Mean and variance of the first layer from the windows' mean and covariance, in float64."""
+        count, mean, square = 0, 0.0, 0.0
+        for group in range(len(self.x)):
+            rows = self.windows(group).double()
+            part = rows.mean(0)
+            rows = rows - part
+            delta, total = part - mean, count + len(rows)
+            square = square + rows.T @ rows + torch.outer(delta, delta) * (count * len(rows) / total)
+            mean, count = mean + delta * (len(rows) / total), total
+        weight = self.weights[0][:, 0].double()
+        self.counts[0], self.window_mean, self.covariance = count, mean, square / count
+        centred, variance = weight @ mean, ((weight @ self.covariance) * weight).sum(1)
+        self.norms[0] = _BatchNorm(centred, variance, self.gammas[0], self.betas[0], self.eps, self.dtype)
+        return [(centred + weight.sum(1) * offset).to(self.wide)], [variance.to(self.wide)]
+
+    def normalised(self, index, group):
+        """BN of a layer without a pool, before the ReLU."""
+        norm = self.norms[index]
+        if index:
+            return norm(self.raw[index][group])
+        scale = norm.gamma * norm.rstd
+        weight = (self.weights[0].to(self.wide) * scale[:, None, None])[:, :, None].to(self.dtype)
+        x = self.x[group][:, None, None].to(self.dtype)
+        shift = (norm.beta - norm.mean * scale).to(self.dtype)
+        return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), shift, (1, FIRST.stride))
+
+    def activation(self, index, group):
+        """The layer's output (n, C, 1, T): after BN, ReLU and pool."""
+        return self.pooled[index][group] if index in self.pooled else self.normalised(index, group).relu_()
+
+    def padded(self, index, group, padding, buffers):
+        """The same with zeros in time on both sides, (n, T + 2 padding, C), in a buffer used again."""
+        a = self.pooled[index][group] if index in self.pooled else self.normalised(index, group)
+        shape = (a.shape[0], a.shape[3] + 2 * padding, a.shape[1])
+        if shape not in buffers:
+            buffers[shape] = a.new_zeros(shape)
+        inside = buffers[shape][:, padding:-padding]
+        torch.clamp_min(a, 0, out=inside[:, None].permute(0, 3, 1, 2))
+        return buffers[shape], inside[:, None].permute(0, 3, 1, 2)
+
+    def backward(self, grad_output, wave_needed):
+        weights, gammas, betas = [None] * 7, [None] * 7, [None] * 7
+        sizes = [len(p) for p in self.pooled[6]]
+        da = [g.to(self.dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
+              for g in grad_output.split(sizes)]  # fmt: skip
+        dz, sums = [], 0.0
+        for index in range(6, 0, -1):
+            layer, norm, raw = LAYERS[index], self.norms[index], self.raw[index]
+            if layer.pool:  # da holds gradients of the pooled output: mask, then route to the winning rows
+                dz, sums = [], 0.0
+                sizes = [len(y) for y in raw]
+                da = _regroup(da, sizes[0])
+                pooled = _regroup(self.pooled.pop(index), sizes[0])
+                for group, (d, p) in enumerate(zip(da, pooled, strict=True)):
+                    d = aten.threshold_backward(d, p, 0)
+                    dz.append(self.pools[index].backward(d, self.indices[index][group], raw[group]))
+                    sums = sums + norm.sums(dz[-1], raw[group])
+            gammas[index], betas[index] = sums[0], sums[1]
+            scale = (norm.gamma.double() * norm.rstd)[:, None, None]
+            weight = self.weights[index].double() * scale
+            flipped = weight.permute(1, 0, 2).flip(2)[:, :, None].to(self.dtype)
+            flipped = flipped.contiguous(memory_format=torch.channels_last)
+            total, da, previous, buffers = 0.0, [], [], {}
+            next_sums = 0.0
+            pad, dilation = (0, layer.padding), (1, layer.dilation)
+            for group in range(len(raw)):
+                dy = norm.centred(dz[group], raw[group], sums[0], sums[1], self.counts[index])
+                dz[group] = raw[group] = None
+                padded, inside = self.padded(index - 1, group, layer.padding, buffers)
+                total = total + _weight_gradient(padded, dy, layer.dilation)
+                d = F.conv2d(dy, flipped, padding=pad, dilation=dilation)
+                if index - 1 in self.pooled:
+                    da.append(d)
+                    continue
+                d = aten.threshold_backward.grad_input(d, inside, 0, grad_input=d)
+                if index > 1:
+                    next_sums = next_sums + self.norms[index - 1].sums(d, self.raw[index - 1][group])
+                    previous.append(d)
+                else:
+                    next_sums = next_sums + self.first_products(d, group)
+                    if wave_needed:
+                        previous.append(d)
+            weights[index] = total.double() * scale
+            dz, sums = previous, next_sums
+        return self.first_gradients(sums, dz, wave_needed, weights, gammas, betas)
+
+    def first_products(self, dz, group):
+        """Sums over the rows of dz (window - mean window) and, last column, of dz: (64, 12)."""
+        rows = self.windows(group) - self.window_mean.to(self.wide)
+        rows = F.pad(rows, (0, 1), value=1.0).to(self.dtype)
+        return (dz.permute(1, 0, 2, 3).flatten(1) @ rows).double()
+
+    def first_gradients(self, products, dz, wave_needed, weights, gammas, betas):
+        """The first layer's gradients follow from those sums and the windows' covariance."""
+        norm, weight = self.norms[0], self.weights[0][:, 0].double()
+        rstd, gamma = norm.rstd.double(), norm.gamma.double()
+        products, betas[0] = products[:, :-1], products[:, -1]
+        gammas[0] = (weight * products).sum(1) * rstd
+        correction = (gammas[0] * rstd)[:, None] * (weight @ self.covariance)
+        weights[0] = ((gamma * rstd)[:, None] * (products - correction))[:, None]
+        if not wave_needed:
+            return None, weights, gammas, betas
+        kernel = (weight * (gamma * rstd)[:, None])[:, None, None].to(self.wide)
+        waves = []
+        for group, d in enumerate(dz):
+            y = F.conv2d(self.x[group][:, None, None], self.weights[0][:, :, None].to(self.wide),
+                         stride=(1, FIRST.stride))  # fmt: skip
+            dy = norm.centred(d.to(self.wide), y, gammas[0], betas[0], self.counts[0])
+            extra = self.x[group].shape[1] - (FIRST.stride * (y.shape[3] - 1) + FIRST.kernel)
+            dx = F.conv_transpose2d(dy, kernel, stride=(1, FIRST.stride), output_padding=(0, extra))
+            waves.append(dx[:, 0, 0, FIRST.padding : -FIRST.padding])
+        return torch.cat(waves), weights, gammas, betas
