@@ -95,38 +95,38 @@ class _BatchNorm:
 
 
 class _Pool:
-    """The maximum pool of a layer, and the rows that its adaptive windows cover."""
+    """The maximum pool of a layer; where values tie the first one wins, as in torch."""
 
     def __init__(self, kind: str, length: int, frame_count: int):
-        self.length, self.rows = length, None
-        if kind == "max4":
-            self.width = 4
-        elif kind == "frames":
-            self.width = 2  # from 2 T to T
-        else:  # unequal windows are gathered to equal ones, the last row repeated: the first maximum wins
+        self.length = length
+        self.width = {"max4": 4, "frames": 2}.get(kind)  # "frames" goes from 2 T to T
+        if self.width is None:  # adaptive windows of unequal width: the shorter ones repeat their last row
             out = torch.arange(2 * frame_count)
             start, end = out * length // len(out), -((out + 1) * -length // len(out))
-            self.width = int((end - start).max())
-            self.rows = torch.minimum(start[:, None] + torch.arange(self.width), end[:, None] - 1).view(-1)
-
-    def _windows(self, z):
-        return z if self.rows is None else z.index_select(3, self.rows)
+            steps = torch.arange(int((end - start).max()))
+            self.rows = torch.minimum(start + steps[:, None], end - 1)
 
     def forward(self, z):
-        return F.max_pool2d(self._windows(z), (1, self.width), return_indices=True)
+        """z (n, C, 1, T) -> maxima (n, C, 1, pooled) and where they were."""
+        if self.width:
+            return F.max_pool2d(z, (1, self.width), return_indices=True)
+        z = z.permute(0, 2, 3, 1)[:, 0]
+        best = z.index_select(1, self.rows[0])
+        index = self.rows[0][:, None].expand(best.shape).clone()
+        for row in self.rows[1:]:
+            candidate = z.index_select(1, row)
+            index = torch.where(candidate > best, row[:, None], index)
+            best = torch.maximum(best, candidate)
+        return best[:, None].permute(0, 3, 1, 2), index
 
-    def backward(self, dp, indices, y):
+    def backward(self, dp, index, y):
         """Route dp (n, C, 1, pooled) to the rows that won, in a tensor like y (n, C, 1, T)."""
-        n, channels, _, length = y.shape
-        if self.rows is not None:
-            length = len(self.rows)
-        like = y.new_empty(n, 1, length, channels).permute(0, 3, 1, 2)
+        if not self.width:
+            dz = dp.new_zeros(len(y), self.length, y.shape[1])
+            dz.scatter_add_(1, index, dp[:, :, 0].transpose(1, 2))
+            return dz[:, None].permute(0, 3, 1, 2)
         size = (1, self.width)
-        dz = aten.max_pool2d_with_indices_backward(dp, like, size, size, (0, 0), (1, 1), False, indices)
-        if self.rows is None:
-            return dz
-        out = y.new_zeros(n, 1, self.length, channels).permute(0, 3, 1, 2)
-        return out.index_add_(3, self.rows, dz)
+        return aten.max_pool2d_with_indices_backward(dp, y, size, size, (0, 0), (1, 1), False, index)
 
 
 def _weight_gradient(padded: torch.Tensor, dy: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -261,10 +261,10 @@ class _State:
         if index:
             return norm(self.raw[index][group])
         scale = norm.gamma * norm.rstd
-        weight = (self.weights[0].to(self.wide) * scale[:, None, None])[:, :, None].to(self.dtype)
-        x = self.x[group][:, None, None].to(self.dtype)
+        weight = (self.weights[0][:, 0].to(self.wide) * scale[:, None]).to(self.dtype)
         shift = (norm.beta - norm.mean * scale).to(self.dtype)
-        return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), shift, (1, FIRST.stride))
+        x, weight = (t[:, None, :, None].permute(0, 3, 1, 2) for t in (self.x[group].to(self.dtype), weight))
+        return F.conv2d(x, weight, shift, (1, FIRST.stride))
 
     def activation(self, index, group):
         """The layer's output (n, C, 1, T): after BN, ReLU and pool."""
@@ -272,13 +272,12 @@ class _State:
 
     def padded(self, index, group, padding, buffers):
         """The same with zeros in time on both sides, (n, T + 2 padding, C), in a buffer used again."""
-        a = self.pooled[index][group] if index in self.pooled else self.normalised(index, group)
+        a = self.activation(index, group)
         shape = (a.shape[0], a.shape[3] + 2 * padding, a.shape[1])
         if shape not in buffers:
             buffers[shape] = a.new_zeros(shape)
-        inside = buffers[shape][:, padding:-padding]
-        torch.clamp_min(a, 0, out=inside[:, None].permute(0, 3, 1, 2))
-        return buffers[shape], inside[:, None].permute(0, 3, 1, 2)
+        buffers[shape][:, padding:-padding] = a[:, :, 0].transpose(1, 2)
+        return buffers[shape], a
 
     def backward(self, grad_output, wave_needed):
         weights, gammas, betas = [None] * 7, [None] * 7, [None] * 7
@@ -308,13 +307,13 @@ class _State:
             for group in range(len(raw)):
                 dy = norm.centred(dz[group], raw[group], sums[0], sums[1], self.counts[index])
                 dz[group] = raw[group] = None
-                padded, inside = self.padded(index - 1, group, layer.padding, buffers)
+                padded, a = self.padded(index - 1, group, layer.padding, buffers)
                 total = total + _weight_gradient(padded, dy, layer.dilation)
                 d = F.conv2d(dy, flipped, padding=pad, dilation=dilation)
                 if index - 1 in self.pooled:
                     da.append(d)
                     continue
-                d = aten.threshold_backward.grad_input(d, inside, 0, grad_input=d)
+                d = aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
                 if index > 1:
                     next_sums = next_sums + self.norms[index - 1].sums(d, self.raw[index - 1][group])
                     previous.append(d)
