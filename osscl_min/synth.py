@@ -346,15 +346,14 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
         except ValueError:
             found = None
         if found != record:
-            raise FileExistsError(
-                f"{root}/synthetic.json tells of other clips than asked for: use a new folder"
-            )
+            raise FileExistsError(f"{root}/synthetic.json tells of other clips: use a new folder")
         if plan.keys() <= present:
             return root
-    for stranger in sorted(
-        present - {name + part for name in (*plan, "synthetic.json") for part in ("", ".part")}
-    ):
-        raise FileExistsError(f"{root} holds other files, such as {stranger}: use a new or empty folder")
+    strangers = present - {name + part for name in (*plan, "synthetic.json") for part in ("", ".part")}
+    if strangers:
+        raise FileExistsError(
+            f"{root} holds other files, such as {min(strangers)}: use a new or empty folder"
+        )
 
     # Clips that are there come first: they are compared before anything is written.
     files = sorted(plan, key=lambda file: file not in present)
