@@ -13,6 +13,7 @@ import tyro
 
 from osscl_min.config import PRESETS, Config, EvaluateConfig
 from osscl_min.files import UserError
+from osscl_min.synth import SynthConfig
 
 Positional = tyro.conf.Positional
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
@@ -26,7 +27,6 @@ def commands(preset: Config) -> dict[str, Callable]:
     preset : Config
         Gives the defaults of every setting.
     """
-    from osscl_min.synth import SynthConfig
 
     def synth(
         out: Positional[Path],

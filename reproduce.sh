@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# From nothing to figures: environment -> data -> training -> evaluation -> ablation -> notebooks -> report.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+usage() {
+  cat <<'EOF'
+Train and evaluate OS-SCL, an anomalous sound detector that learns from normal machine sounds.
+
+  bash reproduce.sh                                 simulated machines, a few minutes on two CPU cores
+  bash reproduce.sh --test                          the tests
+  bash reproduce.sh --data DIR [--preset small]     your folder: TYPE/train/normal_id_00_00000000.wav, TYPE/test/...
+  bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2
+
+Options
+  --data DIR       data folder in the DCASE 2020 layout (wav or flac), or a packed store
+  --preset NAME    quick, small (a few hundred clips; the default with --data) or paper (the default with --full)
+  --seed N         seed of the training (default: the preset's)
+  --out DIR        folder of the run (default: runs/NAME); what is there already is used again
+  --device NAME    auto, cpu, cuda or cuda:N (default: auto)
+  --test           run the tests instead; what follows a -- goes to pytest
+  --help           this text
+
+The environment: an active conda or virtual environment that has the packages is used as it is; otherwise conda
+or mamba with environment.yml where there is one; otherwise .venv with the pins of environment.yml.
+EOF
+}
+
+fail() { echo "reproduce.sh: $1" >&2; exit 2; }
+value() { [ $# -ge 2 ] && [ -n "$2" ] || fail "$1 needs a value; see --help"; }
+
+story=quick data="" preset="" seed="" out="" device=auto pytest_arguments=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --help | -h) usage; exit 0 ;;
+    --test) story=test; shift ;;
+    --full) story=full; shift ;;
+    --data) value "$@"; data=$2; shift 2 ;;
+    --preset) value "$@"; preset=$2; shift 2 ;;
+    --seed) value "$@"; seed=$2; shift 2 ;;
+    --out) value "$@"; out=$2; shift 2 ;;
+    --device) value "$@"; device=$2; shift 2 ;;
+    --) shift; pytest_arguments=("$@"); break ;;
+    *) fail "unknown option $1; see --help" ;;
+  esac
+done
+case "$preset" in "" | quick | small | paper) ;; *) fail "unknown preset $preset: quick, small or paper" ;; esac
+case "$seed" in *[!0-9]*) fail "--seed takes a whole number, not $seed" ;; esac
+[ -z "$data" ] || data=$(cd "$data" 2>/dev/null && pwd) || fail "no such data folder; --data takes a folder"
+[ -z "$out" ] || { mkdir -p "$out" && out=$(cd "$out" && pwd); } || fail "cannot make the folder $out"
+cd "$root"
+
+# --- environment ---------------------------------------------------------------------------------------------
+
+has_packages() {
+  "$1" -c 'import sys, torch, numpy, scipy, soundfile, matplotlib, sklearn, nbconvert, ipykernel, pytest, tqdm, tyro, pooch
+sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+pins() { sed -n 's/^ *- \([a-z-]*==.*\)$/\1/p' environment.yml; }
+
+make_venv() {
+  local candidate base=""
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if command -v "$candidate" >/dev/null &&
+      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      base=$candidate && break
+    fi
+  done
+  [ -n "$base" ] || fail "no Python 3.11, 3.12 or 3.13 with venv and pip found; install one"
+  echo "making .venv with $("$base" --version)"
+  [ -x .venv/bin/python ] || "$base" -m venv .venv
+  pins >.venv/pins.part
+  .venv/bin/python -m pip install --quiet --requirement .venv/pins.part ||
+    fail "pip could not install the packages of environment.yml; its message is above"
+  mv .venv/pins.part .venv/pins
+}
+
+python=""
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && has_packages python; then
+  python=$(command -v python)
+else
+  for tool in mamba conda; do
+    if [ -z "$python" ] && command -v "$tool" >/dev/null; then
+      if [ ! -x .venv-conda/bin/python ] || ! has_packages .venv-conda/bin/python; then
+        echo "making .venv-conda with $tool"
+        "$tool" env update --quiet --prefix "$root/.venv-conda" --file environment.yml ||
+          echo "$tool could not make the environment; going on without it" >&2
+      fi
+      if has_packages .venv-conda/bin/python; then python=$root/.venv-conda/bin/python; fi
+    fi
+  done
+  if [ -z "$python" ]; then
+    [ -f .venv/pins ] && [ "$(pins)" = "$(cat .venv/pins)" ] && [ -x .venv/bin/python ] || make_venv
+    python=$root/.venv/bin/python
+  fi
+fi
+export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+osscl() { "$python" -m osscl_min "$@"; }
+
+if [ "$story" = test ]; then
+  exec "$python" -m pytest --durations=20 "${pytest_arguments[@]}"
+fi
+
+# --- the story -----------------------------------------------------------------------------------------------
+
+began=$SECONDS
+say() { printf '\n[%d:%02d] %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$1"; }
+# made RESULT SOURCE: RESULT is there and no older than SOURCE
+made() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
+
+if [ "$story" = full ]; then
+  preset=${preset:-paper} run=${out:-$root/runs/full}
+elif [ -n "$data" ]; then
+  preset=${preset:-small} run=${out:-$root/runs/$(basename "$data")-$preset${seed:+-seed$seed}}
+else
+  preset=${preset:-quick} run=${out:-$root/runs/quick}
+fi
+
+if [ "$story" = full ] && [ -z "$data" ]; then
+  fail "--full needs the data: fetch the zip files of Zenodo records 3678171, 3727685 and 3841772 and
+eval_data_list.csv of 3951620, unpack them all into one folder DIR, and run: bash reproduce.sh --full --data DIR"
+elif [ -z "$data" ]; then
+  say "simulated machines (synthetic)"
+  data=$run/data
+  osscl synth "$data"
+fi
+
+say "training, preset $preset"
+osscl train --preset "$preset" --data "$data" --out "$run" --device "$device" ${seed:+--train.seed "$seed"}
+
+say "evaluation"
+score() {
+  made "$run/$2/evaluation.json" "$run/$1" ||
+    osscl evaluate "$run/$1" --preset "$preset" --data "$data" --out "$run/$2" --device "$device"
+}
+echo "the trained network:" && score best.pt evaluation
+echo "the untrained network, for comparison:" && score initial.pt untrained
+
+say "high-frequency ablation"
+cutoffs=()
+[ "$preset" = paper ] || cutoffs=(--cutoffs 1000 3000 5000 7000)
+made "$run/high_frequency/high_frequency.json" "$run/best.pt" ||
+  osscl ablate high-frequency --checkpoint "$run/best.pt" --preset "$preset" --data "$data" \
+    --out "$run/high_frequency" --device "$device" "${cutoffs[@]}"
+
+say "notebooks"
+for notebook in notebooks/*.ipynb; do
+  executed=$run/notebooks/$(basename "$notebook")
+  if ! made "$executed" "$run/best.pt" || ! made "$executed" "$notebook"; then
+    OSSCL_RUN=$run OSSCL_DATA=$data "$python" -m nbconvert --log-level WARN --to notebook --execute \
+      --output-dir "$run/notebooks" "$notebook"
+  fi
+done
+
+say "report"
+osscl report "$run" --data "$data"
