@@ -1,4 +1,8 @@
-"""TFgram in training: forward and backward with exact batch statistics."""
+"""TFgram in training: seven convolutions with exact batch statistics, forward and backward.
+
+`tfgram_train_ref` is the definition, `tfgram_train_triton` the fused kernels, `tfgram_train_cpu` the same
+steps for a CPU's caches.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,11 @@ from torch import Tensor, nn
 from .backend import resolve
 from .tfgram_infer import LAYERS, frames
 from .tfgram_train_cpu import ClipwiseTFgram
+from .tfgram_train_triton import compile_cases, forward, lengths
+
+__all__ = [
+    "compile_cases", "lengths", "rows", "tfgram_train", "tfgram_train_ref", "update_running_statistics",
+]  # fmt: skip
 
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
 MIN_SAMPLES = 40  # below it the adaptive pools would have to repeat frames
@@ -110,6 +119,12 @@ def tfgram_train(
     with torch.autocast(device, enabled=False):
         if choice == "torch" and device != "cpu":
             return _reference_in(wave, weights, gammas, betas, eps, hop, precision)
+        if choice == "triton":
+            output, means, variances, _ = forward(
+                wave, list(weights), list(gammas), list(betas), eps, hop, precision
+            )
+            sizes = [layer.outputs for layer in LAYERS]
+            return output, list(means.split(sizes)), list(variances.split(sizes))
         dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(wave.dtype, torch.float32)
         output, *statistics = ClipwiseTFgram.apply(wave, eps, hop, dtype, *weights, *gammas, *betas)
     return output, statistics[:7], statistics[7:]
@@ -149,13 +164,6 @@ def update_running_statistics(
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
         unbiased = variance.to(norm.running_var.dtype) * (count / (count - 1))
         norm.running_var.lerp_(unbiased, momentum)
-
-
-def lengths(samples: int, hop: int = 512) -> list[int]:
-    """Time steps of each layer's convolution output, before its pool."""
-    first = (samples + 2 * LAYERS[0].padding - LAYERS[0].kernel) // LAYERS[0].stride + 1
-    wide = 2 * frames(samples, hop)
-    return [first, first, first, first // 4, first // 4, wide, wide]
 
 
 def rows(wave: Tensor, hop: int = 512) -> list[int]:
