@@ -18,6 +18,8 @@ from scipy import signal
 from scipy.io import wavfile
 from tqdm import tqdm
 
+from osscl_min.files import UserError, replacing, write_json
+
 IDS = {
     "fan": ("00", "02", "04", "06"),
     "pump": ("00", "02", "04", "06"),
@@ -72,9 +74,9 @@ class SynthConfig:
         least = dict(seconds=1, sample_rate=16000, train_clips=1, test_normal=1, test_anomaly=1, seed=0)
         for name, low in least.items():
             if not getattr(self, name) >= low:
-                raise ValueError(f"SynthConfig.{name} is {getattr(self, name)}: give at least {low}")
+                raise UserError(f"SynthConfig.{name} is {getattr(self, name)}: give at least {low}")
         if not (1 <= self.ids_per_type <= 4 and math.isfinite(self.snr_db) and math.isfinite(self.seconds)):
-            raise ValueError(f"ids_per_type must be 1 to 4, snr_db and seconds finite numbers: {self}")
+            raise UserError(f"ids_per_type must be 1 to 4, snr_db and seconds finite numbers: {self}")
 
 
 def clip_generator(seed: int, *name: str | int) -> np.random.Generator:
@@ -89,7 +91,7 @@ def machine_parameters(machine_type: str, machine_id: str, seed: int) -> SimpleN
     machines of a type are alike but never the same.
     """
     if machine_type not in IDS or machine_id not in IDS[machine_type]:
-        raise ValueError(f"no simulated machine {machine_type!r} id {machine_id!r}; there are {IDS}")
+        raise UserError(f"no simulated machine {machine_type!r} id {machine_id!r}; there are {IDS}")
     rng, ids = clip_generator(seed, machine_type), IDS[machine_type]
     values = {}
     for name, (low, high) in PARAMETERS[machine_type].items():
@@ -279,12 +281,12 @@ def machine_clip(
 
     Raises
     ------
-    ValueError
+    UserError
         For an unknown machine, or a fault that its type does not have.
     """
     p = machine_parameters(machine_type, machine_id, config.seed)
     if anomaly is not None and anomaly not in ANOMALIES[machine_type]:
-        raise ValueError(f"a {machine_type} has no fault {anomaly!r}; it has {ANOMALIES[machine_type]}")
+        raise UserError(f"a {machine_type} has no fault {anomaly!r}; it has {ANOMALIES[machine_type]}")
     clip = _Clip(rng, config, anomaly)
     sound, drive = MACHINES[machine_type](clip, p)
     machine = _damage(clip, _unit(sound), drive)
@@ -308,13 +310,6 @@ def _plan(config: SynthConfig) -> dict[str, tuple[tuple[str | int, ...], str | N
     return plan
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: a file is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
 def write_dataset(root: Path, config: SynthConfig) -> Path:
     """Write the simulated data set as 16-bit mono wav files in the DCASE 2020 layout.
 
@@ -325,12 +320,12 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
 
     Raises
     ------
-    FileExistsError
+    UserError
         If `root` holds another configuration or other files, or is a file itself.
     """
     root, plan = Path(root), _plan(config)
     if root.exists() and not root.is_dir():
-        raise FileExistsError(f"{root} is a file: name a folder for the simulated clips")
+        raise UserError(f"{root} is a file: name a folder for the simulated clips")
     machines = sorted({name[:2] for name, _ in plan.values()})
     record = {
         "note": NOTE,
@@ -346,14 +341,12 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
         except ValueError:
             found = None
         if found != record:
-            raise FileExistsError(f"{root}/synthetic.json tells of other clips: use a new folder")
+            raise UserError(f"{root}/synthetic.json tells of other clips: use a new folder")
         if plan.keys() <= present:
             return root
-    strangers = present - {name + part for name in (*plan, "synthetic.json") for part in ("", ".part")}
+    strangers = {name for name in present - {*plan, "synthetic.json"} if not name.endswith(".part")}
     if strangers:
-        raise FileExistsError(
-            f"{root} holds other files, such as {min(strangers)}: use a new or empty folder"
-        )
+        raise UserError(f"{root} holds other files, such as {min(strangers)}: use a new or empty folder")
 
     # Clips that are there come first: they are compared before anything is written.
     files = sorted(plan, key=lambda file: file not in present)
@@ -363,9 +356,9 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
         wav = io.BytesIO()
         wavfile.write(wav, config.sample_rate, np.round(wave * 32767).astype("<i2"))
         if file not in present:
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            _write(root / file, wav.getvalue())
+            with replacing(root / file, "wb") as target:
+                target.write(wav.getvalue())
         elif (root / file).read_bytes() != wav.getvalue():
-            raise FileExistsError(f"{root / file} is not the clip of this configuration: use a new folder")
-    _write(root / "synthetic.json", (json.dumps(record, indent=1) + "\n").encode())
+            raise UserError(f"{root / file} is not the clip of this configuration: use a new folder")
+    write_json(root / "synthetic.json", record)
     return root

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
+from osscl_min.files import UserError
 from osscl_min.synth import ANOMALIES, IDS, SynthConfig, clip_generator, machine_clip, machine_parameters
 from osscl_min.synth import write_dataset as write
 
@@ -121,7 +122,7 @@ def test_complete_folder_is_left_alone_and_interrupted_one_is_completed(folder, 
 
     (root / "synthetic.json").unlink()
     (root / "fan/train/normal_id_00_00000000.wav").unlink()
-    (root / "fan/train/normal_id_00_00000000.wav.part").write_bytes(b"half a clip")
+    (root / "fan/train/.normal_id_00_00000000.wav.x1.part").write_bytes(b"half a clip")
     kept = root / "pump/train/normal_id_00_00000000.wav"
     write(root, small)
     assert snapshot(root) == before
@@ -147,7 +148,7 @@ def test_refuses_what_it_did_not_write(tmp_path, trouble):
         else:
             (root / "synthetic.json").write_text("{")
     before = snapshot(root)
-    with pytest.raises(FileExistsError, match="folder"):
+    with pytest.raises(UserError, match="folder"):
         write(root, small)
     assert snapshot(root) == before
 
@@ -165,14 +166,14 @@ def test_refuses_what_it_did_not_write(tmp_path, trouble):
     ],
 )
 def test_config_rejects_nonsense(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         SynthConfig(**wrong)
 
 
 def test_unknown_machine_and_fault_are_errors():
-    with pytest.raises(ValueError, match="'fan' id '99'"):
+    with pytest.raises(UserError, match="'fan' id '99'"):
         simulate("fan", "99", 0)
-    with pytest.raises(ValueError, match="no fault 'leak'"):
+    with pytest.raises(UserError, match="no fault 'leak'"):
         simulate("fan", "00", 0, "leak")
 
 
