@@ -1,0 +1,131 @@
+"""Metrics: real scores, hand-made corners, the bootstrap's vectorised areas against scikit-learn."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from osscl_min.files import UserError
+from osscl_min.metrics import Score, evaluate_scores, read_scores, table, weighted_auc, write_metrics
+
+
+def test_real_scores_give_their_authors_figures(real_data, tmp_path):
+    metrics = evaluate_scores(read_scores(real_data / "stgram_scores"))
+    write_metrics(metrics, tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    ids = {(entry["type"], entry["id"]): (entry["auc"], entry["pauc"]) for entry in metrics["ids"]}
+    types = {entry["type"]: (entry["auc_id_mean"], entry["pauc_id_mean"]) for entry in metrics["types"]}
+    average = metrics["average"]["auc_id_mean"], metrics["average"]["pauc_id_mean"]
+    machine_type, compared = None, 0
+    with open(real_data / "stgram_scores" / "result.csv", newline="") as file:
+        for row in csv.reader(file):
+            if len(row) == 1:
+                machine_type = row[0]
+            elif row and row[0] != "id":
+                ours = {"Average": types[machine_type], "Total Average": average}.get(row[0])
+                ours = ours or ids[machine_type, row[0]]
+                assert np.abs(np.subtract(ours, [float(value) for value in row[1:]])).max() <= 1e-12
+                compared += 1
+    assert compared == 23 + 6 + 1
+    assert sum(entry["normal"] + entry["anomaly"] for entry in metrics["ids"]) == 10_868
+
+
+def scores(machine_type, machine_id, truth, values):
+    return [
+        Score(f"{n}.wav", machine_type, machine_id, float(v), t)
+        for n, (t, v) in enumerate(zip(truth, values, strict=True))
+    ]
+
+
+def test_pooled_and_id_mean_differ():
+    # each id is perfect on its own scale; pooled, the second id's normals stand above the first's anomalies
+    both = scores("fan", "00", [0, 1], [0, 1]) + scores("fan", "02", [0, 1], [10, 11])
+    (fan,) = evaluate_scores(both)["types"]
+    assert fan["auc_id_mean"] == fan["mauc"] == 1.0
+    assert fan["auc_pooled"] == 0.75
+
+
+def test_one_class_gives_none_and_is_left_out_of_means():
+    metrics = evaluate_scores(
+        scores("fan", "00", [0, 1, 0, 1], [0, 1, 2, 3]) + scores("fan", "02", [0, 0], [5, 6]), bootstrap=20
+    )
+    assert metrics["ids"][1]["auc"] is None and metrics["ids"][1]["interval"]["auc"] is None
+    assert metrics["types"][0]["auc_id_mean"] == metrics["ids"][0]["auc"] == 0.75
+    alone = evaluate_scores(scores("fan", "00", [0, 0], [1, 2]), bootstrap=20)
+    assert alone["average"]["auc_pooled"] is None
+    assert table(alone)[-1][1] == "-"
+
+
+def test_no_truth_or_a_score_that_is_not_finite_is_an_error():
+    with pytest.raises(UserError, match="no clip has a known truth"):
+        evaluate_scores(scores("fan", "00", [None, None], [1, 2]))
+    with pytest.raises(UserError, match="fan 1.wav: the score is nan"):
+        evaluate_scores(scores("fan", "00", [0, 1], [1, float("nan")]))
+
+
+@pytest.mark.parametrize("max_fpr", [1.0, 0.1, 0.3])
+def test_weighted_areas_equal_scikit_learns(max_fpr):
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 2, 60)
+    value = np.round(random.standard_normal(60) + truth, 1)  # with ties
+    weight = random.integers(0, 3, (20, 60))
+    expected = [
+        roc_auc_score(np.repeat(truth, w), np.repeat(value, w), max_fpr=None if max_fpr == 1 else max_fpr)
+        for w in weight
+    ]
+    np.testing.assert_allclose(weighted_auc(truth, value, weight, max_fpr), expected, rtol=0, atol=1e-14)
+
+
+def test_intervals_hold_the_figure_and_shrink_with_more_clips():
+    random = np.random.default_rng(0)
+
+    def width(count):
+        truth = np.arange(count) % 2
+        metrics = evaluate_scores(
+            scores("fan", "00", truth, random.standard_normal(count) + truth), bootstrap=300
+        )
+        low, high = metrics["types"][0]["interval"]["auc_pooled"]
+        assert low < metrics["types"][0]["auc_pooled"] < high
+        assert metrics["average"]["interval"]["mauc"] == [low, high]
+        return high - low
+
+    assert width(2000) < width(40) / 3
+
+
+def test_reading_both_names_and_labels(tmp_path):
+    (tmp_path / "anomaly_score_fan_id_01.csv").write_text("id_01_00000000.wav,0.5\nid_01_00000001.wav,0.25\n")
+    (tmp_path / "my_pump_anomaly_score_id_02.csv").write_text(
+        "normal_id_02_0.wav,1\nanomaly_id_02_0.wav,2\n\n"
+    )
+    labels = tmp_path / "labels.txt"
+    labels.write_text(
+        "fan\nid_01_00000000.wav,anomaly_id_01_00000097.wav,1\nid_01_00000001.wav,normal_id_01_1.wav,0\n"
+    )
+    found = {(s.machine_type, s.machine_id, s.anomaly): s.score for s in read_scores(tmp_path, labels)}
+    assert found == {
+        ("fan", "01", 1): 0.5,
+        ("fan", "01", 0): 0.25,
+        ("my_pump", "02", 0): 1,
+        ("my_pump", "02", 1): 2,
+    }
+    assert [s.anomaly for s in read_scores(tmp_path)][:2] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("other.csv", "", "no score file in it"),
+        (
+            "anomaly_score_fan_id_00.csv",
+            "a.wav,1\nb.wav\n",
+            "line 2: expected `file name,score`, got 'b.wav'",
+        ),
+        ("anomaly_score_fan_id_00.csv", "a.wav,high\n", "line 1: expected"),
+    ],
+)
+def test_bad_score_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_scores(tmp_path)
