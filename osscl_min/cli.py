@@ -16,6 +16,7 @@ from osscl_min.files import UserError
 from osscl_min.synth import SynthConfig
 
 Positional = tyro.conf.Positional
+Preset = Literal["paper", "small", "quick"]
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
 
 
@@ -67,6 +68,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         data: Path,
         out: Path,
         config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = preset.evaluate,
+        preset: Preset = preset.preset,
         device: Device = "auto",
         strict: bool = False,
     ) -> None:
@@ -77,6 +79,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             data: Data folder (TYPE/test/...) or packed store.
             out: Folder for the scores and tables.
             config: Batch size and bootstrap.
+            preset: Chooses the defaults of the settings.
             device: Where to compute.
             strict: Stop if any file cannot be used.
         """
@@ -117,6 +120,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         out: Path,
         cutoffs: tuple[float, ...] | None = None,
         config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = preset.evaluate,
+        preset: Preset = preset.preset,
         device: Device = "auto",
     ) -> None:
         """Run an experiment on a trained detector.
@@ -128,6 +132,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             out: Folder for the result.
             cutoffs: Cut-off frequencies in Hz.
             config: Batch size and bootstrap.
+            preset: Chooses the defaults of the settings.
             device: Where to compute.
         """
         from osscl_min.experiments import CUTOFFS, high_frequency

@@ -120,8 +120,8 @@ PRESETS: dict[str, Config] = {
         train=TrainConfig(
             epochs=12,
             batch_size=16,
-            learning_rate=2e-3,
-            final_learning_rate=2e-5,
+            learning_rate=1e-3,
+            final_learning_rate=1e-5,
             ema_decay=0.97,
             validation_fraction=0.1,
         ),
