@@ -1,0 +1,294 @@
+"""TFgram at inference against float64: an error of at most twice the plain PyTorch path's plus FLOOR."""
+
+import os
+
+import pytest
+import torch
+from osscl_kernels import backend, tfgram_infer
+from osscl_kernels.tfgram_infer import LAYERS, Folded, fold_batchnorm, frames, tfgram_infer_ref
+from torch import nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOOR = 1e-6  # of the largest output
+infer = tfgram_infer.tfgram_infer
+pytestmark = pytest.mark.skipif(backend.triton is None, reason="triton is not installed")
+
+
+class Modules(nn.Module):
+    """The plain layers, with statistics and affine as training leaves them: some gammas negative, one 0."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.ModuleList(
+            nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, dilation=x.dilation, bias=False)
+            for x in LAYERS
+        )
+        self.norm = nn.ModuleList(nn.BatchNorm1d(x.outputs) for x in LAYERS)
+        for norm in self.norm:
+            nn.init.normal_(norm.weight)
+            norm.weight.data[3] = 0.0
+            nn.init.normal_(norm.bias, std=0.3)
+            norm.running_mean.normal_(std=0.2)
+            norm.running_var.uniform_(0.2, 2.0)
+
+    def forward(self, wave):
+        x, count = wave.unsqueeze(1), frames(wave.shape[1])
+        for conv, norm, layer in zip(self.conv, self.norm, LAYERS, strict=True):
+            x = nn.functional.relu(norm(conv(x)))
+            if layer.pool == "max4":
+                x = nn.functional.max_pool1d(x, 4)
+            elif layer.pool:
+                x = nn.functional.adaptive_max_pool1d(x, 2 * count if layer.pool == "frames2" else count)
+        return x
+
+
+@pytest.fixture(scope="module")
+def module():
+    return Modules().eval().to(DEVICE).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def folded(module):
+    return fold_batchnorm(module)
+
+
+@pytest.fixture(scope="module")
+def exact(module):
+    return fold_batchnorm(module, torch.float64)
+
+
+@pytest.fixture
+def poison():
+    """Every fresh tensor holds NaN until something is written there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def waves(clips, samples, seed=1):
+    torch.manual_seed(seed)
+    return (torch.randn(clips, samples) * 0.1).to(DEVICE)
+
+
+def error(out, truth):
+    assert out.shape == truth.shape
+    return ((out.double() - truth).abs().max() / truth.abs().max()).item()  # NaN compares false: it fails
+
+
+def plain(wave, folded, precision, **options):
+    """What PyTorch makes of it in the same precision, layer by layer."""
+    if precision == "bf16":
+        return tfgram_infer_ref(wave.bfloat16(), folded.to(torch.bfloat16), **options)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"):
+        return tfgram_infer_ref(wave, folded, **options)
+
+
+def assert_within_budget(out, wave, folded, exact, precision, **options):
+    truth = tfgram_infer_ref(wave.double(), exact, **options)
+    assert truth.abs().max() > 0
+    assert out.isfinite().all()
+    assert error(out, truth) <= 2 * error(plain(wave, folded, precision, **options), truth) + FLOOR
+
+
+@pytest.mark.parametrize("samples", [16000, 777])
+def test_folding_changes_nothing(module, exact, samples):
+    wave = waves(2, samples).double()
+    truth = Modules().eval().to(DEVICE).double()(wave).detach()
+    assert error(tfgram_infer_ref(wave, exact), truth) < 1e-13
+    assert error(infer(wave, exact), truth) < 1e-12
+    assert infer(wave, exact).dtype == torch.float64
+
+
+def test_folded_layout_and_dtypes(module):
+    half = fold_batchnorm(module, torch.bfloat16)
+    assert [tuple(w.shape) for w in half.weights] == [(x.kernel, x.inputs, x.outputs) for x in LAYERS]
+    assert {w.dtype for w in half.weights} == {torch.bfloat16} and {b.dtype for b in half.biases} == {
+        torch.float32
+    }
+    assert all(w.is_contiguous() for w in half.weights)
+
+
+SHAPES = [(1, 20), (2, 777), (3, 1003), (1, 2560), (1, 16000), (2, 17003)]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize(("clips", "samples"), SHAPES)
+def test_torch_path_against_float64(folded, exact, clips, samples, precision):
+    wave = waves(clips, samples)
+    out = infer(wave, folded, precision=precision, backend="torch")
+    assert out.shape == (clips, 128, frames(samples)) and out.dtype == torch.float32
+    assert_within_budget(out, wave, folded, exact, precision)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"] if DEVICE == "cpu" else ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize(("clips", "samples"), SHAPES)
+def test_kernels_against_float64(folded, exact, poison, clips, samples, precision):
+    wave = waves(clips, samples)
+    out = infer(wave, folded, precision=precision, backend="triton")
+    assert out.shape == (clips, 128, frames(samples)) and out.dtype == torch.float32
+    assert_within_budget(out, wave, folded, exact, precision)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="another architecture's tiles")
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize("family", [80, 86, 100])
+def test_every_configuration(folded, exact, poison, monkeypatch, family, precision):
+    monkeypatch.setattr(tfgram_infer, "_family", lambda wave: family)
+    wave = waves(2, 1511)
+    assert_within_budget(
+        infer(wave, folded, precision=precision, backend="triton"), wave, folded, exact, precision
+    )
+
+
+@pytest.mark.parametrize("segment", [4, 36, 1024])
+def test_segments_are_seamless(folded, exact, poison, monkeypatch, segment):
+    wave = waves(1 if segment == 4 else 2, 700)
+    monkeypatch.setattr(tfgram_infer, "_segment", lambda *_: segment)
+    assert_within_budget(infer(wave, folded, precision="ieee", backend="triton"), wave, folded, exact, "ieee")
+
+
+@pytest.mark.parametrize("hop", [128, 256, 1000])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_other_hops(folded, exact, hop, backend):
+    wave = waves(1, 3001)
+    out = infer(wave, folded, hop=hop, precision="ieee", backend=backend)
+    assert_within_budget(out, wave, folded, exact, "ieee", hop=hop)
+
+
+def test_windows_too_wide_for_a_tile_take_the_torch_path(folded, exact):
+    wave = waves(1, 4096)
+    out = infer(wave, folded, hop=4096, precision="ieee", backend="triton")
+    assert_within_budget(out, wave, folded, exact, "ieee", hop=4096)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_strided_waves(folded, backend):
+    base = waves(4, 1400)
+    for view in (
+        base[::2, :700],
+        base[:, ::2],
+        base.reshape(-1, 2)[:500].T,
+        base[:1].expand(3, -1)[:, 5:600],
+    ):
+        out = infer(view, folded, precision="ieee", backend=backend)
+        assert torch.equal(out, infer(view.contiguous(), folded, precision="ieee", backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_int16_is_the_same_wave(folded, backend):
+    whole = torch.randint(-32768, 32768, (2, 900), dtype=torch.int16, device=DEVICE)
+    whole[0, :2] = torch.tensor([-32768, 32767])
+    out = infer(whole, folded, precision="ieee", backend=backend)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, infer(whole.float() / 32768, folded, precision="ieee", backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_runs_and_batches_agree_bit_for_bit(folded, backend):
+    wave = waves(3, 1203)
+    out = infer(wave, folded, precision="ieee", backend=backend)
+    assert torch.equal(out, infer(wave, folded, precision="ieee", backend=backend))
+    if (backend == "triton") == (DEVICE == "cuda"):  # NumPy's products depend on the row's place in its tile
+        assert torch.equal(out[1:2], infer(wave[1:2], folded, precision="ieee", backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_clips(folded, backend):
+    assert infer(waves(0, 1000), folded, backend=backend).shape == (0, 128, 2)
+
+
+def test_silence_and_loud_edges(folded, exact, poison):
+    wave = torch.zeros(2, 1100, device=DEVICE)
+    wave[1, 0] = wave[1, -1] = 30.0  # what stands at the padded ends is seen, and seen once
+    assert_within_budget(infer(wave, folded, precision="ieee", backend="triton"), wave, folded, exact, "ieee")
+
+
+def test_auto_precision(folded, monkeypatch):
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    wave = waves(1, 1000)
+    half = infer(wave, folded, precision="bf16")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(infer(wave, folded), half)
+        assert not torch.equal(infer(wave, folded, precision="ieee"), half)
+    assert infer(wave.bfloat16(), folded).dtype == torch.bfloat16
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert torch.equal(infer(wave, folded), infer(wave, folded, precision="ieee"))
+
+
+def test_environment_chooses(folded, monkeypatch):
+    called = []
+    monkeypatch.setattr(tfgram_infer, "_infer", lambda wave, *_: called.append(1) or wave)
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "torch")
+    infer(waves(1, 100), folded)
+    assert not called
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    infer(waves(1, 100), folded)
+    assert called
+
+
+def test_a_gradient_takes_the_torch_path(monkeypatch):
+    module, wave = Modules().eval().to(DEVICE), waves(2, 600).requires_grad_()
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "triton")
+    infer(wave, fold_batchnorm(module), precision="ieee").square().sum().backward()
+    got = [wave.grad.clone(), *(p.grad.clone() for p in module.parameters())]
+    module.zero_grad(set_to_none=True)
+    wave.grad = None
+    module(wave).square().sum().backward()
+    for a, b in zip(got, [wave.grad, *(p.grad for p in module.parameters())], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+    with pytest.raises(RuntimeError, match="no backward"):
+        infer(wave, fold_batchnorm(module), backend="triton")
+
+
+def test_refusals(folded):
+    wave = waves(1, 1000)
+    with pytest.raises(ValueError, match="unknown precision 'fp8'"):
+        infer(wave, folded, precision="fp8")
+    for bad in (wave[:, :15], wave[0], wave[None]):
+        with pytest.raises(ValueError, match=r"expected \(clips, samples\)"):
+            infer(bad, folded)
+    with pytest.raises(ValueError, match="expected int16 or floating point"):
+        infer(wave.long(), folded)
+    with pytest.raises(ValueError, match="fold_batchnorm"):
+        infer(wave, Folded(folded.weights[:-1], folded.biases))
+
+
+def test_operator_is_well_formed(folded):
+    arguments = (waves(2, 600), list(folded.weights), list(folded.biases), 2, "ieee")
+    torch.library.opcheck(tfgram_infer._infer, arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compiles_to_one_graph(folded, backend):
+    wave = waves(2, 600)
+    compiled = torch.compile(infer, fullgraph=True, backend="aot_eager")
+    out = compiled(wave, folded, precision="ieee", backend=backend)
+    assert torch.equal(out, infer(wave, folded, precision="ieee", backend=backend))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_replays_as_a_cuda_graph(folded):
+    wave = waves(3, 16000)
+    expected = infer(wave, folded, precision="bf16", backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = infer(wave, folded, precision="bf16", backend="triton")
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_shipped_configurations_cover_every_layer():
+    for capability in tfgram_infer.CONFIGS:
+        cases = list(tfgram_infer.compile_cases(capability))
+        assert len(cases) == 16
+        assert all(case.loop_carried and case.carried_values for case in cases)
+        assert {c.constants["SLOTS"] for c in cases if "SLOTS" in c.constants} == {1, 2, 16}
+    length, pooled, *slots = tfgram_infer._pools(160_000, 313)
+    assert (length, pooled, slots) == (32_000, 8_000, [16, 2])
+
+
+if DEVICE == "cpu":
+    assert os.environ.get("TRITON_INTERPRET") == "1", "conftest.py sets it before the kernels are imported"
