@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 
 import torch
-from osscl_kernels.tfgram_infer import LAYERS
+from osscl_kernels.tfgram_infer import LAYERS, fold_batchnorm, tfgram_infer
+from osscl_kernels.tfgram_train import rows, tfgram_train, update_running_statistics
 from torch import nn
 from torch.nn import functional as F
 
@@ -52,15 +53,18 @@ class Tgram(nn.Module):
 class TFgram(nn.Module):
     """The paper's feature: seven convolutions along the wave with BatchNorm, ReLU and max-pooling.
 
+    Parameters, buffers and results are those of the plain modules; which kernels compute them is decided by
+    `osscl_kernels.backend`.
+
     Parameters
     ----------
-    frames : int
-        Frames of the result; adaptive pooling leads there through 2 * frames.
+    hop : int
+        Samples between two frames of the result; adaptive pooling leads there.
     """
 
-    def __init__(self, frames: int):
+    def __init__(self, hop: int):
         super().__init__()
-        self.frames = frames
+        self.hop = hop
         self.conv = nn.ModuleList(
             nn.Conv1d(
                 layer.inputs,
@@ -78,15 +82,16 @@ class TFgram(nn.Module):
             nn.init.xavier_uniform_(conv.weight)
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
-        """(B, samples) -> (B, 128, frames)."""
-        x = wave.unsqueeze(1)
-        for layer, conv, norm in zip(LAYERS, self.conv, self.norm, strict=True):
-            x = F.relu(norm(conv(x)))
-            if layer.pool == "max4":
-                x = F.max_pool1d(x, 4)
-            elif layer.pool:
-                x = F.adaptive_max_pool1d(x, 2 * self.frames if layer.pool == "frames2" else self.frames)
-        return x
+        """(B, samples) -> (B, 128, 1 + samples // hop)."""
+        if not self.training:
+            return tfgram_infer(wave, fold_batchnorm(self), hop=self.hop)
+        weights = [conv.weight for conv in self.conv]
+        gammas, betas = [norm.weight for norm in self.norm], [norm.bias for norm in self.norm]
+        result, means, variances = tfgram_train(
+            wave, weights, gammas, betas, eps=self.norm[0].eps, hop=self.hop
+        )
+        update_running_statistics(self.norm, means, variances, rows(wave, self.hop))
+        return result
 
 
 class ConvBlock(nn.Module):
@@ -251,7 +256,7 @@ class OSSCL(nn.Module):
             )
         self.config = config
         self.tgram = Tgram(audio.mels, audio.hop, audio.frames) if "tgram" in config.inputs else None
-        self.tfgram = TFgram(audio.frames) if "tfgram" in config.inputs else None
+        self.tfgram = TFgram(audio.hop) if "tfgram" in config.inputs else None
         self.encoder = MobileFaceNet(len(config.inputs), audio.mels, audio.frames, config.embedding)
         self.head = FeaturePerturbationHead(config.embedding, config.head) if config.head != "none" else None
         self.arcface = ArcMarginHead(config.embedding, config.classes, config.scale, config.margin)
