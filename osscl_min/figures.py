@@ -248,7 +248,7 @@ def high_frequency(path: Path | str, measure: str = "auc_id_mean") -> Figure:
             point = [condition["cutoff_hz"] or 0, entry[measure], *bounds]
             filters.setdefault(condition["filter"], []).append(point)
     title = f"AUC ({protocol}) of filtered test clips"
-    figure, axes = _panels(title, content["synthetic"], list(points), 4, (3.1, 2.8), sharey=True)
+    figure, axes = _panels(title, content["synthetic"], list(points), 4, (2.7, 2.5), sharey=True)
     for ax, filters in zip(axes, points.values(), strict=True):
         ((_, value, low, high),) = 100 * np.array(filters["none"], float)
         ax.axhline(value, color=BLACK, linestyle="--", linewidth=1.2, label="unfiltered")

@@ -1,0 +1,242 @@
+"""A run's report: one HTML page that needs nothing else, and the table that is printed last."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from osscl_min.files import UserError, replacing
+from osscl_min.metrics import _percent, table
+
+# Clips of the development test set of DCASE 2020 Task 2; only a run on exactly these stands beside PUBLISHED.
+BENCHMARK_TEST = {"fan": 1875, "pump": 856, "slider": 1290, "valve": 879, "ToyCar": 2459, "ToyConveyor": 3509}
+# System; AUC/pAUC in percent of each type above, then on average (mAUC in brackets); where it was read.
+PUBLISHED = [
+    ("OS-SCL, TFgram", "98.41/94.50 96.25/88.74 99.63/98.04 99.85/99.23 96.55/91.17 83.56/69.87",
+     "95.71/90.23 (91.23)", "average: the paper's abstract; types: second-hand"),
+    ("OS-SCL, Log-Mel", "- - - - - -", "94.64/88.42 (89.24)", "the paper's abstract"),
+    ("independent rerun of OS-SCL, 1 seed, pooled",
+     "97.81/93.73 94.52/86.26 99.62/97.99 99.91/99.53 96.12/91.13 81.69/69.40",
+     "94.95/89.67 (89.22)", "github.com/algasami/OS-SCL"),
+    ("the same scores, id-mean", "97.29/93.02 95.48/89.01 99.65/98.16 99.91/99.52 96.39/91.37 81.26/68.98",
+     "95.00/90.01", "recomputed from its scores"),
+    ("Noisy-ArcMix + TASTgram", "98.32/95.34 95.44/85.99 99.53/97.50 99.95/99.74 96.76/90.11 77.90/67.15",
+     "94.65/89.31 (89.78)", "its README"),
+    ("STgram-MFN, id-mean", "94.04/88.97 91.94/81.75 99.55/97.61 99.64/98.44 94.44/87.68 74.57/63.60",
+     "92.36/86.34 (84.86)", "its README"),
+    ("autoencoder baseline", "65.16/52.59 72.59/60.00 84.99/66.93 66.46/50.60 80.09/67.22 72.68/60.66",
+     "73.66/59.67", "its README"),
+]  # fmt: skip
+CAPTIONS = {  # of figures/NAME.png, in the page's order
+    "maps": """A normal and an anomalous clip of one machine as the encoder sees them. The channels of Tgram
+    and TFgram are learned and have no order.""",
+    "training": """The loss on mixed clips does not near 0, since a mixed clip's labels contradict each other.
+    The epoch with the lowest validation loss of the averaged weights (EMA) is kept.""",
+    "scores": "A machine type is detected as far as the two colours part. The axis is logarithmic.",
+    "roc": """A type's ids pooled (the authors' protocol), each id alone (the challenge averages their areas),
+    and the network before training.""",
+    "embeddings": """A cluster is a machine; a clip beside the clusters gets a high score. Distances between
+    clusters mean little in such a map.""",
+    "high_frequency": """Test clips are filtered, the detector stays as trained; bands are 95 % intervals.
+    Filtered clips are also unlike those trained on: a drop bounds the reliance on a band from above.""",
+}
+BANNER = """<p class="banner"><b>Synthetic data.</b> The machines are simulated. This shows that the code
+learns; it says nothing about real machines and is no benchmark result.</p>"""
+PROTOCOLS = """<p>Percent, with 95 % bootstrap intervals over the clips. Pooled: one ROC over a type's ids, as
+the authors measure. Id-mean: the mean over the ids, as the DCASE 2020 challenge does. pAUC: up to a
+false-positive rate of 0.1. mAUC: the lowest AUC of a type's ids. Machine recognised: normal clips taken for
+their own machine.</p>"""
+BESIDE = """<h2>Beside published numbers</h2><p>AUC/pAUC in percent, mAUC in brackets; development test set.
+The six pAUC values of the first published row average 90.26; the paper's abstract says 90.23.</p>"""
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>OS-SCL report</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 66em; margin: 2em auto; padding: 1em }}
+h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2em }} h1, h2, h3 {{ line-height: 1.2; break-after: avoid }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92em }}
+th, td {{ padding: 0.25em 1em 0.25em 0; text-align: left; vertical-align: top; border-top: 1px solid #ddd }}
+th {{ border: 0; border-bottom: 2px solid #555 }} small {{ color: #666; display: block }}
+.banner {{ background: #fff3d6; border-left: 6px solid #e69f00; padding: 0.7em }} .wide {{ overflow: auto }}
+figure {{ margin: 2em 0 }} img {{ max-width: 100% }} figcaption {{ color: #444 }} code {{ background: #eee }}
+pre {{ columns: 3; font-size: 0.85em }} td:first-child, small {{ white-space: nowrap }}
+@media print {{ body {{ max-width: none; font-size: 8pt }} figure, tr {{ break-inside: avoid }} }}
+</style></head><body>
+<h1>OS-SCL on {data}</h1>
+<p>Anomalous sound detection trained on normal sounds alone; an independent reproduction of Huang, Fang and
+He, ICASSP 2025, arXiv 2509.13853.</p>
+{banner}
+<h2>Results</h2>{results}
+{published}
+<h2>Figures</h2>{figures}
+<h2>High frequencies</h2>{high_frequency}
+<h2>Files not used</h2>{problems}
+<h2>Configuration</h2>{configuration}
+<h2>Provenance</h2>{provenance}
+</body></html>
+"""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file, empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _metrics(evaluation: Path) -> dict[str, Any]:
+    """Of the development set, or of the evaluation set where only that has a known truth."""
+    return _read(evaluation / "metrics.json") or _read(evaluation / "evaluation_set" / "metrics.json")
+
+
+def results_table(run: Path | str) -> list[list[str]]:
+    """A run's result in percent: machine types, their average, and that of the untrained network.
+
+    Returns
+    -------
+    list of rows, the header first, as `metrics.as_text` takes them
+
+    Raises
+    ------
+    UserError
+        If the run has not been evaluated, or no clip has a known truth.
+    """
+    trained, untrained = (_metrics(Path(run) / name) for name in ("evaluation", "untrained"))
+    if not trained:
+        raise UserError(
+            f"{run}: no metrics in it; run `python -m osscl_min evaluate` on clips of known truth"
+        )
+    rows = table(trained, [("average, untrained", untrained["average"])] if untrained else [])
+    recognised = {"machine type": "machine recognised"}
+    for row, name in (("average", "evaluation"), ("average, untrained", "untrained")):
+        accuracy = _read(Path(run) / name / "evaluation.json").get("identity_accuracy")
+        recognised[row] = "-" if accuracy is None else f"{100 * accuracy:.1f}"
+    return [[*row, recognised.get(row[0], "")] for row in rows]
+
+
+def published_table(metrics: dict[str, Any], synthetic: bool) -> list[list[str]]:
+    """This run above PUBLISHED; empty unless its clips are the benchmark's whole development test set."""
+    counts: Counter[str] = Counter()
+    for entry in metrics.get("ids", []):
+        counts[entry["type"]] += entry["normal"] + entry["anomaly"]
+    if synthetic or counts != BENCHMARK_TEST:
+        return []
+    types = {entry["type"]: entry for entry in metrics["types"]}
+    rows = [["system", *BENCHMARK_TEST, "average", "read from"]]
+    for protocol in ("pooled", "id_mean"):
+        cells = [
+            f"{100 * entry[f'auc_{protocol}']:.2f}/{100 * entry[f'pauc_{protocol}']:.2f}"
+            for entry in (*(types[name] for name in BENCHMARK_TEST), metrics["average"])
+        ]
+        cells[-1] += f" ({100 * metrics['average']['mauc']:.2f})"
+        rows.append([f"this run, {protocol.replace('_', '-')}", *cells, ""])
+    return rows + [[system, *types.split(), average, source] for system, types, average, source in PUBLISHED]
+
+
+def write(run: Path | str, out: Path | str | None = None) -> Path:
+    """Write a run's report; a section whose files are missing says which command makes them.
+
+    Parameters
+    ----------
+    run : Path or str
+    out : Path or str, optional
+        report.html in the run's folder by default.
+    """
+    run = Path(run)
+    out = run / "report.html" if out is None else Path(out)
+    training, evaluation = _read(run / "config.json"), _read(run / "evaluation" / "evaluation.json")
+    ablation = _read(run / "high_frequency" / "high_frequency.json")
+    data = training.get("data", {})
+    synthetic = any(part.get("synthetic") for part in (data, evaluation, ablation))
+    published = published_table(_metrics(run / "evaluation"), synthetic)
+    problems = data.get("problems", {}) | evaluation.get("problems", {})
+    settings = f"<pre>{escape(json.dumps(training['config'], indent=2))}</pre>" if training else ""
+    origins = {"training": training, "evaluation": evaluation, "filtering": ablation}
+    origins = {name: part["provenance"] for name, part in origins.items() if part}
+    facts = dict.fromkeys(fact for origin in origins.values() for fact in origin)
+    page = PAGE.format(
+        data="simulated machines" if synthetic else escape(evaluation.get("data") or data.get("folder", "")),
+        banner=BANNER if synthetic else "",
+        results=_results(run, evaluation),
+        published=BESIDE + _table(published) if published else "",
+        figures=_figures(run, synthetic),
+        high_frequency=_high_frequency(ablation),
+        problems=_table([["file", "reason"], *problems.items()]) if problems else "<p>None.</p>",
+        configuration=settings or _missing("train --data DATA --out RUN"),
+        provenance=_table([["", *origins], *([f, *(o.get(f, "") for o in origins.values())] for f in facts)]),
+    )
+    with replacing(out) as file:
+        file.write(page)
+    return out
+
+
+def _results(run: Path, evaluation: dict[str, Any]) -> str:
+    if not evaluation:
+        return _missing("evaluate RUN/best.pt --data DATA --out RUN/evaluation")
+    facts = "{clips} test clips of {machines} machines; {ms_per_clip:.1f} ms a clip. {not_scored}"
+    page = f"<p>{escape(facts.format(**evaluation))}</p>"
+    metrics = _metrics(run / "evaluation")
+    if not metrics:
+        return page + "<p>No clip has a known truth: there are scores, but nothing to measure.</p>"
+    page += PROTOCOLS + _table(results_table(run))
+    if not _metrics(run / "untrained"):
+        page += _missing("evaluate RUN/initial.pt --data DATA --out RUN/untrained")
+    apart = _read(run / "evaluation" / "evaluation_set" / "metrics.json")
+    if apart and apart != metrics:
+        page += "<h3>Evaluation set</h3>" + _table(table(apart)) + _machines(apart)
+    return page + "<h3>Each machine</h3>" + _machines(metrics)
+
+
+def _machines(metrics: dict[str, Any]) -> str:
+    rows = [["type", "id", "normal", "anomalous", "AUC", "pAUC"]]
+    for entry in metrics["ids"]:
+        counts = [entry[name] for name in ("type", "id", "normal", "anomaly")]
+        rows.append([*counts, _percent(entry, "auc"), _percent(entry, "pauc")])
+    return _table(rows)
+
+
+def _figures(run: Path, synthetic: bool) -> str:
+    page = ""
+    pictures = {path.stem: path for path in sorted((run / "figures").glob("*.png"))}
+    for name in sorted(pictures, key=[*CAPTIONS, *pictures].index):
+        coded = base64.b64encode(pictures[name].read_bytes()).decode()
+        text = escape("Synthetic data. " * synthetic + CAPTIONS.get(name, name))
+        page += f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{coded}">'
+        page += f"<figcaption>{text}</figcaption></figure>\n"
+    return page or _missing("report RUN --data DATA")
+
+
+def _high_frequency(ablation: dict[str, Any]) -> str:
+    if not ablation:
+        return _missing("ablate high-frequency --checkpoint RUN/best.pt --data DATA --out RUN/high_frequency")
+    rows = [
+        [
+            "filter",
+            "cut-off (Hz)",
+            "average",
+            *(e["type"] for e in ablation["conditions"][0]["metrics"]["types"]),
+        ]
+    ]
+    for condition in ablation["conditions"]:
+        metrics = condition["metrics"]
+        cells = [_percent(entry, "auc_id_mean") for entry in (metrics["average"], *metrics["types"])]
+        rows.append(
+            [condition["filter"], f"{condition['cutoff_hz']:g}" if condition["cutoff_hz"] else "-", *cells]
+        )
+    text = "AUC, id-mean, percent. Filter: {filter}, order {order}, of clips at {sample_rate} Hz."
+    return f"<p>{escape(text.format(**ablation))}</p>" + _table(rows)
+
+
+def _missing(command: str) -> str:
+    return f"<p>Not there yet. To make it: <code>python -m osscl_min {escape(command)}</code></p>"
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as an HTML table, the first one its header."""
+    lines = ["".join(f"<th>{escape(str(cell))}</th>" for cell in rows[0])]
+    for row in rows[1:]:
+        cells = (re.sub(r" (\[[^]]*\])$", r" <small>\1</small>", escape(str(cell))) for cell in row)
+        lines.append("".join(f"<td>{cell}</td>" for cell in cells))
+    return '<div class="wide"><table>\n<tr>' + "</tr>\n<tr>".join(lines) + "</tr>\n</table></div>\n"
