@@ -94,13 +94,30 @@ class TFgram(nn.Module):
         return result
 
 
+class _OneValueSafe:
+    """BatchNorm that takes its running statistics where a batch has one value a channel, and cannot fail."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class BatchNorm1d(_OneValueSafe, nn.BatchNorm1d):
+    """Of vectors."""
+
+
+class BatchNorm2d(_OneValueSafe, nn.BatchNorm2d):
+    """Of maps."""
+
+
 class ConvBlock(nn.Module):
     """Conv2d without bias, BatchNorm and, unless linear, a PReLU per channel."""
 
     def __init__(self, inputs, outputs, kernel, stride=1, padding=0, groups=1, linear=False):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(outputs)
+        self.bn = BatchNorm2d(outputs)
         self.prelu = None if linear else nn.PReLU(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,13 +134,13 @@ class Bottleneck(nn.Module):
         inner = inputs * expansion
         self.conv = nn.Sequential(
             nn.Conv2d(inputs, inner, 1, bias=False),
-            nn.BatchNorm2d(inner),
+            BatchNorm2d(inner),
             nn.PReLU(inner),
             nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
-            nn.BatchNorm2d(inner),
+            BatchNorm2d(inner),
             nn.PReLU(inner),
             nn.Conv2d(inner, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNorm2d(outputs),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,10 +210,10 @@ class FeaturePerturbationHead(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(embedding, half),
             activation(),
-            nn.BatchNorm1d(half),
+            BatchNorm1d(half),
             nn.Linear(half, embedding),
             activation(),
-            nn.BatchNorm1d(embedding),
+            BatchNorm1d(embedding),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
