@@ -70,19 +70,15 @@ def _activation(
 
 
 @jit
-def _dy(Y, DZ, IDX, AFF, GRAD, clip, t, c, length, pooled, count, C: tl.constexpr, POOL: tl.constexpr):
-    """Gradient of the raw output at time steps t; zero outside. POOL: 0 none, 4 by four, 1 adaptive."""
+def _dy(Y, DZ, IDX, AFF, GRAD, clip, t, c, length, pooled, count, C: tl.constexpr, BY4: tl.constexpr):
+    """Gradient of the raw output at time steps t, zero outside; DZ and IDX are of the pool by four if BY4."""
     inside = (t >= 0) & (t < length)
     at = (clip * length + t)[:, None] * C + c[None, :]
     xhat, _ = _normalised(tl.load(Y + at, mask=inside[:, None], other=0.0).to(tl.float32), AFF, c, C)
-    if POOL == 0:
-        dz = tl.load(DZ + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    elif POOL == 4:
+    if BY4:
         dz = _routed(DZ, IDX, clip, t // 4, t % 4, c, inside, pooled, C)
-    else:  # windows overlap by at most one step: a step lies in one or two of them
-        w = t.to(tl.int64) * pooled // length
-        dz = _routed(DZ, IDX, clip, w, t - w * length // pooled, c, inside, pooled, C)
-        dz += _routed(DZ, IDX, clip, w + 1, t - (w + 1) * length // pooled, c, inside, pooled, C)
+    else:
+        dz = tl.load(DZ + at, mask=inside[:, None], other=0.0).to(tl.float32)
     scale = tl.load(AFF + 2 * C + c) * tl.load(AFF + C + c)
     dz -= (tl.load(GRAD + C + c)[None, :] + xhat * tl.load(GRAD + c)[None, :]) / count
     return tl.where(inside[:, None], dz * scale[None, :], 0.0)
@@ -189,14 +185,14 @@ def combine_kernel(
 
 @jit
 def pool_kernel(
-    Y, AFF, P, IDX, length, pooled, tiles, width, C: tl.constexpr, POOL: tl.constexpr, BM: tl.constexpr
+    Y, AFF, P, IDX, length, pooled, tiles, width, C: tl.constexpr, BY4: tl.constexpr, BM: tl.constexpr
 ):
     """Raw value P of each window's maximum after BN, and its place IDX in the window: the first of equals."""
     clip = (tl.program_id(0) // tiles).to(tl.int64)
     w = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
     c = tl.arange(0, C)
     inside = w < pooled
-    if POOL == 4:
+    if BY4:
         start = w.to(tl.int64) * 4
         end = start + 4
     else:
@@ -221,10 +217,25 @@ def pool_kernel(
 
 
 @jit
+def unpool_kernel(DZ, IDX, OUT, length, pooled, tiles, C: tl.constexpr, BM: tl.constexpr):
+    """Gradients of adaptive windows' maxima, added to the steps that won; a step lies in at most two windows."""
+    clip = (tl.program_id(0) // tiles).to(tl.int64)
+    t = tl.program_id(0) % tiles * BM + tl.arange(0, BM).to(tl.int64)
+    c = tl.arange(0, C)
+    inside = t < length
+    w = t * pooled // length
+    dz = _routed(DZ, IDX, clip, w, t - w * length // pooled, c, inside, pooled, C)
+    dz += _routed(DZ, IDX, clip, w + 1, t - (w + 1) * length // pooled, c, inside, pooled, C)
+    tl.store(
+        OUT + (clip * length + t)[:, None] * C + c[None, :], dz.to(OUT.dtype.element_ty), mask=inside[:, None]
+    )
+
+
+@jit
 def input_gradient_kernel(
     Y, DZ, IDX, AFF, GRAD, W, X, MU, W0, AFF_X, DX, SUMS, PRODUCTS,
     length, pooled, count, samples, tiles,
-    CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, FIRST: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
     STORE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dz of the layer before, and the tile's sums of dz xhat and dz (FIRST: of dz and dz windows)."""
@@ -236,7 +247,7 @@ def input_gradient_kernel(
     for k0 in range(0, 3 * CO, BK):
         tap = k0 // CO
         c = k0 % CO + tl.arange(0, BK)
-        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t - (tap - 1) * DILATION, c, length, pooled, count, CO, POOL)
+        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t - (tap - 1) * DILATION, c, length, pooled, count, CO, BY4)
         w = tl.load(W + (tap * CO + c)[:, None] * CI + ci[None, :])
         acc = tl.dot(dy.to(DT), w.to(DT), acc, input_precision=PREC)
     inside = (t < length)[:, None]
@@ -261,7 +272,7 @@ def input_gradient_kernel(
 def weight_gradient_kernel(
     Y, DZ, IDX, AFF, GRAD, X, MU, W0, AFF_X, PART,
     length, pooled, count, samples, tiles, all_tiles, share,
-    CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, POOL: tl.constexpr, FIRST: tl.constexpr,
+    CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BCI: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Sum over `share` tiles of time of activation x dy, for the three taps: PART (programs, 3, CI, CO)."""
@@ -274,7 +285,7 @@ def weight_gradient_kernel(
     for tile in range(part * share, tl.minimum((part + 1) * share, all_tiles)):
         clip = (tile // tiles).to(tl.int64)
         t = tile % tiles * BM + tl.arange(0, BM)
-        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t, co, length, pooled, count, CO, POOL).to(DT)
+        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t, co, length, pooled, count, CO, BY4).to(DT)
         a = _activation(X, MU, W0, AFF_X, clip, t - DILATION, ci, length, samples, CI, FIRST, PREC).to(DT)
         left = tl.dot(tl.trans(a), dy, left, input_precision=PREC)
         a = _activation(X, MU, W0, AFF_X, clip, t, ci, length, samples, CI, FIRST, PREC).to(DT)
@@ -322,7 +333,7 @@ def _options(kind: str, index: int, precision: str, capability: int) -> dict:
         DT=tl.bfloat16 if bf16 and not INTERPRETED else tl.float32, PREC="tf32" if bf16 else precision,
     )  # fmt: skip
     if kind != "conv":
-        options["POOL"] = {"": 0, "max4": 4}.get(layer.pool, 1)
+        options["BY4"] = layer.pool == "max4"
     return options | tile
 
 
@@ -423,11 +434,11 @@ def forward(
             out = pooled[index]
             source = _raw(x, precision, clips, out, layer.outputs)
             place = torch.empty_like(source, dtype=torch.uint8)
-            by = 4 if layer.pool == "max4" else 1
-            width = 4 if by == 4 else -(-length // out) + (length % out > 0)
+            by4 = layer.pool == "max4"
+            width = 4 if by4 else -(-length // out) + (length % out > 0)
             tiles = triton.cdiv(out, POOL_ROWS)
             pool_kernel[(clips * tiles,)](
-                y, affine, source, place, length, out, tiles, width, C=layer.outputs, POOL=by, BM=POOL_ROWS
+                y, affine, source, place, length, out, tiles, width, C=layer.outputs, BY4=by4, BM=POOL_ROWS
             )
             stored += [source, place]
     z = _normalised_ref(source, affine)[1]
@@ -493,9 +504,17 @@ def _backward(
     dz = dz.to(stored[-2].dtype).contiguous()
     for index in range(len(LAYERS) - 1, 0, -1):
         layer, length = LAYERS[index], size[index]
-        place = stored.pop() if layer.pool else dz
+        place = dz
         if layer.pool:
+            place = stored.pop()
             stored.pop()
+        if layer.pool not in ("", "max4"):
+            full = _raw(x, precision, clips, length, layer.outputs)
+            tiles = triton.cdiv(length, POOL_ROWS)
+            unpool_kernel[(clips * tiles,)](
+                dz, place, full, length, pooled[index], tiles, C=layer.outputs, BM=POOL_ROWS
+            )
+            dz = full
         y = stored.pop()
         source = x if index == 1 else stored[-2] if LAYERS[index - 1].pool else stored[-1]
         sums = sums.float()
@@ -614,7 +633,7 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
                     signature[name] = "i32" if name in integers else "*fp32" if name in wide else stored
                 signature |= {"X": "*fp32"} if index == 1 else {}
                 signature |= {"count": "fp32"} if "count" in signature else {}
-                signature |= {"IDX": "*u8"} if constants.get("POOL") else {}
+                signature |= {"IDX": "*u8"} if constants.get("BY4") else {}
                 pointers = tuple(name for name, kind_ in signature.items() if kind_.startswith("*"))
                 warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
                 yield CompileCase(
