@@ -1,0 +1,503 @@
+"""Check, then time TFgram inference and training against plain PyTorch: one command, one CSV.
+
+    python kernels/benchmarks/tfgram.py [--device cuda|cpu] [--clips N ...] [--out FILE.csv] [--check]
+    python kernels/benchmarks/tfgram.py --readme kernels/README.md results/tfgram_*.csv
+
+On a GPU every variant runs in this process: the modules eagerly, through torch.compile and as CUDA-graph
+replays, and the kernels, beside the device's own limits (copy, matrix products), measured too. On the CPU every
+timing is a fresh process, in interleaved rounds, for what a process allocated before decides how many page
+faults a convolution pays. One row per (kernel, provider, pass, shape, precision). The second form writes the
+tables between the README's TFgram markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "kernels"))
+
+import torch  # noqa: E402
+from osscl_kernels import backend  # noqa: E402
+from osscl_kernels.tfgram_infer import (  # noqa: E402
+    LAYERS,
+    fold_batchnorm,
+    frames,
+    keep_freed_memory,
+    tfgram_infer,
+    tfgram_infer_ref,
+)
+from osscl_kernels.tfgram_train import tfgram_train, tfgram_train_ref  # noqa: E402
+from torch import nn  # noqa: E402
+
+SAMPLES = 160_000  # 10 s at 16 kHz
+FLOOR = 1e-6  # of the largest entry; an error may be twice the plain path's plus this
+COLUMNS = (
+    "kernel provider pass clips samples precision median_ms q20_ms q80_ms ms_per_clip extra_mb flop bytes "
+    "limit_ms share_of_limit error plain_error device threads load python torch triton commit date note"
+).split()
+CPU_ROUNDS = 5
+BEGIN, END = "<!-- tfgram:begin -->", "<!-- tfgram:end -->"
+
+
+class Modules(nn.Module):
+    """The plain layers: conv1d, BatchNorm1d, ReLU and the pools."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.ModuleList(
+            nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, dilation=x.dilation, bias=False)
+            for x in LAYERS
+        )
+        self.norm = nn.ModuleList(nn.BatchNorm1d(x.outputs) for x in LAYERS)
+        for norm in self.norm:
+            nn.init.normal_(norm.weight, 1.0, 0.5)
+            nn.init.normal_(norm.bias, std=0.2)
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, wave):
+        x, count = wave.unsqueeze(1), frames(wave.shape[1])
+        for conv, norm, layer in zip(self.conv, self.norm, LAYERS, strict=True):
+            x = nn.functional.relu(norm(conv(x)))
+            if layer.pool == "max4":
+                x = nn.functional.max_pool1d(x, 4)
+            elif layer.pool:
+                x = nn.functional.adaptive_max_pool1d(x, 2 * count if layer.pool == "frames2" else count)
+        return x
+
+    def lists(self):
+        """Weights, gammas and betas, as `tfgram_train` takes them."""
+        return (
+            [c.weight for c in self.conv],
+            [n.weight for n in self.norm],
+            [n.bias for n in self.norm],
+        )
+
+
+def lengths(samples: int) -> list[tuple[int, int]]:
+    """Frames that each layer's convolution gives and that its pool leaves."""
+    first = (samples - 1) // 5 + 1
+    count = frames(samples)
+    return [
+        (first, first), (first, first), (first, first // 4), (first // 4,) * 2, (first // 4, 2 * count),
+        (2 * count, 2 * count), (2 * count, count),
+    ]  # fmt: skip
+
+
+def work(clips: int, samples: int, passing: str, precision: str, fused: bool) -> tuple[float, float]:
+    """FLOP, and bytes that must move to and from memory; see the README for the formula."""
+    size = 2 if precision == "bf16" else 4
+    flop = moved = 0.0
+    for i, (layer, (out, left)) in enumerate(zip(LAYERS, lengths(samples), strict=True)):
+        product = 2.0 * out * layer.kernel * layer.inputs * layer.outputs
+        activation, pooled = layer.outputs * out * size, layer.outputs * left * size
+        source = samples * 4 if i == 0 else LAYERS[i - 1].outputs * lengths(samples)[i - 1][1] * size
+        if passing == "inference":
+            flop += product
+            if fused:  # layers 0 to 2 in one launch, then a read and a write each
+                moved += (source if i in (0, 3, 4, 5, 6) else 0) + (pooled if i >= 2 else 0)
+            else:  # convolution, normalisation and ReLU read and write; so does a pool
+                moved += source + 5 * activation + (activation + pooled if layer.pool else 0)
+        else:
+            flop += product * (3 if i else 2)  # no gradient for the wave
+            if fused:  # of each raw output after the first: 2 forward, 4 with its gradient backward
+                moved += 6 * activation if i else 3 * source
+            else:  # convolution 1 + 2, normalisation 3 + 5, ReLU 2 + 3 passes over each activation
+                moved += 3 * source + 16 * activation + (3 * (activation + pooled) if layer.pool else 0)
+    return clips * flop, clips * moved
+
+
+def provenance(device: torch.device) -> dict:
+    """Where and with what a row was measured."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        words = pathlib.Path("/proc/cpuinfo")
+        lines = words.read_text().splitlines() if words.exists() else []
+        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+        flags = next((x for x in lines if x.startswith("flags")), "")
+        half = "AVX512-BF16" if "avx512_bf16" in flags else "AMX" if "amx_bf16" in flags else "no bf16 unit"
+        name = f"{model or platform.processor() or platform.machine()} ({half})"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": backend.triton.__version__ if backend.triton else "",
+        "commit": commit or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def error(out: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest deviation, relative to the largest entry; infinite where the result is not finite."""
+    if not out.isfinite().all():
+        return float("inf")
+    return ((out.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def allow_tf32(precision: str):
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=precision in ("tf32", "bf16"))
+
+
+def inference_call(provider: str, precision: str, module: Modules, wave: torch.Tensor):
+    """A callable that runs one inference."""
+    if provider == "kernels":
+        folded = fold_batchnorm(module).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        return lambda: tfgram_infer(wave, folded, precision=precision)
+    if provider == "kernels, folding":
+        return lambda: tfgram_infer(wave, fold_batchnorm(module), precision=precision)
+    half = precision == "bf16"
+    model = Modules().to(wave.device).eval()
+    model.load_state_dict(module.state_dict())
+    model, x = (model.bfloat16(), wave.bfloat16()) if half else (model, wave)
+    if "compile" in provider:
+        model = torch.compile(model)
+    return lambda: model(x)
+
+
+def training_call(provider: str, precision: str, module: Modules, wave: torch.Tensor):
+    """A callable that runs one forward and backward pass and returns (output, gradients)."""
+    weights, gammas, betas = module.lists()
+    parameters = [*weights, *gammas, *betas]
+    gradient = torch.randn(
+        len(wave), 128, frames(wave.shape[1]), generator=torch.Generator().manual_seed(1)
+    ).to(wave.device, wave.dtype)
+    if provider.startswith("kernels"):
+
+        def forward():
+            return tfgram_train(wave, weights, gammas, betas, precision=precision)[0]
+    else:
+        model = torch.compile(module) if "compile" in provider else module
+
+        def forward():
+            with torch.autocast(wave.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                return model(wave)
+
+    def call():
+        out = forward()
+        return out, torch.autograd.grad(out, parameters, gradient.to(out.dtype))
+
+    return call
+
+
+def make(passing: str, provider: str, precision: str, wave: torch.Tensor):
+    module = Modules().to(wave.device)
+    if passing == "inference":
+        return inference_call(provider, precision, module.eval().requires_grad_(False), wave)
+    return training_call(provider, precision, module.train(), wave)
+
+
+def check(device: torch.device) -> dict[tuple[str, str], tuple[float, float]]:
+    """Errors of the kernels and of plain PyTorch against float64, two clips; stops where one is too large."""
+    torch.manual_seed(2)
+    wave = (torch.randn(2, SAMPLES if device.type == "cuda" else SAMPLES // 4) * 0.1).to(device)
+    module = Modules().to(device).requires_grad_(False).eval()
+    truth = tfgram_infer_ref(wave.double(), fold_batchnorm(module, torch.float64))
+    results = {}
+    for precision in PRECISIONS["inference"][device.type]:
+        with allow_tf32(precision):
+            ours = error(make("inference", "kernels", precision, wave)(), truth)
+            plain = error(make("inference", "modules", precision, wave)(), truth)
+        results["inference", precision] = ours, plain
+    gradient = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(device).double()
+    lists = [[p.detach().double().requires_grad_() for p in part] for part in module.lists()]
+    output, *_ = tfgram_train_ref(wave.double(), *lists)
+    truths = [output.detach(), *torch.autograd.grad(output, [p for part in lists for p in part], gradient)]
+    for precision in PRECISIONS["training"][device.type]:
+        with allow_tf32(precision):
+            for name in ("kernels", "modules"):
+                out, gradients = make("training", name, precision, wave)()
+                worst = max(error(a.detach(), b) for a, b in zip((out, *gradients), truths, strict=True))
+                results["training", precision] = (*results.get(("training", precision), ()), worst)
+    for (passing, precision), (ours, plain) in results.items():
+        print(f"check {passing:9} {precision:6} error {ours:.1e}, plain PyTorch {plain:.1e}")
+        if not ours <= 2 * plain + FLOOR:
+            sys.exit(
+                f"{passing} in {precision}: the kernels' error exceeds twice the plain path's; not timed"
+            )
+    return results
+
+
+PRECISIONS = {
+    "inference": {"cuda": ("ieee", "tf32", "bf16"), "cpu": ("ieee", "bf16")},
+    "training": {"cuda": ("ieee", "tf32x3", "tf32", "bf16"), "cpu": ("ieee", "bf16")},
+}
+
+
+def gpu_limits(device: torch.device) -> dict[str, float]:
+    """Bytes a second of a copy and FLOP a second of square products, measured here."""
+    source = torch.empty(1 << 28, device=device)
+    copy = backend.triton.testing.do_bench(lambda: source.clone())
+    limits = {"bytes": 2 * source.numel() * 4 / copy * 1e3}
+    for precision in ("ieee", "tf32", "bf16"):
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
+        limits[precision] = 2 * 8192**3 / backend.triton.testing.do_bench(lambda a=a: a @ a) * 1e3
+    torch.backends.cuda.matmul.allow_tf32 = False
+    limits["tf32x3"] = limits["tf32"] / 3
+    return limits
+
+
+def graphed(call):
+    """The same call as a CUDA-graph replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def gpu_rows(device: torch.device, clip_counts: list[int]) -> list[dict]:
+    errors, limits, base, rows = check(device), gpu_limits(device), provenance(device), []
+    print({key: f"{value:.3g}" for key, value in limits.items()})
+    for clips in clip_counts:
+        wave = torch.randn(clips, SAMPLES, device=device) * 0.1
+        for passing in ("inference", "training"):
+            for precision in PRECISIONS[passing]["cuda"]:
+                providers = ["kernels", "kernels, CUDA graph"]
+                if passing == "inference":
+                    providers.append("kernels, folding")
+                if precision != "tf32x3":
+                    providers += ["modules", "modules, CUDA graph", "modules, torch.compile"]
+                for provider in providers:
+                    row = {
+                        "kernel": "tfgram", "provider": provider, "pass": passing, "clips": clips,
+                        "samples": SAMPLES, "precision": precision, **base,
+                    }  # fmt: skip
+                    try:
+                        row |= gpu_row(row, wave, limits)
+                    except (
+                        Exception
+                    ) as failure:  # a baseline that fails is a row; the others still get theirs
+                        row["note"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
+                    ours, plain = errors[passing, precision]
+                    row |= {"error": ours if "kernels" in provider else plain, "plain_error": plain}
+                    rows.append(row)
+                    report(row)
+                    torch.compiler.reset()
+                    torch.cuda.empty_cache()
+    return rows
+
+
+def gpu_row(row: dict, wave: torch.Tensor, limits: dict[str, float]) -> dict:
+    passing, precision, provider = row["pass"], row["precision"], row["provider"]
+    with allow_tf32(precision), torch.set_grad_enabled(passing == "training"):
+        call = make(passing, provider.removesuffix(", CUDA graph"), precision, wave)
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        extra = torch.cuda.max_memory_allocated() - before
+        timed = graphed(call) if "CUDA graph" in provider else call
+        median, low, high = backend.triton.testing.do_bench(
+            timed, warmup=50, rep=300, quantiles=[0.5, 0.2, 0.8]
+        )
+    return finish(row, median, low, high, limits) | {"extra_mb": round(extra / 1e6, 1)}
+
+
+def finish(row: dict, median: float, low: float, high: float, limits: dict[str, float] | None) -> dict:
+    """The row's times (ms), with what the work is and how near the limit they come."""
+    flop, moved = work(
+        row["clips"], row["samples"], row["pass"], row["precision"], row["provider"].startswith("kernels")
+    )
+    done = {
+        "median_ms": f"{median:.4g}", "q20_ms": f"{low:.4g}", "q80_ms": f"{high:.4g}",
+        "ms_per_clip": f"{median / row['clips']:.4g}", "flop": f"{flop:.4g}", "bytes": f"{moved:.4g}",
+    }  # fmt: skip
+    if limits:
+        bound = 1e3 * max(flop / limits[row["precision"]], moved / limits["bytes"])
+        done |= {"limit_ms": f"{bound:.4g}", "share_of_limit": f"{bound / median:.3f}"}
+    return done
+
+
+def report(row: dict) -> None:
+    print(
+        f"{row['pass']:9} {row['precision']:6} {row['clips']:3} clips  {row['provider']:24}"
+        f"{row.get('median_ms', '-'):>9} ms ({row.get('q20_ms', '-')} to {row.get('q80_ms', '-')})  "
+        f"{row.get('ms_per_clip', '-')} ms a clip  {row.get('note', '')}",
+        flush=True,
+    )
+
+
+def cpu_cases(clip_counts: list[int]) -> list[tuple[str, str, str, int]]:
+    """(pass, provider, precision, clips): the modules at each batch size, the kernels at each too."""
+    return [
+        (passing, provider, precision, clips)
+        for passing in ("inference", "training")
+        for precision in PRECISIONS[passing]["cpu"]
+        for clips in clip_counts
+        for provider in ("modules", "modules, memory kept", "kernels")
+    ]
+
+
+def cpu_worker(passing: str, provider: str, precision: str, clips: int) -> None:
+    """Seconds of each run of one case, printed as JSON."""
+    if "memory kept" in provider:
+        keep_freed_memory()
+    torch.manual_seed(1)
+    wave = torch.randn(clips, SAMPLES) * 0.1
+    seconds = []
+    with torch.set_grad_enabled(passing == "training"):
+        call = make(passing, provider.removesuffix(", memory kept"), precision, wave)
+        call()
+        end = time.perf_counter() + 1.5
+        while len(seconds) < 3 or time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    print(json.dumps(seconds))
+
+
+def cpu_rows(clip_counts: list[int], rounds: int) -> list[dict]:
+    device = torch.device("cpu")
+    errors, base, cases = check(device), provenance(device), cpu_cases(clip_counts)
+    seconds, loads = {case: [] for case in cases}, []
+    for _ in range(rounds):  # interleaved: whatever else the machine does hits all alike
+        for case in cases:
+            command = [sys.executable, __file__, "--worker", *map(str, case)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            seconds[case].append(statistics.median(json.loads(out)))
+            loads.append(os.getloadavg()[0])
+    rows = []
+    for case, times in seconds.items():
+        passing, provider, precision, clips = case
+        row = {
+            "kernel": "tfgram", "provider": provider, "pass": passing, "clips": clips, "samples": SAMPLES,
+            "precision": precision, "load": f"{statistics.median(loads):.1f}", **base,
+        }  # fmt: skip
+        times = sorted(1e3 * t for t in times)
+        low, high = times[len(times) // 5], times[-1 - len(times) // 5]
+        row |= finish(row, statistics.median(times), low, high, None)
+        ours, plain = errors[passing, precision]
+        rows.append(row | {"error": ours if "kernels" in provider else plain, "plain_error": plain})
+        report(rows[-1])
+    return rows
+
+
+def write(path: pathlib.Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in row.items()})
+    temporary.replace(path)
+
+
+def tables(files: list[pathlib.Path]) -> str:
+    """Markdown: a table a file and pass, each time beside the best plain time of the same precision."""
+    parts = []
+    for file in files:
+        rows = [r for r in csv.DictReader(file.open()) if r["median_ms"]]
+        one = rows[0]
+        parts.append(
+            f"{one['device']}, {one['threads']} threads, torch {one['torch']}, {one['date']}, commit "
+            f"{one['commit']} (`results/{file.name}`):\n"
+        )
+        for passing in ("inference", "training"):
+            mine = [r for r in rows if r["pass"] == passing]
+            sizes = sorted({int(r["clips"]) for r in mine})
+            head = [f"{n} clip{'s' * (n > 1)}, ms a clip" for n in sizes]
+            parts.append("| ".join([f"| {passing} ", "precision ", *(h + " " for h in head), "error |"]))
+            parts.append("|---" * (len(sizes) + 3) + "|")
+            for precision, provider in dict.fromkeys((r["precision"], r["provider"]) for r in mine):
+                same = {
+                    int(r["clips"]): r
+                    for r in mine
+                    if (r["precision"], r["provider"]) == (precision, provider)
+                }
+                cells = [f"{float(same[n]['ms_per_clip']):.4g}" if n in same else "" for n in sizes]
+                worst = next(iter(same.values()))["error"]
+                parts.append("| " + " | ".join([provider, precision, *cells, worst]) + " |")
+            parts += ["", summary(mine, sizes, passing), ""]
+    return "\n".join(parts)
+
+
+def summary(rows: list[dict], sizes: list[int], passing: str) -> str:
+    """How many times faster the kernels are than the modules, by batch size and at each one's best."""
+    lines = []
+    for precision in dict.fromkeys(r["precision"] for r in rows):
+
+        def per_clip(provider, precision, sizes=sizes):
+            found = [r for r in rows if (r["provider"], r["precision"]) == (provider, precision)]
+            return {int(r["clips"]): float(r["ms_per_clip"]) for r in found}
+
+        ours = per_clip("kernels", precision)
+        for against in dict.fromkeys((precision, "ieee")):
+            plain = per_clip("modules", against)
+            if not ours or not plain:
+                continue
+            ratios = ", ".join(f"{plain[n] / ours[n]:.1f} at {n}" for n in sizes if n in plain and n in ours)
+            best = min(plain.values()) / min(ours.values())
+            lines.append(
+                f"{passing}, {precision} against the modules in {against}: {ratios} clips; {best:.1f} when "
+                "each takes its best batch size."
+            )
+    return "Times as fast: " + " ".join(lines)
+
+
+def update_readme(readme: pathlib.Path, files: list[pathlib.Path]) -> None:
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        sys.exit(f"{readme} has no lines {BEGIN} and {END}: add them where the tables belong")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    temporary = readme.with_name(readme.name + ".part")
+    temporary.write_text(f"{before}{BEGIN}\n{tables(files)}\n{END}{after}")
+    temporary.replace(readme)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default: 64 on a GPU, 1 4 16 else")
+    parser.add_argument("--rounds", type=int, default=CPU_ROUNDS, help="interleaved rounds on the CPU")
+    parser.add_argument("--out", type=pathlib.Path, help="default: results/tfgram_DEVICE.csv")
+    parser.add_argument("--check", action="store_true", help="only check the errors")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--readme", type=pathlib.Path, help="write the tables of FILES into this file")
+    parser.add_argument("files", type=pathlib.Path, nargs="*")
+    arguments = parser.parse_args()
+    if arguments.worker:
+        passing, provider, precision, clips = arguments.worker
+        return cpu_worker(passing, provider, precision, int(clips))
+    if arguments.readme:
+        return update_readme(arguments.readme, arguments.files)
+    device = torch.device(arguments.device)
+    if arguments.check:
+        check(device)
+        return None
+    if device.type == "cuda":
+        rows = gpu_rows(device, arguments.clips or [64])
+    else:
+        rows = cpu_rows(arguments.clips or [1, 4, 16], arguments.rounds)
+    return write(arguments.out or ROOT / "results" / f"tfgram_{device.type}.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
