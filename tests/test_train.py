@@ -1,0 +1,176 @@
+"""Training: it learns, it repeats itself, it goes on where it was cut, and it stops in one clear line."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from osscl_min import checkpoint, train
+from osscl_min.config import PRESETS, AudioConfig, ModelConfig, TrainConfig
+from osscl_min.evaluate import evaluate
+from osscl_min.files import UserError
+from osscl_min.synth import SynthConfig, write_dataset
+
+TINY = replace(
+    PRESETS["quick"],
+    model=ModelConfig(audio=AudioConfig(seconds=1.0)),
+    train=replace(PRESETS["quick"].train, epochs=3, batch_size=5),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eighteen training clips of one second, six machines."""
+    config = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=1, test_anomaly=1)
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", config)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train.train(data, out, TINY)
+    return out
+
+
+def state(path):
+    return checkpoint.read(path)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_the_run_folder(uninterrupted):
+    run = json.loads((uninterrupted / "config.json").read_text())
+    assert run["data"]["synthetic"] and run["data"]["training"] == 16 and run["data"]["validation"] == 2
+    assert run["config"]["model"]["classes"] == 41 == len(run["classes"])
+    assert {"commit", "torch", "device", "time"} <= run["provenance"].keys()
+    log = train.read_log(uninterrupted)
+    assert [entry["epoch"] for entry in log] == [1, 2, 3]
+    for entry in log:
+        assert entry["total"] == pytest.approx(entry["cross_entropy"] + entry["contrastive"], rel=1e-5)
+    best = checkpoint.load(uninterrupted / "best.pt")
+    assert best.synthetic and not best.model.training
+    assert best.epoch == 1 + int(np.argmin([entry["validation_loss"] for entry in log]))
+    initial = checkpoint.load(uninterrupted / "initial.pt")
+    assert initial.epoch == 0 and not equal(initial.model.state_dict(), best.model.state_dict())
+
+
+def test_the_same_seed_gives_bit_identical_losses(data, uninterrupted, tmp_path):
+    train.train(data, tmp_path, TINY)
+    same = ("total", "cross_entropy", "contrastive", "validation_loss")
+    for a, b in zip(train.read_log(uninterrupted), train.read_log(tmp_path), strict=True):
+        assert [a[key] for key in same] == [b[key] for key in same]
+    assert equal(state(uninterrupted / "last.pt"), state(tmp_path / "last.pt"))
+    train.train(data, tmp_path / "other", replace(TINY, train=replace(TINY.train, epochs=1, seed=1)))
+    assert train.read_log(tmp_path / "other")[0]["total"] != train.read_log(tmp_path)[0]["total"]
+
+
+def test_a_run_cut_short_goes_on_as_if_it_had_not_been(data, uninterrupted, tmp_path, monkeypatch):
+    step, calls = train.Trainer.step, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 6:  # in the second epoch
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(train.Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(data, tmp_path, TINY)
+    assert len(train.read_log(tmp_path)) == 1
+    train.train(data, tmp_path, TINY)
+    assert len(calls) == 6 + 2 * 3  # the first epoch is not repeated
+    assert equal(state(uninterrupted / "last.pt"), state(tmp_path / "last.pt"))
+    assert equal(state(uninterrupted / "best.pt")["ema"], state(tmp_path / "best.pt")["ema"])
+    before = (tmp_path / "last.pt").stat().st_mtime_ns
+    train.train(data, tmp_path, TINY)  # a finished run is left alone
+    assert len(calls) == 12 and (tmp_path / "last.pt").stat().st_mtime_ns == before
+
+
+def test_a_folder_with_another_run_is_refused(data, uninterrupted, tmp_path):
+    other = replace(TINY, train=replace(TINY.train, ema_decay=0.5))
+    with pytest.raises(UserError, match=r"another configuration \(train.ema_decay: 0.97 there, 0.5 here\)"):
+        train.train(data, uninterrupted, other)
+    config = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=4, test_normal=1, test_anomaly=1)
+    with pytest.raises(UserError, match=r"another data \(clips: 18 clips"):
+        train.train(write_dataset(tmp_path / "data", config), uninterrupted, TINY)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_is_there(data, tmp_path, monkeypatch):
+    start = train.Trainer.start_epoch
+
+    def poison(self, epoch):
+        start(self, epoch)
+        if epoch == 1:
+            with torch.no_grad():
+                self.model.arcface.weight[0, 0] = torch.nan
+
+    monkeypatch.setattr(train.Trainer, "start_epoch", poison)
+    with pytest.raises(UserError, match=r"epoch 2, step 1: the loss is nan; its clips: normal_id_"):
+        train.train(data, tmp_path, TINY)
+    assert state(tmp_path / "last.pt")["epoch"] == 1
+    assert all(value.isfinite().all() for value in state(tmp_path / "best.pt")["ema"].values())
+
+
+def test_one_machine_alone_is_refused(data, tmp_path):
+    (tmp_path / "fan").symlink_to(data / "fan")
+    with pytest.raises(UserError, match="at least two machines"):
+        train.train(tmp_path, tmp_path / "run", TINY)
+
+
+def test_learning_rate_is_pytorchs_cosine_annealing():
+    config = replace(PRESETS["paper"], train=TrainConfig(epochs=7))
+    trainer = train.Trainer(replace(config, model=ModelConfig(inputs=("log_mel",))), torch.device("cpu"))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7, eta_min=1e-5)
+    for epoch in range(7):
+        trainer.start_epoch(epoch)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(10, [4, 4, 2]), (9, [4, 5]), (8, [4, 4]), (5, [5]), (3, [3]), (1, [1])]
+)
+def test_a_last_batch_of_one_joins_the_one_before(count, sizes):
+    batches = train.batches_of(np.arange(count)[::-1], 4)
+    assert [len(batch) for batch in batches] == sizes
+    assert np.concatenate(batches).tolist() == list(range(count))[::-1]
+
+
+def test_validation_split():
+    training, held_out = train.split_validation(200, 0.05, 3)
+    assert len(held_out) == 10 and sorted([*training, *held_out]) == list(range(200))
+    assert not np.array_equal(train.split_validation(200, 0.05, 4)[1], held_out)
+    assert [len(part) for part in train.split_validation(4, 0.01, 0)] == [3, 1]
+
+
+def test_training_teaches(tmp_path):
+    """A short training on simulated machines beats the untrained network by far; without it this fails."""
+    types = SynthConfig(train_clips=14, test_normal=8, test_anomaly=8)
+    data = write_dataset(tmp_path / "data", types)
+    for machine_type in ("ToyCar", "ToyConveyor", "slider", "valve"):
+        (data / machine_type).rename(tmp_path / machine_type)
+    config = replace(
+        PRESETS["quick"],
+        model=replace(PRESETS["quick"].model, inputs=("log_mel", "tgram")),
+        train=replace(PRESETS["quick"].train, batch_size=8, epochs=14, ema_decay=0.9),
+    )
+    best = train.train(data, tmp_path / "run", config)
+    trained = evaluate(best, data, tmp_path / "trained", config=config.evaluate)
+    untrained = evaluate(
+        tmp_path / "run" / "initial.pt", data, tmp_path / "untrained", config=config.evaluate
+    )
+    after, before = (result["metrics"]["average"]["auc_id_mean"] for result in (trained, untrained))
+    assert trained["identity_accuracy"] > 0.9 > untrained["identity_accuracy"] + 0.3
+    assert after > 0.75 and after > before + 0.1
