@@ -85,6 +85,9 @@ class EvaluateConfig:
 
     batch_size: int = 16  # clips (ours; the authors score one clip at a time)
     bootstrap: int = 1000  # resamples for the 95 % intervals (ours); 0 leaves them out
+    score: Literal["exact", "upstream"] = (
+        "exact"  # upstream: cross-entropy in float32, which ties at 0 (code)
+    )
 
 
 @dataclass(frozen=True)

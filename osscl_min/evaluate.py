@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from osscl_min import checkpoint
@@ -18,13 +19,13 @@ from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig, to_dict
 from osscl_min.dataset import Clip
 from osscl_min.features import LogMel
-from osscl_min.files import UserError, provenance, replacing, write_csv, write_json
+from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
 from osscl_min.pack import Reader, open_data
 from osscl_min.train import choose_device, load_batches
 
 
-def anomaly_score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def anomaly_score(logits: torch.Tensor, labels: torch.Tensor, form: str = "exact") -> torch.Tensor:
     """Cross-entropy against the clip's own machine, in float64 and free of saturation.
 
     log(1 + sum over the other classes of exp(logit - own logit)): a cross-entropy in float32 is exactly 0
@@ -35,11 +36,15 @@ def anomaly_score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits : (B, classes)
         With the margin on the own class, as the authors score.
     labels : (B,) int64
+    form : {"exact", "upstream"}
+        "upstream" is the authors' cross-entropy, in the logits' own precision.
 
     Returns
     -------
     (B,) float64, higher = more anomalous
     """
+    if form == "upstream":
+        return F.cross_entropy(logits, labels, reduction="none").double()
     logits = logits.double()
     difference = logits - logits.gather(1, labels[:, None])
     return difference.scatter(1, labels[:, None], -torch.inf).exp().sum(1).log1p()
@@ -76,7 +81,7 @@ def score_clips(
     trained: Checkpoint,
     reader: Reader,
     *,
-    batch_size: int = 16,
+    config: EvaluateConfig = EvaluateConfig(),
     positions: Sequence[int] | None = None,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     description: str = "scoring",
@@ -88,8 +93,8 @@ def score_clips(
     trained : Checkpoint
     reader : Reader
         Its clips' machines must be among the checkpoint's classes.
-    batch_size : int
-        Clips at once; bounds the memory.
+    config : EvaluateConfig
+        Clips at once, which bounds the memory, and the form of the score.
     positions : sequence of int, optional
         Which of the reader's clips; all without.
     transform : callable, optional
@@ -108,11 +113,11 @@ def score_clips(
     scores, predicted, embeddings = [], [], []
     began = time.perf_counter()
     with tqdm(total=len(positions), desc=description, unit="clip", disable=None, leave=False) as bar:
-        batches = np.array_split(positions, range(batch_size, len(positions), batch_size))
+        batches = np.array_split(positions, range(config.batch_size, len(positions), config.batch_size))
         for wave, target in load_batches(reader, labels, batches, device):
             wave = wave if transform is None else transform(wave)
             _, embedding = model(wave, log_mel(wave))
-            scores.append(anomaly_score(model.arcface(embedding, target), target).cpu())
+            scores.append(anomaly_score(model.arcface(embedding, target), target, config.score).cpu())
             predicted.append(model.arcface(embedding).argmax(1).cpu())
             embeddings.append(embedding.cpu())
             bar.update(len(target))
@@ -185,7 +190,7 @@ def evaluate(
     positions, left_out = known_machines(trained, opened.test)
     for message in filter(None, (opened.report(), left_out)):
         tqdm.write(message)
-    scored = score_clips(trained, opened.test, batch_size=config.batch_size, positions=positions)
+    scored = score_clips(trained, opened.test, config=config, positions=positions)
     rows = scored.rows
     write_csv(
         out / "scores.csv",
@@ -222,6 +227,7 @@ def evaluate(
         "identity_accuracy": scored.identity_accuracy,
         "machines": len({clip.machine for clip in scored.clips}),
         "ms_per_clip": 1000 * scored.seconds / len(rows),
+        "peak_memory_mb": peak_memory_mb(),
         "config": to_dict(trained.config),
         "provenance": provenance(where),
     }

@@ -105,7 +105,7 @@ def high_frequency(
         scored = score_clips(
             trained,
             opened.test,
-            batch_size=config.batch_size,
+            config=config,
             positions=positions,
             transform=None if sections is None else lambda wave, s=sections: filtered(wave, s),
             description=f"{kind} {cutoff or 0:g} Hz",

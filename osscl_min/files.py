@@ -118,6 +118,16 @@ def provenance(device: Any = None) -> dict[str, str]:
     }
 
 
+def peak_memory_mb() -> float | None:
+    """The largest resident memory that this process has had, MB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if platform.system() == "Darwin" else 1e3), 1)
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -21,7 +21,7 @@ from osscl_min import checkpoint
 from osscl_min.config import Config, to_dict, with_classes
 from osscl_min.dataset import label_table
 from osscl_min.features import LogMel
-from osscl_min.files import UserError, provenance, replacing, write_json
+from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_json
 from osscl_min.losses import mixup, os_scl_loss
 from osscl_min.model import OSSCL
 from osscl_min.pack import open_data
@@ -259,6 +259,7 @@ def train(
             "learning_rate": trainer.learning_rate(epoch),
             "seconds": seconds,
             "clips_per_second": len(training) / seconds,
+            "peak_memory_mb": peak_memory_mb(),
         }
         if not all(math.isfinite(value) for value in entry.values()):
             raise UserError(

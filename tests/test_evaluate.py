@@ -49,6 +49,7 @@ def test_score_is_the_cross_entropy_and_does_not_saturate():
     sure[:, 0] = torch.tensor([60.0, 80.0, 100.0])
     plain = torch.nn.functional.cross_entropy(sure, torch.zeros(3, dtype=torch.long), reduction="none")
     assert (plain == 0).all()  # the tie that is avoided
+    assert torch.equal(anomaly_score(sure, torch.zeros(3, dtype=torch.long), "upstream"), plain.double())
     scores = anomaly_score(sure, torch.zeros(3, dtype=torch.long))
     assert scores[0] > scores[1] > scores[2] > 0
 
@@ -56,7 +57,7 @@ def test_score_is_the_cross_entropy_and_does_not_saturate():
 def test_batches_change_nothing(data, weights):
     trained = checkpoint.load(weights)
     reader = open_data(data, SHORT.model.audio, splits=["test"]).test
-    one, many = (score_clips(trained, reader, batch_size=size) for size in (1, 7))
+    one, many = (score_clips(trained, reader, config=EvaluateConfig(size)) for size in (1, 7))
     assert len(one.scores) == len(reader) == 48
     np.testing.assert_allclose(one.scores, many.scores, rtol=1e-4)
     assert np.array_equal(one.predicted, many.predicted)
