@@ -99,13 +99,20 @@ export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 osscl() { "$python" -m osscl_min "$@"; }
 
 if [ "$story" = test ]; then
-  exec "$python" -m pytest --durations=20 "${pytest_arguments[@]}"
+  began=$SECONDS
+  "$python" -m pytest --durations=20 "${pytest_arguments[@]}"
+  mkdir -p runs && printf 'step,seconds\ntests,%d\n' $((SECONDS - began)) >runs/tests.csv
+  exit
 fi
 
 # --- the story -----------------------------------------------------------------------------------------------
 
-began=$SECONDS
-say() { printf '\n[%d:%02d] %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$1"; }
+began=$SECONDS step="" step_began=$SECONDS timing=step,seconds
+say() {
+  [ -z "$step" ] || timing+=$'\n'"$step,$((SECONDS - step_began))"
+  step=$1 step_began=$SECONDS
+  [ -z "$1" ] || printf '\n[%d:%02d] %s\n' $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)) "$1"
+}
 # made RESULT SOURCE: RESULT is there and no older than SOURCE
 made() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
 
@@ -121,12 +128,12 @@ if [ "$story" = full ] && [ -z "$data" ]; then
   fail "--full needs the data: fetch the zip files of Zenodo records 3678171, 3727685 and 3841772 and
 eval_data_list.csv of 3951620, unpack them all into one folder DIR, and run: bash reproduce.sh --full --data DIR"
 elif [ -z "$data" ]; then
-  say "simulated machines (synthetic)"
+  say "simulated machines"
   data=$run/data
   osscl synth "$data"
 fi
 
-say "training, preset $preset"
+say training
 osscl train --preset "$preset" --data "$data" --out "$run" --device "$device" ${seed:+--train.seed "$seed"}
 
 say "evaluation"
@@ -155,3 +162,5 @@ done
 
 say "report"
 osscl report "$run" --data "$data"
+say ""
+[ -e "$run/timing.csv" ] || echo "$timing" >"$run/timing.csv"

@@ -153,10 +153,29 @@ def commands(preset: Config) -> dict[str, Callable]:
 
         figures.write_all(run, data)
         written = page.write(run)
-        print(as_text(page.results_table(run)))
         print(f"report: {written}")
+        print(as_text(page.results_table(run)))
 
-    functions = (synth, train, evaluate, metrics, ablate, report)
+    def keep(run: Positional[Path], folder: Positional[Path], tests: Path | None = None) -> None:
+        """Copy a run's measured tables into a folder of results/.
+
+        Args:
+            run: A run of reproduce.sh.
+            folder: Such as results/quick.
+            tests: timing.csv of `reproduce.sh --test`.
+        """
+        from osscl_min.results import keep as run_keep
+
+        run_keep(run, folder, tests)
+
+    def readme() -> None:
+        """Write the tables of results/ into README.md and kernels/README.md."""
+        from osscl_min.results import write_documents
+
+        for document in write_documents():
+            print(document)
+
+    functions = (synth, train, evaluate, metrics, ablate, report, keep, readme)
     return {function.__name__: function for function in functions}
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from osscl_min.results import fill
+
 ROOT = Path(__file__).parent.parent
 # A module may import only from modules of its own or an earlier line.
 ORDER = [
@@ -24,6 +26,7 @@ ORDER = [
     {"experiments", "score", "bench"},
     {"figures"},
     {"report"},
+    {"results"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -100,6 +103,13 @@ def test_readme_lists_every_dependency():
     text = (ROOT / "README.md").read_text()
     for requirement in ranges():
         assert f"| {requirement.name} " in text, f"{requirement.name} is not in the README's dependency table"
+
+
+@pytest.mark.parametrize("document", ["README.md", "kernels/README.md"])
+def test_generated_numbers_are_those_of_results(document):
+    text = (ROOT / document).read_text()
+    assert "<!-- generated from" in text
+    assert fill(ROOT / document) == text, "run: python -m osscl_min readme"
 
 
 @pytest.mark.parametrize("folder", ["osscl_min", "kernels", "tests", "notebooks", ".ci"])

@@ -1,0 +1,123 @@
+"""From a run to results/, and from results/ into the documents: no number is typed by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+from osscl_min.files import UserError, replacing, write_json
+from osscl_min.metrics import as_text
+from osscl_min.report import results_table
+from osscl_min.train import read_log
+
+BLOCK = re.compile(r"(<!-- generated from (\S+) by: [^>]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -> None:
+    """Copy what a run measured into a folder of results/: metrics.json, table.md and cost.md.
+
+    Parameters
+    ----------
+    run : Path or str
+        A run of reproduce.sh, evaluated; with its timing.csv, cost.md tells how long each step took.
+    folder : Path or str
+    tests : Path or str, optional
+        timing.csv of `reproduce.sh --test`.
+
+    Raises
+    ------
+    UserError
+        If the run is not complete.
+    """
+    run, folder = Path(run), Path(folder)
+    try:
+        evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        metrics = {
+            name: json.loads((run / name / "metrics.json").read_text())
+            for name in ("evaluation", "untrained")
+        }
+        log = read_log(run)
+    except OSError as error:
+        raise UserError(
+            f"{run} is not a complete run of reproduce.sh: {error.filename} is missing"
+        ) from error
+    synthetic = "Synthetic: simulated machines. " if evaluation["synthetic"] else ""
+    origin = evaluation["provenance"]
+    facts = {name: evaluation[name] for name in ("clips", "machines", "ms_per_clip", "identity_accuracy")}
+    write_json(
+        folder / "metrics.json",
+        {
+            "synthetic": evaluation["synthetic"],
+            "data": evaluation["data"],
+            **facts,
+            **metrics,
+            "provenance": origin,
+        },
+    )
+    with replacing(folder / "table.md") as file:
+        file.write(f"{as_text(results_table(run))}\n\n")
+        file.write(f"{synthetic}{evaluation['clips']} test clips of {evaluation['machines']} machines; ")
+        file.write(
+            f"preset `{evaluation['config']['preset']}`, seed {evaluation['config']['train']['seed']}, "
+        )
+        file.write(f"{len(log)} epochs; commit {origin['commit']}, {origin['time'][:10]}.\n")
+    memory = max(evaluation["peak_memory_mb"], *(entry["peak_memory_mb"] for entry in log)) / 1000
+    lines = [f"On {origin['processor']}, torch {origin['torch']}, {origin['device']}:"]
+    if (run / "timing.csv").is_file():
+        steps = read_timing(run / "timing.csv")
+        disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e6
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in steps.items())
+        lines.append(
+            f"- `bash reproduce.sh`: {_minutes(sum(steps.values()))} after the installation ({parts}),"
+        )
+        lines.append(f"  {memory:.1f} GB of memory at most, {disk:.0f} MB on disk;")
+    train_ms = 1000 / (sum(entry["clips_per_second"] for entry in log) / len(log))
+    lines.append(
+        f"- training {train_ms:.0f} ms a clip, evaluation {evaluation['ms_per_clip']:.0f} ms a clip."
+    )
+    if tests is not None and Path(tests).is_file():
+        lines.insert(-1, f"- `bash reproduce.sh --test`: {_minutes(sum(read_timing(tests).values()))};")
+    with replacing(folder / "cost.md") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def read_timing(path: Path | str) -> dict[str, float]:
+    """Step -> seconds, as reproduce.sh writes it."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row["step"]: float(row["seconds"]) for row in csv.DictReader(file)}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def fill(document: Path | str) -> str:
+    """The text of a Markdown document with every generated block made anew from its file.
+
+    A block stands between `<!-- generated from FILE by: COMMAND -->` and `<!-- end -->`; FILE is relative to
+    the project's folder.
+    """
+    document = Path(document)
+    root = Path(__file__).resolve().parent.parent
+
+    def block(match: re.Match) -> str:
+        source = root / match[2]
+        if not source.is_file():
+            raise UserError(f"{document}: {match[2]} does not exist")
+        return f"{match[1]}\n{source.read_text(encoding='utf-8').strip()}\n\n{match[4]}"
+
+    return BLOCK.sub(block, document.read_text(encoding="utf-8"))
+
+
+def write_documents() -> list[Path]:
+    """Fill README.md and kernels/README.md; returns those that changed."""
+    root = Path(__file__).resolve().parent.parent
+    changed = []
+    for document in (root / "README.md", root / "kernels" / "README.md"):
+        if document.is_file() and (text := fill(document)) != document.read_text(encoding="utf-8"):
+            with replacing(document) as file:
+                file.write(text)
+            changed.append(document)
+    return changed
