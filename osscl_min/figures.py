@@ -223,9 +223,11 @@ def embedding_map(evaluation: Path | str, seed: int = 0) -> Figure:
     figure, (ax,) = _panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
     for number, name in enumerate(sorted(set(types), key=str.lower)):
         colour, marker = COLOURS[number % 7], "os^Dv"[number // 7 % 5]
-        ax.scatter(*place[(types == name) & ~anomalous].T, 26, colour, marker, linewidths=0, label=name)
-        ax.scatter(*place[(types == name) & anomalous].T, 28, colour, "x", linewidths=1.3)
-    ax.scatter([], [], 28, GREY, "x", label="anomalous")
+        ax.scatter(
+            *place[(types == name) & ~anomalous].T, 26, colour, marker=marker, linewidths=0, label=name
+        )
+        ax.scatter(*place[(types == name) & anomalous].T, 28, colour, marker="x", linewidths=1.3)
+    ax.scatter([], [], 28, GREY, marker="x", label="anomalous")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     figure.legend(loc="outside right center", title="machine type", frameon=False)

@@ -64,7 +64,7 @@ th {{ border: 0; border-bottom: 2px solid #555 }} small {{ color: #666; display:
 .banner {{ background: #fff3d6; border-left: 6px solid #e69f00; padding: 0.7em }} .wide {{ overflow: auto }}
 figure {{ margin: 2em 0 }} img {{ max-width: 100% }} figcaption {{ color: #444 }} code {{ background: #eee }}
 pre {{ columns: 3; font-size: 0.85em }} td:first-child, small {{ white-space: nowrap }}
-@media print {{ body {{ max-width: none; font-size: 8pt }} figure, tr {{ break-inside: avoid }} }}
+@media print {{ body {{ font-size: 8pt }} img {{ max-width: 75% }} figure, tr {{ break-inside: avoid }} }}
 </style></head><body>
 <h1>OS-SCL on {data}</h1>
 <p>Anomalous sound detection trained on normal sounds alone; an independent reproduction of Huang, Fang and

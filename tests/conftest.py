@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,3 +27,35 @@ def real_data() -> pathlib.Path:
     if not folder:
         pytest.skip("OSSCL_REAL_DATA is not set")
     return pathlib.Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> pathlib.Path:
+    """A whole run of twelve simulated machines, one-second clips and two epochs, with its data in data/.
+
+    Its network has learned next to nothing. Tests that change it work on a copy.
+    """
+    from osscl_min import figures, report
+    from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig
+    from osscl_min.evaluate import evaluate
+    from osscl_min.experiments import high_frequency
+    from osscl_min.synth import SynthConfig, write_dataset
+    from osscl_min.train import train
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    counts = SynthConfig(seconds=1.0, ids_per_type=2, train_clips=3, test_normal=2, test_anomaly=2)
+    data = write_dataset(run / "data", counts)
+    scoring = EvaluateConfig(batch_size=24, bootstrap=20)
+    config = replace(
+        PRESETS["quick"],
+        model=ModelConfig(audio=AudioConfig(seconds=1.0)),
+        train=replace(PRESETS["quick"].train, epochs=2),
+        evaluate=scoring,
+    )
+    best = train(data, run, config, device="cpu")
+    evaluate(best, data, run / "evaluation", config=scoring, device="cpu")
+    evaluate(run / "initial.pt", data, run / "untrained", config=scoring, device="cpu")
+    high_frequency(best, data, run / "high_frequency", cutoffs=(1000.0, 4000.0), config=scoring, device="cpu")
+    figures.write_all(run, data)
+    report.write(run)
+    return run
