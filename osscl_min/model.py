@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 
 import torch
-from osscl_kernels.tfgram_infer import LAYERS, fold_batchnorm, tfgram_infer
-from osscl_kernels.tfgram_train import rows, tfgram_train, update_running_statistics
+from osscl_kernels import LAYERS, fold_batchnorm, tfgram_infer, tfgram_train, update_running_statistics
+from osscl_kernels.tfgram_train import rows
 from torch import nn
 from torch.nn import functional as F
 
