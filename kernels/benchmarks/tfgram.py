@@ -1,13 +1,15 @@
 """Check, then time TFgram inference and training against plain PyTorch: one command, one CSV.
 
-    python kernels/benchmarks/tfgram.py [--device cuda|cpu] [--clips N ...] [--out FILE.csv] [--check]
+    python kernels/benchmarks/tfgram.py [--device cuda|cpu] [--clips N ...] [--passes ...] [--threads N]
+                                        [--out FILE.csv] [--check]
     python kernels/benchmarks/tfgram.py --readme kernels/README.md results/tfgram_*.csv
 
 On a GPU every variant runs in this process: the modules eagerly, through torch.compile and as CUDA-graph
-replays, and the kernels, beside the device's own limits (copy, matrix products), measured too. On the CPU every
+replays, and the kernels, beside the device's own limits (copy, matrix products), measured too. On the CPU a
 timing is a fresh process, in interleaved rounds, for what a process allocated before decides how many page
-faults a convolution pays. One row per (kernel, provider, pass, shape, precision). The second form writes the
-tables between the README's TFgram markers.
+faults a convolution pays; cpu_ms is its processor time, which says more on a busy machine (with --threads 1).
+One row per (kernel, provider, pass, shape, precision). The second form writes the tables between the README's
+TFgram markers.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ from torch import nn  # noqa: E402
 SAMPLES = 160_000  # 10 s at 16 kHz
 FLOOR = 1e-6  # of the largest entry; an error may be twice the plain path's plus this
 COLUMNS = (
-    "kernel provider pass clips samples precision median_ms q20_ms q80_ms ms_per_clip extra_mb flop bytes "
-    "limit_ms share_of_limit error plain_error device threads load python torch triton commit date note"
+    "kernel provider pass clips samples precision median_ms q20_ms q80_ms ms_per_clip cpu_ms extra_mb flop "
+    "bytes limit_ms share_of_limit error plain_error device threads load python torch triton commit date note"
 ).split()
-CPU_ROUNDS = 5
+CPU_ROUNDS = 3
 BEGIN, END = "<!-- tfgram:begin -->", "<!-- tfgram:end -->"
 
 
@@ -270,12 +272,12 @@ def graphed(call):
     return graph.replay
 
 
-def gpu_rows(device: torch.device, clip_counts: list[int]) -> list[dict]:
+def gpu_rows(device: torch.device, passes: list[str], clip_counts: list[int]) -> list[dict]:
     errors, limits, base, rows = check(device), gpu_limits(device), provenance(device), []
     print({key: f"{value:.3g}" for key, value in limits.items()})
     for clips in clip_counts:
         wave = torch.randn(clips, SAMPLES, device=device) * 0.1
-        for passing in ("inference", "training"):
+        for passing in passes:
             for precision in PRECISIONS[passing]["cuda"]:
                 providers = ["kernels", "kernels, CUDA graph"]
                 if passing == "inference":
@@ -339,16 +341,16 @@ def report(row: dict) -> None:
     print(
         f"{row['pass']:9} {row['precision']:6} {row['clips']:3} clips  {row['provider']:24}"
         f"{row.get('median_ms', '-'):>9} ms ({row.get('q20_ms', '-')} to {row.get('q80_ms', '-')})  "
-        f"{row.get('ms_per_clip', '-')} ms a clip  {row.get('note', '')}",
+        f"{row.get('ms_per_clip', '-')} ms a clip  {row.get('cpu_ms', '')} {row.get('note', '')}",
         flush=True,
     )
 
 
-def cpu_cases(clip_counts: list[int]) -> list[tuple[str, str, str, int]]:
+def cpu_cases(passes: list[str], clip_counts: list[int]) -> list[tuple[str, str, str, int]]:
     """(pass, provider, precision, clips): the modules at each batch size, the kernels at each too."""
     return [
         (passing, provider, precision, clips)
-        for passing in ("inference", "training")
+        for passing in passes
         for precision in PRECISIONS[passing]["cpu"]
         for clips in clip_counts
         for provider in ("modules", "modules, memory kept", "kernels")
@@ -356,7 +358,7 @@ def cpu_cases(clip_counts: list[int]) -> list[tuple[str, str, str, int]]:
 
 
 def cpu_worker(passing: str, provider: str, precision: str, clips: int) -> None:
-    """Seconds of each run of one case, printed as JSON."""
+    """Seconds of wall and of processor time of each run of one case, printed as JSON."""
     if "memory kept" in provider:
         keep_freed_memory()
     torch.manual_seed(1)
@@ -367,21 +369,22 @@ def cpu_worker(passing: str, provider: str, precision: str, clips: int) -> None:
         call()
         end = time.perf_counter() + 1.5
         while len(seconds) < 3 or time.perf_counter() < end:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             call()
-            seconds.append(time.perf_counter() - start)
+            seconds.append((time.perf_counter() - start, time.process_time() - used))
     print(json.dumps(seconds))
 
 
-def cpu_rows(clip_counts: list[int], rounds: int) -> list[dict]:
+def cpu_rows(passes: list[str], clip_counts: list[int], rounds: int) -> list[dict]:
     device = torch.device("cpu")
-    errors, base, cases = check(device), provenance(device), cpu_cases(clip_counts)
+    errors, base, cases = check(device), provenance(device), cpu_cases(passes, clip_counts)
     seconds, loads = {case: [] for case in cases}, []
     for _ in range(rounds):  # interleaved: whatever else the machine does hits all alike
         for case in cases:
             command = [sys.executable, __file__, "--worker", *map(str, case)]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            seconds[case].append(statistics.median(json.loads(out)))
+            environment = os.environ | {"OMP_NUM_THREADS": str(base["threads"])}
+            out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+            seconds[case].append([statistics.median(column) for column in zip(*json.loads(out), strict=True)])
             loads.append(os.getloadavg()[0])
     rows = []
     for case, times in seconds.items():
@@ -390,7 +393,8 @@ def cpu_rows(clip_counts: list[int], rounds: int) -> list[dict]:
             "kernel": "tfgram", "provider": provider, "pass": passing, "clips": clips, "samples": SAMPLES,
             "precision": precision, "load": f"{statistics.median(loads):.1f}", **base,
         }  # fmt: skip
-        times = sorted(1e3 * t for t in times)
+        row["cpu_ms"] = f"{1e3 * statistics.median(used for _, used in times):.4g}"
+        times = sorted(1e3 * wall for wall, _ in times)
         low, high = times[len(times) // 5], times[-1 - len(times) // 5]
         row |= finish(row, statistics.median(times), low, high, None)
         ours, plain = errors[passing, precision]
@@ -475,7 +479,9 @@ def update_readme(readme: pathlib.Path, files: list[pathlib.Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default: 64 on a GPU, 1 4 16 else")
+    parser.add_argument("--clips", type=int, nargs="+", help="batch sizes; default: 64 on a GPU, 1 16 else")
+    parser.add_argument("--passes", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--threads", type=int, help="on the CPU; default: PyTorch's own choice")
     parser.add_argument("--rounds", type=int, default=CPU_ROUNDS, help="interleaved rounds on the CPU")
     parser.add_argument("--out", type=pathlib.Path, help="default: results/tfgram_DEVICE.csv")
     parser.add_argument("--check", action="store_true", help="only check the errors")
@@ -489,13 +495,15 @@ def main() -> None:
     if arguments.readme:
         return update_readme(arguments.readme, arguments.files)
     device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if arguments.check:
         check(device)
         return None
     if device.type == "cuda":
-        rows = gpu_rows(device, arguments.clips or [64])
+        rows = gpu_rows(device, arguments.passes, arguments.clips or [64])
     else:
-        rows = cpu_rows(arguments.clips or [1, 4, 16], arguments.rounds)
+        rows = cpu_rows(arguments.passes, arguments.clips or [1, 16], arguments.rounds)
     return write(arguments.out or ROOT / "results" / f"tfgram_{device.type}.csv", rows)
 
 
