@@ -124,7 +124,7 @@ def tfgram_train(
                 wave, list(weights), list(gammas), list(betas), eps, hop, precision
             )
             sizes = [layer.outputs for layer in LAYERS]
-            return output, list(means.split(sizes)), list(variances.split(sizes))
+            return output, list(means.detach().split(sizes)), list(variances.detach().split(sizes))
         dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(wave.dtype, torch.float32)
         output, *statistics = ClipwiseTFgram.apply(wave, eps, hop, dtype, *weights, *gammas, *betas)
     return output, statistics[:7], statistics[7:]

@@ -46,13 +46,12 @@ def _windows(X, MU, t, samples):
 
 
 @jit
-def _first(X, MU, W0, AFF, t, samples, PREC: tl.constexpr):
+def _first(X, MU, W0, AFF, t, c, samples, PREC: tl.constexpr):
     """Windows, xhat and z of the first layer, computed again wherever they are needed."""
-    c = tl.arange(0, 64)
     x = _windows(X, MU, t, samples)
     w = tl.load(W0 + tl.arange(0, 16)[:, None] * 64 + c[None, :])
-    xhat = tl.dot(x, w, input_precision=PREC) * tl.load(AFF + 64 + c)[None, :]
-    return x, xhat, xhat * tl.load(AFF + 128 + c)[None, :] + tl.load(AFF + 192 + c)[None, :]
+    xhat, z = _normalised(tl.dot(x, w, input_precision=PREC), AFF, c, 64)
+    return x, xhat, z
 
 
 @jit
@@ -62,7 +61,7 @@ def _activation(
     """ReLU(BN) of the layer before at time steps t, from its stored raw output or from the wave."""
     inside = (t >= 0) & (t < length)
     if FIRST:
-        _, _, z = _first(X + clip * samples, MU, W0, AFF, t, samples, PREC)
+        _, _, z = _first(X + clip * samples, MU, W0, AFF, t, c, samples, PREC)
     else:
         at = (clip * length + t)[:, None] * C + c[None, :]
         _, z = _normalised(tl.load(X + at, mask=inside[:, None], other=0.0).to(tl.float32), AFF, c, C)
@@ -218,7 +217,7 @@ def pool_kernel(
 
 @jit
 def unpool_kernel(DZ, IDX, OUT, length, pooled, tiles, C: tl.constexpr, BM: tl.constexpr):
-    """Gradients of adaptive windows' maxima, added to the steps that won; a step lies in at most two windows."""
+    """Gradients of adaptive windows, added to the steps that won; a step lies in at most two windows."""
     clip = (tl.program_id(0) // tiles).to(tl.int64)
     t = tl.program_id(0) % tiles * BM + tl.arange(0, BM).to(tl.int64)
     c = tl.arange(0, C)
@@ -253,7 +252,7 @@ def input_gradient_kernel(
     inside = (t < length)[:, None]
     at = (clip * length + t)[:, None] * CI + ci[None, :]
     if FIRST:
-        x, xhat, z = _first(X + clip * samples, MU, W0, AFF_X, t, samples, PREC)
+        x, xhat, z = _first(X + clip * samples, MU, W0, AFF_X, t, ci, samples, PREC)
     else:
         xhat, z = _normalised(tl.load(X + at, mask=inside, other=0.0).to(tl.float32), AFF_X, ci, CI)
     dz = tl.where(inside & (z > 0), acc, 0.0)
@@ -311,22 +310,65 @@ def lengths(samples: int, hop: int = 512) -> list[int]:
 MOMENTS_ROWS = 256
 POOL_ROWS = 32
 SHARES = 128  # partial sums of a weight gradient
-Tile = dict[str, int]
+# (rows, chunk of the inner or input channels, warps, stages) for layer 1, layer 2 and the others: the largest
+# tiles that compile without spills within the shared memory of sm_90 and sm_100, and of sm_80 and sm_86.
+# Chosen by resources ahead of time, not by timing.
+TILES = {
+    "conv": {
+        90: {
+            "bf16": ((64, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2)),
+            "tf32": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "tf32x3": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "ieee": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        },
+        80: {
+            "bf16": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "tf32": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "tf32x3": ((32, 32, 4, 1), (64, 32, 4, 2), (32, 32, 4, 2)),
+            "ieee": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        },
+    },
+    "weight": {
+        90: {
+            "bf16": ((32, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 2)),
+            "tf32": ((64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+            "tf32x3": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+            "ieee": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        },
+        80: {
+            "bf16": ((32, 32, 8, 1), (32, 64, 8, 2), (32, 64, 8, 2)),
+            "tf32": ((32, 32, 8, 1), (32, 64, 8, 2), (32, 64, 8, 1)),
+            "tf32x3": ((16, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+            "ieee": ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        },
+    },
+    "input": {
+        90: {
+            "bf16": ((64, 64, 8, 2), (64, 64, 8, 2), (128, 64, 8, 2)),
+            "tf32": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+            "tf32x3": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+            "ieee": ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        },
+        80: {
+            "bf16": ((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+            "tf32": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+            "tf32x3": ((64, 32, 4, 2), (64, 32, 4, 1), (64, 32, 8, 2)),
+            "ieee": ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
+        },
+    },
+}
 
 
-def _tile(kind: str, precision: str, inputs: int, outputs: int, capability: int) -> Tile:
-    """Rows of a tile, inner chunk, warps and stages of one kernel."""
-    if kind == "weight":
-        return dict(BM=64, BCI=64, num_warps=4, num_stages=2)
-    return dict(BM=64, BK=32, num_warps=4, num_stages=2)
+def _tile(kind: str, index: int, precision: str, capability: int) -> dict[str, int]:
+    rows, chunk, warps, stages = TILES[kind][90 if capability >= 90 else 80][precision][min(index, 3) - 1]
+    name = "BCI" if kind == "weight" else "BK"
+    return {"BM": rows, name: chunk, "num_warps": warps, "num_stages": stages}
 
 
 def _options(kind: str, index: int, precision: str, capability: int) -> dict:
     """The compile-time arguments of a layer's kernel."""
     layer = LAYERS[index]
-    tile = _tile(kind, precision, layer.inputs, layer.outputs, capability)
-    if index == 1 and "BK" in tile and kind == "conv":
-        tile["BK"] = layer.inputs  # the prologue computes all channels of the first layer at once
+    tile = _tile(kind, index, precision, capability)
     bf16 = precision == "bf16"
     options = dict(
         CI=layer.inputs, CO=layer.outputs, DILATION=layer.dilation, FIRST=index == 1,

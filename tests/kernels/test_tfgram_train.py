@@ -1,0 +1,254 @@
+"""TFgram in training against float64: an error of at most twice plain float32 PyTorch's, plus FLOOR."""
+
+import functools
+
+import pytest
+import torch
+from osscl_kernels import backend, tfgram_train_cpu
+from osscl_kernels import tfgram_train as module
+from osscl_kernels import tfgram_train_triton as fused
+from osscl_kernels.tfgram_infer import LAYERS, frames
+from osscl_kernels.tfgram_train import tfgram_train, tfgram_train_ref, update_running_statistics
+from torch import nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOOR = 2e-6  # relative, in the Euclidean norm of each result
+ZERO, ZERO_DEAD = 1, 4  # channels with gamma = 0 and a positive or a negative beta
+NAMES = (
+    ["output"]
+    + [f"{kind} {i}" for kind in ("mean", "variance") for i in range(7)]
+    + ["wave gradient"]
+    + [f"{kind} gradient {i}" for kind in ("weight", "gamma", "beta") for i in range(7)]
+)
+triton_only = pytest.mark.skipif(backend.triton is None, reason="triton is not installed")
+cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path")
+
+
+def parameters(seed=0):
+    """Xavier weights; gammas of both signs and exactly 0, betas of both signs; float64."""
+    torch.manual_seed(seed)
+    weights, gammas, betas = [], [], []
+    for layer in LAYERS:
+        shape = (layer.outputs, layer.inputs, layer.kernel)
+        weights.append(nn.init.xavier_uniform_(torch.empty(shape, dtype=torch.float64)))
+        gamma = 1 + 0.3 * torch.randn(layer.outputs, dtype=torch.float64)
+        beta = 0.3 * torch.randn(layer.outputs, dtype=torch.float64)
+        gamma[::3] *= -1
+        gamma[[ZERO, ZERO_DEAD]] = 0
+        beta[ZERO], beta[ZERO_DEAD] = 0.5, -0.5
+        gammas.append(gamma)
+        betas.append(beta)
+    return weights, gammas, betas
+
+
+def noise(clips, samples):
+    generator = torch.Generator().manual_seed(samples)
+    return 0.1 * torch.randn(clips, samples, generator=generator, dtype=torch.float64) + 0.05
+
+
+def run(function, wave, dtype=torch.float32, device=DEVICE, **options):
+    """Output, statistics and every gradient under a random output gradient, in the order of NAMES."""
+    wave = wave.to(device, dtype, copy=True).requires_grad_()
+    groups = [[p.to(device, dtype, copy=True).requires_grad_() for p in g] for g in parameters()]
+    output, means, variances = function(wave, *groups, **options)
+    assert not any(s.requires_grad for s in (*means, *variances))
+    generator = torch.Generator().manual_seed(7)
+    gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    output.backward(gradient.to(output))
+    leaves = [wave, *groups[0], *groups[1], *groups[2]]
+    results = [output.detach(), *means, *variances, *[leaf.grad for leaf in leaves]]
+    return dict(zip(NAMES, (r.cpu() for r in results), strict=True))
+
+
+@functools.cache
+def truth(clips, samples):
+    wave = noise(clips, samples)
+    exact = run(tfgram_train_ref, wave, torch.float64, "cpu")
+    plain = run(tfgram_train_ref, wave, device="cpu")
+    return wave, exact, plain
+
+
+def error(value, exact):
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+def assert_close(results, exact, plain, floor=FLOOR):
+    for name in NAMES:
+        allowed = 2 * error(plain[name], exact[name]) + floor
+        assert results[name].isfinite().all(), name
+        assert error(results[name], exact[name]) <= allowed, name
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN (255 in bytes), so that nothing unwritten passes unnoticed."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@triton_only
+@pytest.mark.parametrize("clips, samples", [(1, 331), (2, 1237), (3, 700)])
+def test_triton_forward_and_backward(clips, samples, poisoned):
+    wave, exact, plain = truth(clips, samples)
+    results = run(tfgram_train, wave, backend="triton", precision="ieee")
+    assert_close(results, exact, plain)
+    assert results["gamma gradient 2"][ZERO].abs() > 0
+    for i in range(7):  # where gamma is 0 every value of a window ties, and the first one gets the gradient
+        expected = exact[f"gamma gradient {i}"][ZERO]
+        assert results[f"gamma gradient {i}"][ZERO] == pytest.approx(float(expected), rel=1e-3)
+        assert results[f"gamma gradient {i}"][ZERO_DEAD] == 0
+
+
+@triton_only
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
+def test_triton_precisions(precision):
+    """tf32x3 is as good as float32, the others at least as good as plain modules under bfloat16 autocast."""
+    wave, exact, plain = truth(2, 1237)
+    floor = 1e-5
+    if precision != "tf32x3":
+        floor = 2e-2 if backend.INTERPRETED and precision == "bf16" else 1e-3  # it truncates, a GPU rounds
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = run(tfgram_train_ref, wave, device="cpu")
+    results = run(tfgram_train, wave, backend="triton", precision=precision)
+    assert_close(results, exact, plain, floor)
+    assert all(result.dtype == torch.float32 for result in results.values())
+
+
+@triton_only
+def test_triton_is_the_same_bit_for_bit_run_to_run():
+    wave = noise(2, 331)
+    one, two = (run(tfgram_train, wave, backend="triton", precision="ieee") for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in NAMES)
+
+
+@triton_only
+def test_operators_pass_opcheck():
+    wave = noise(1, 60).to(DEVICE, torch.float32)
+    groups = [[p.to(DEVICE, torch.float32).requires_grad_() for p in g] for g in parameters()]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(fused.forward, (wave, *groups, 1e-5, 512, "ieee"), test_utils=tests)
+
+
+@triton_only
+def test_combining_parts_at_two_levels(poisoned):
+    torch.manual_seed(0)
+    values = 5 + torch.randn(150, 7, 16, dtype=torch.float64)
+    count = torch.full((150,), 7.0)
+    mean, square = values.mean(1), values.var(1, correction=0) * 7
+    args = (count, mean.float(), square.float(), torch.ones(16), torch.zeros(16))
+    mean, variance, affine = (t.cpu() for t in fused._combine(*(a.to(DEVICE) for a in args), 1e-5))
+    flat = values.flatten(0, 1)
+    torch.testing.assert_close(mean.double(), flat.mean(0), rtol=2e-7, atol=0)
+    torch.testing.assert_close(variance.double(), flat.var(0, correction=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        affine[1].double(), (flat.var(0, correction=0) + 1e-5).rsqrt(), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("choice", [pytest.param("triton", marks=triton_only), "torch"])
+def test_low_tone_with_an_offset(choice):
+    """A tone far below the first filters' band leaves variances that float32 moments lose."""
+    samples = 331 if choice == "triton" else 16_000
+    time = torch.arange(samples, dtype=torch.float64) / 16_000
+    wave = (0.3 + 0.1 * torch.sin(2 * torch.pi * 60 * time)).float()[None]
+    exact = run(tfgram_train_ref, wave, torch.float64, "cpu")
+    plain = run(tfgram_train_ref, wave, device="cpu")
+    options = {"precision": "ieee"} if choice == "triton" else {}
+    device = DEVICE if choice == "triton" else "cpu"
+    results = run(tfgram_train, wave, device=device, backend=choice, **options)
+    assert error(results["variance 0"], exact["variance 0"]) < 1e-6
+    assert error(results["mean 0"], exact["mean 0"]) < 1e-6
+    assert error(results["output"], exact["output"]) <= 2 * error(plain["output"], exact["output"]) + 1e-5
+
+
+@cpu_only
+@pytest.mark.parametrize("clips, samples", [(1, 331), (2, 1237), (5, 700)])
+def test_cpu_path_in_float64_is_exact(clips, samples, monkeypatch, poisoned):
+    """Small groups and blocks, so that clips, statistics and weight gradients are cut in several places."""
+    monkeypatch.setattr(tfgram_train_cpu, "GROUP_ROWS", 300)
+    monkeypatch.setattr(tfgram_train_cpu, "STATISTICS_BLOCK", 100)
+    monkeypatch.setattr(tfgram_train_cpu, "GRADIENT_BLOCK", 30)
+    wave, exact, _ = truth(clips, samples)
+    results = run(tfgram_train, wave, torch.float64, backend="torch")
+    for name in NAMES:
+        assert error(results[name], exact[name]) < 1e-11, name
+
+
+@cpu_only
+def test_cpu_path_in_float32_and_bfloat16():
+    wave, exact, _ = truth(2, 9_001)
+    results = run(tfgram_train, wave, backend="torch")
+    for name in NAMES:
+        assert error(results[name], exact[name]) < 1e-4, name
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run(tfgram_train, wave, backend="torch")
+        plain = run(tfgram_train_ref, wave)
+    asked = run(tfgram_train, wave, backend="torch", precision="bf16")
+    for name in NAMES:
+        assert torch.equal(half[name], asked[name]), name
+        assert error(half[name], exact[name]) <= 2 * error(plain[name], exact[name]) + 1e-3, name
+
+
+class Modules(nn.Module):
+    """The plain layers as a model holds them."""
+
+    def __init__(self, momentum):
+        super().__init__()
+        weights, gammas, betas = parameters()
+        self.conv = nn.ModuleList(
+            nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, x.dilation, bias=False)
+            for x in LAYERS
+        )
+        self.norm = nn.ModuleList(nn.BatchNorm1d(x.outputs, momentum=momentum) for x in LAYERS)
+        for i, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
+            conv.weight.data, norm.weight.data, norm.bias.data = weights[i], gammas[i], betas[i]
+        self.double()
+
+    def forward(self, wave):
+        x, count = wave.unsqueeze(1), frames(wave.shape[1])
+        for conv, norm, layer in zip(self.conv, self.norm, LAYERS, strict=True):
+            x = nn.functional.relu(norm(conv(x)))
+            if layer.pool == "max4":
+                x = nn.functional.max_pool1d(x, 4)
+            elif layer.pool:
+                x = nn.functional.adaptive_max_pool1d(x, 2 * count if layer.pool == "frames2" else count)
+        return x
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_those_of_batch_norm(momentum):
+    plain, ours = Modules(momentum).train(), Modules(momentum).train()
+    for step in range(2):
+        wave = noise(2, 700 + step)
+        expected = plain(wave)
+        affine = [[getattr(n, k) for n in ours.norm] for k in ("weight", "bias")]
+        output, means, variances = tfgram_train(wave, [c.weight for c in ours.conv], *affine, backend="torch")
+        update_running_statistics(ours.norm, means, variances, module.rows(wave))
+        torch.testing.assert_close(output, expected)
+    for (name, value), other in zip(plain.state_dict().items(), ours.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, value, msg=name)
+    wave = noise(1, 600)
+    torch.testing.assert_close(ours.eval()(wave), plain.eval()(wave))
+
+
+def test_frozen_parameters_get_no_gradient():
+    wave, groups = noise(1, 331).float(), [[p.float() for p in g] for g in parameters()]
+    groups[0][3].requires_grad_()
+    output, _, _ = tfgram_train(wave, *groups, backend="torch")
+    output.sum().backward()
+    assert groups[0][3].grad.abs().sum() > 0 and groups[0][2].grad is None
+
+
+def test_what_it_refuses():
+    wave, groups = noise(1, 331), parameters()
+    with pytest.raises(ValueError, match="expected .B, samples."):
+        tfgram_train(wave[:, None], *groups)
+    with pytest.raises(ValueError, match="at least 40 samples"):
+        tfgram_train(wave[:, :39], *groups)
+    with pytest.raises(ValueError, match="unknown precision 'fp8'"):
+        tfgram_train(wave, *groups, precision="fp8")
+    with pytest.raises(ValueError, match="weights of shapes"):
+        tfgram_train(wave, groups[0][::-1], *groups[1:])
+    with pytest.raises(RuntimeError, match="float64 has no Triton path|not installed"):
+        tfgram_train(wave, *groups, backend="triton")
