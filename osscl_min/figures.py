@@ -41,8 +41,8 @@ def _panels(
     title: str, synthetic: bool, names: Sequence[str], columns: int = 3, size=(3.6, 2.9), **shared: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each name."""
-    columns = min(columns, len(names))
     rows = math.ceil(len(names) / columns)
+    columns = math.ceil(len(names) / rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure((max(6.5, size[0] * columns), size[1] * rows + 0.8), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
@@ -59,7 +59,8 @@ def _panels(
 
 def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
     found = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False)
+    columns = 4 if figure.get_figwidth() > 9 else 2
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _rows(evaluation: Path | str) -> list[dict[str, str]]:
@@ -163,7 +164,7 @@ def training_curves(run: Path | str) -> Figure:
         axes[panel].plot(epochs, values, ".-" if len(log) < 40 else "-", color=colour, label=label)
     for ax in axes:
         ax.axvline(best, color=GREY, linestyle=":", linewidth=1.2, label=f"epoch {best}, kept")
-        ax.set(xlabel="epoch", ylim=(0, None))
+        ax.set(xlabel="epoch", ylim=(0, 1.06 * ax.dataLim.ymax or 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[3].ticklabel_format(axis="y", scilimits=(0, 0))
     _legend_below(figure, axes)
@@ -175,8 +176,9 @@ def score_histograms(evaluation: Path | str) -> Figure:
     types = _scores(evaluation)
     figure, axes = _panels("Anomaly scores", _is_synthetic(evaluation), list(types), sharex=True)
     every = np.concatenate([scores for _, scores, _ in types.values()])
-    floor = max(1e-12, every[every > 0].min(initial=1.0))  # the axis is logarithmic
-    bins = np.geomspace(floor, 1.001 * max(every.max(), 2 * floor), 25)
+    most = 1.001 * max(every.max(), 1e-9)  # the axis is logarithmic, over two decades at least
+    floor = min(most / 100, max(1e-12, every.min()))
+    bins = np.geomspace(floor, most, 25)
     for ax, (truth, scores, _) in zip(axes, types.values(), strict=True):
         for value, label, colour in ((0, "normal", BLUE), (1, "anomalous", VERMILLION)):
             ax.hist(np.maximum(scores[truth == value], floor), bins, color=colour, alpha=0.5, label=label)
@@ -261,7 +263,7 @@ def high_frequency(path: Path | str, measure: str = "auc_id_mean") -> Figure:
             ax.plot(cutoff / 1000, 100 * value, color=colour, marker=".", label=label)
             ax.fill_between(cutoff / 1000, 100 * low, 100 * high, color=colour, alpha=0.15, linewidth=0)
         ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
-        ax.set(xlabel="cut-off (kHz)", ylabel="AUC (%)" if ax in axes[::4] else "")
+        ax.set(xlabel="cut-off (kHz)", ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
     _legend_below(figure, axes)
     return figure
 
@@ -278,8 +280,11 @@ def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
     if data is not None and (run / "best.pt").is_file():
         trained = checkpoint.load(run / "best.pt")
         opened = open_data(data, trained.config.model.audio, splits=["test"])
-        pair = normal_and_anomalous(opened.test.clips)
-        figures["maps"] = input_maps(trained, opened.test, pair, opened.dataset.synthetic)
+        try:
+            chosen = normal_and_anomalous(opened.test.clips)
+        except UserError:  # unlabelled, or all alike: any clip
+            chosen = [0]
+        figures["maps"] = input_maps(trained, opened.test, chosen, opened.dataset.synthetic)
     if (run / "log.jsonl").is_file():
         figures["training"] = training_curves(run)
     if any(evaluation.rglob("metrics.json")):
