@@ -636,50 +636,70 @@ def _autograd(ctx, gradient, *_):
 forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+INTEGERS = ("length", "pooled", "samples", "tiles", "all_tiles", "share", "parts", "width")
+FLOATS = (
+    "MU",
+    "W0",
+    "AFF",
+    "AFF_X",
+    "GRAD",
+    "SUMS",
+    "PRODUCTS",
+    "PART",
+    "COUNT",
+    "MEAN",
+    "SQUARE",
+    "GAMMA",
+    "BETA",
+)
+
+
 def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Every shipped kernel configuration: distinct layers and precisions, then the small kernels."""
+    """Every shipped kernel configuration: each precision and distinct layer, then the small kernels."""
     for precision in ("bf16", "tf32", "tf32x3", "ieee"):
         stored = "*bf16" if precision == "bf16" else "*fp32"
         for kind, kernel in (
-            ("conv", conv_kernel),
-            ("weight", weight_gradient_kernel),
-            ("input", input_gradient_kernel),
-        ):
-            seen = []
-            for index in range(1, len(LAYERS)):
+            ("conv", conv_kernel), ("weight", weight_gradient_kernel), ("input", input_gradient_kernel)
+        ):  # fmt: skip
+            for index in range(1, 5):  # layers 5 and 6 are layer 4 with other lengths and dilations
                 constants = _options(kind, index, precision, capability)
                 if kind == "input":
                     constants["STORE"] = index > 1
-                shape = {k: v for k, v in constants.items() if k != "DILATION"}
-                if shape in seen:
-                    continue
-                seen.append(shape)
-                wide = {
-                    "MU",
-                    "W0",
-                    "AFF",
-                    "AFF_X",
-                    "GRAD",
-                    "COUNT",
-                    "MEAN",
-                    "SQUARE",
-                    "SUMS",
-                    "PRODUCTS",
-                    "PART",
-                }
-                integers = {"length", "pooled", "samples", "tiles", "all_tiles", "share"}
-                signature = {}
-                for name in kernel.arg_names:
-                    if name in constants:
-                        continue
-                    signature[name] = "i32" if name in integers else "*fp32" if name in wide else stored
-                signature |= {"X": "*fp32"} if index == 1 else {}
-                signature |= {"count": "fp32"} if "count" in signature else {}
-                signature |= {"IDX": "*u8"} if constants.get("BY4") else {}
-                pointers = tuple(name for name, kind_ in signature.items() if kind_.startswith("*"))
-                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-                yield CompileCase(
-                    f"{kind} {precision} layer {index}", kernel, signature, constants, warps, stages,
-                    aligned=pointers, tensor_cores=precision != "ieee", loop_carried=1,
-                    carried_values=3 if kind == "weight" else 1,
-                )  # fmt: skip
+                types = {"X": "*fp32"} if index == 1 else {}
+                types |= {"IDX": "*u8"} if constants.get("BY4") else {}
+                carried = 3 if kind == "weight" else 1
+                yield _case(f"{kind} {precision} layer {index}", kernel, constants, stored, types, carried)
+    doubles = {"MEAN": "*fp64", "SQUARE": "*fp64", "COUNT": "*fp64"}
+    yield _case(
+        "window moments", window_moments_kernel, {"BM": MOMENTS_ROWS}, "*fp32", doubles | {"X": "*fp32"}
+    )
+    for last in (False, True):
+        out = {name: "*fp32" if last else "*fp64" for name in ("COUNT_OUT", "MEAN_OUT", "SQUARE_OUT")}
+        types = out | ({"eps": "fp32"} | (doubles if last else {}))
+        constants = {"C": 128, "BC": 16, "BP": 32, "LAST": last}
+        yield _case(f"combine {'last' if last else 'first'}", combine_kernel, constants, "*fp32", types, 3)
+    for stored in ("*bf16", "*fp32"):
+        for by4 in (True, False):
+            constants = {"C": 64 if by4 else 128, "BY4": by4, "BM": POOL_ROWS}
+            name = f"pool {stored[1:]} {'by four' if by4 else 'adaptive'}"
+            yield _case(name, pool_kernel, constants, stored, {"IDX": "*u8"}, 2)
+        yield _case(
+            f"unpool {stored[1:]}", unpool_kernel, {"C": 128, "BM": POOL_ROWS}, stored, {"IDX": "*u8"}
+        )
+
+
+def _case(name, kernel, constants, stored, types, carried=0) -> CompileCase:
+    """Argument types by name: integers, float32 side tables, `types`, and `stored` for the activations."""
+    constants = dict(constants)
+    warps, stages = constants.pop("num_warps", 4), constants.pop("num_stages", 3)
+    signature = {
+        key: "i32" if key in INTEGERS else "fp32" if key == "count" else "*fp32" if key in FLOATS else stored
+        for key in kernel.arg_names
+        if key not in constants
+    } | types
+    return CompileCase(
+        name, kernel, signature, constants, warps, stages,
+        aligned=tuple(key for key, kind in signature.items() if kind.startswith("*")),
+        tensor_cores=constants.get("PREC", "ieee") != "ieee" and "DT" in constants,
+        loop_carried=min(carried, 1), carried_values=carried,
+    )  # fmt: skip

@@ -1,17 +1,21 @@
 """TFgram in training against float64: an error of at most twice plain float32 PyTorch's, plus FLOOR."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
 from osscl_kernels import backend, tfgram_train_cpu
-from osscl_kernels import tfgram_train as module
 from osscl_kernels import tfgram_train_triton as fused
 from osscl_kernels.tfgram_infer import LAYERS, frames
-from osscl_kernels.tfgram_train import tfgram_train, tfgram_train_ref, update_running_statistics
+from osscl_kernels.tfgram_train import rows, tfgram_train, tfgram_train_ref, update_running_statistics
 from torch import nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(tfgram_train_cpu.__file__).parents[1])}
 FLOOR = 2e-6  # relative, in the Euclidean norm of each result
 ZERO, ZERO_DEAD = 1, 4  # channels with gamma = 0 and a positive or a negative beta
 NAMES = (
@@ -224,7 +228,7 @@ def test_running_statistics_are_those_of_batch_norm(momentum):
         expected = plain(wave)
         affine = [[getattr(n, k) for n in ours.norm] for k in ("weight", "bias")]
         output, means, variances = tfgram_train(wave, [c.weight for c in ours.conv], *affine, backend="torch")
-        update_running_statistics(ours.norm, means, variances, module.rows(wave))
+        update_running_statistics(ours.norm, means, variances, rows(wave))
         torch.testing.assert_close(output, expected)
     for (name, value), other in zip(plain.state_dict().items(), ours.state_dict().values(), strict=True):
         torch.testing.assert_close(other, value, msg=name)
@@ -252,3 +256,29 @@ def test_what_it_refuses():
         tfgram_train(wave, groups[0][::-1], *groups[1:])
     with pytest.raises(RuntimeError, match="float64 has no Triton path|not installed"):
         tfgram_train(wave, *groups, backend="triton")
+
+
+@cpu_only
+def test_freed_memory_is_kept_in_a_process_of_its_own():
+    """A freed block of 64 MiB stays resident after the call, and goes back to the system without it."""
+    program = """
+import sys, torch
+from osscl_kernels.tfgram_train_cpu import keep_freed_memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit("no mallopt")
+before = resident()
+blocks = [torch.ones(4 * 2**20) for _ in range(4)]
+del blocks
+print(resident() - before)
+"""
+    kept = {}
+    for choice in ("keep", "return"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, choice], capture_output=True, text=True, env=ENVIRONMENT
+        )
+        if "no mallopt" in done.stderr:
+            pytest.skip("this C library has no mallopt")
+        kept[choice] = float(done.stdout)
+    assert kept["keep"] > 48 > 32 > kept["return"]
