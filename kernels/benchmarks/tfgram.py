@@ -2,14 +2,12 @@
 
     python kernels/benchmarks/tfgram.py [--device cuda|cpu] [--clips N ...] [--passes ...] [--threads N]
                                         [--out FILE.csv] [--check]
-    python kernels/benchmarks/tfgram.py --readme kernels/README.md results/tfgram_*.csv
 
 On a GPU every variant runs in this process: the modules eagerly, through torch.compile and as CUDA-graph
 replays, and the kernels, beside the device's own limits (copy, matrix products), measured too. On the CPU a
 timing is a fresh process, in interleaved rounds, for what a process allocated before decides how many page
 faults a convolution pays; cpu_ms is its processor time, which says more on a busy machine (with --threads 1).
-One row per (kernel, provider, pass, shape, precision). The second form writes the tables between the README's
-TFgram markers.
+One row per (kernel, provider, pass, shape, precision), and a table of them in a .md file beside the CSV.
 """
 
 from __future__ import annotations
@@ -49,7 +47,6 @@ COLUMNS = (
     "bytes limit_ms share_of_limit error plain_error device threads load python torch triton commit date note"
 ).split()
 CPU_ROUNDS = 3
-BEGIN, END = "<!-- tfgram:begin -->", "<!-- tfgram:end -->"
 
 
 class Modules(nn.Module):
@@ -404,6 +401,7 @@ def cpu_rows(passes: list[str], clip_counts: list[int], rounds: int) -> list[dic
 
 
 def write(path: pathlib.Path, rows: list[dict]) -> None:
+    """The rows as CSV, and beside it the table that the README shows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     with temporary.open("w", newline="") as file:
@@ -412,68 +410,51 @@ def write(path: pathlib.Path, rows: list[dict]) -> None:
         for row in rows:
             writer.writerow({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in row.items()})
     temporary.replace(path)
+    temporary.write_text(table(rows))
+    temporary.replace(path.with_suffix(".md"))
 
 
-def tables(files: list[pathlib.Path]) -> str:
-    """Markdown: a table a file and pass, each time beside the best plain time of the same precision."""
-    parts = []
-    for file in files:
-        rows = [r for r in csv.DictReader(file.open()) if r["median_ms"]]
-        one = rows[0]
-        parts.append(
-            f"{one['device']}, {one['threads']} threads, torch {one['torch']}, {one['date']}, commit "
-            f"{one['commit']} (`results/{file.name}`):\n"
-        )
-        for passing in ("inference", "training"):
-            mine = [r for r in rows if r["pass"] == passing]
-            sizes = sorted({int(r["clips"]) for r in mine})
-            head = [f"{n} clip{'s' * (n > 1)}, ms a clip" for n in sizes]
-            parts.append("| ".join([f"| {passing} ", "precision ", *(h + " " for h in head), "error |"]))
-            parts.append("|---" * (len(sizes) + 3) + "|")
-            for precision, provider in dict.fromkeys((r["precision"], r["provider"]) for r in mine):
-                same = {
-                    int(r["clips"]): r
-                    for r in mine
-                    if (r["precision"], r["provider"]) == (precision, provider)
-                }
-                cells = [f"{float(same[n]['ms_per_clip']):.4g}" if n in same else "" for n in sizes]
-                worst = next(iter(same.values()))["error"]
-                parts.append("| " + " | ".join([provider, precision, *cells, worst]) + " |")
-            parts += ["", summary(mine, sizes, passing), ""]
+def table(rows: list[dict]) -> str:
+    """Markdown: milliseconds a clip of every provider, and how many times faster the kernels are."""
+    one = rows[0]
+    parts = [
+        f"{one['device']}, {one['threads']} threads, torch {one['torch']}, triton {one['triton']}, "
+        f"{SAMPLES} samples a clip, load {one.get('load') or 'not taken'}; {one['date']}, commit "
+        f"{one['commit']}.\n"
+    ]
+    timed = [row for row in rows if row.get("median_ms")]
+    for passing in dict.fromkeys(row["pass"] for row in timed):
+        mine = {(r["provider"], r["precision"], r["clips"]): r for r in timed if r["pass"] == passing}
+        sizes = sorted({clips for _, _, clips in mine})
+        for unit in ("ms_per_clip", "cpu_ms") if one.get("cpu_ms") else ("ms_per_clip",):
+
+            def per_clip(provider, precision, mine=mine, sizes=sizes, unit=unit):
+                found = {n: mine[provider, precision, n] for n in sizes if (provider, precision, n) in mine}
+                return {n: float(r[unit]) / (n if unit == "cpu_ms" else 1) for n, r in found.items()}
+
+            name = "ms a clip" if unit == "ms_per_clip" else "ms of processor time a clip"
+            heads = [f"{passing}, {name}", "precision", *(f"batch {n}" for n in sizes)]
+            parts.append("| " + " | ".join([*heads, "relative error"]) + " |")
+            parts.append("|---" * (len(heads) + 1) + "|")
+            pairs = list(dict.fromkeys((precision, provider) for provider, precision, _ in mine))
+            for precision, provider in pairs:
+                times = per_clip(provider, precision)
+                cells = [f"{times[n]:.3g}" if n in times else "" for n in sizes]
+                worst = next(r["error"] for (p, q, _), r in mine.items() if (p, q) == (provider, precision))
+                parts.append("| " + " | ".join([provider, precision, *cells, f"{worst:.1e}"]) + " |")
+            parts.append("")
+            for precision in dict.fromkeys(precision for precision, _ in pairs):
+                for against in dict.fromkeys((precision, "ieee")):
+                    ours, plain = per_clip("kernels", precision), per_clip("modules", against)
+                    if ours and plain:
+                        ratios = ", ".join(f"{plain[n] / ours[n]:.1f} at batch {n}" for n in sizes)
+                        best = min(plain.values()) / min(ours.values())
+                        parts.append(
+                            f"- {passing} in {precision}, times as fast as the modules in {against}: "
+                            f"{ratios}, {best:.1f} where each takes its best batch."
+                        )
+            parts.append("")
     return "\n".join(parts)
-
-
-def summary(rows: list[dict], sizes: list[int], passing: str) -> str:
-    """How many times faster the kernels are than the modules, by batch size and at each one's best."""
-    lines = []
-    for precision in dict.fromkeys(r["precision"] for r in rows):
-
-        def per_clip(provider, precision, sizes=sizes):
-            found = [r for r in rows if (r["provider"], r["precision"]) == (provider, precision)]
-            return {int(r["clips"]): float(r["ms_per_clip"]) for r in found}
-
-        ours = per_clip("kernels", precision)
-        for against in dict.fromkeys((precision, "ieee")):
-            plain = per_clip("modules", against)
-            if not ours or not plain:
-                continue
-            ratios = ", ".join(f"{plain[n] / ours[n]:.1f} at {n}" for n in sizes if n in plain and n in ours)
-            best = min(plain.values()) / min(ours.values())
-            lines.append(
-                f"{passing}, {precision} against the modules in {against}: {ratios} clips; {best:.1f} when "
-                "each takes its best batch size."
-            )
-    return "Times as fast: " + " ".join(lines)
-
-
-def update_readme(readme: pathlib.Path, files: list[pathlib.Path]) -> None:
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{readme} has no lines {BEGIN} and {END}: add them where the tables belong")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    temporary = readme.with_name(readme.name + ".part")
-    temporary.write_text(f"{before}{BEGIN}\n{tables(files)}\n{END}{after}")
-    temporary.replace(readme)
 
 
 def main() -> None:
@@ -486,14 +467,10 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="default: results/tfgram_DEVICE.csv")
     parser.add_argument("--check", action="store_true", help="only check the errors")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--readme", type=pathlib.Path, help="write the tables of FILES into this file")
-    parser.add_argument("files", type=pathlib.Path, nargs="*")
     arguments = parser.parse_args()
     if arguments.worker:
         passing, provider, precision, clips = arguments.worker
         return cpu_worker(passing, provider, precision, int(clips))
-    if arguments.readme:
-        return update_readme(arguments.readme, arguments.files)
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
