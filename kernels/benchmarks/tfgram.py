@@ -1,7 +1,7 @@
 """Check, then time TFgram inference and training against plain PyTorch: one command, one CSV.
 
     python kernels/benchmarks/tfgram.py [--device cuda|cpu] [--clips N ...] [--passes ...] [--threads N]
-                                        [--out FILE.csv] [--check]
+                                        [--out FILE.csv] [--check] [--predict]
 
 On a GPU every variant runs in this process: the modules eagerly, through torch.compile and as CUDA-graph
 replays, and the kernels, beside the device's own limits (copy, matrix products), measured too. On the CPU a
@@ -457,6 +457,31 @@ def table(rows: list[dict]) -> str:
     return "\n".join(parts)
 
 
+def predictions(clips: int = 64) -> str:
+    """Markdown: work and traffic by formula, and the time that an H200's limits allow."""
+    limits = {"bytes": 4.3e12, "ieee": 67e12, "tf32": 395e12, "tf32x3": 395e12 / 3, "bf16": 790e12}
+    lines = [
+        f"{clips} clips of {SAMPLES} samples, limits of an H200: {limits['bytes'] / 1e12} TB/s copied; "
+        + ", ".join(f"{limits[p] / 1e12:.0f} TFLOP/s {p}" for p in PRECISIONS["training"]["cuda"])
+        + ".\n",
+        "| pass | precision | GFLOP | modules, GB | kernels, GB | arithmetic, ms | modules' traffic, ms "
+        "| kernels' traffic, ms |",
+        "|---" * 8 + "|",
+    ]
+    for passing, by_device in PRECISIONS.items():
+        for precision in by_device["cuda"]:
+            flop, eager = work(clips, SAMPLES, passing, precision, fused=False)
+            fused = work(clips, SAMPLES, passing, precision, fused=True)[1]
+            times = [1e3 * flop / limits[precision], *(1e3 * b / limits["bytes"] for b in (eager, fused))]
+            cells = [
+                f"{flop / 1e9:.1f}",
+                *(f"{b / 1e9:.2f}" for b in (eager, fused)),
+                *(f"{t:.2f}" for t in times),
+            ]
+            lines.append("| " + " | ".join([passing, precision, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -466,6 +491,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=CPU_ROUNDS, help="interleaved rounds on the CPU")
     parser.add_argument("--out", type=pathlib.Path, help="default: results/tfgram_DEVICE.csv")
     parser.add_argument("--check", action="store_true", help="only check the errors")
+    parser.add_argument("--predict", action="store_true", help="only write results/tfgram_predicted.md")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -474,6 +500,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.predict:
+        (ROOT / "results" / "tfgram_predicted.md").write_text(predictions())
+        return None
     if arguments.check:
         check(device)
         return None

@@ -86,15 +86,26 @@ def fold_batchnorm(module: nn.Module, dtype: torch.dtype | None = None) -> Folde
         With `conv` (seven Conv1d without bias) and `norm` (seven BatchNorm1d), shaped as `LAYERS` says.
     dtype : torch.dtype, optional
         Of the result; default: the parameters'. Biases stay at least float32.
+
+    Raises
+    ------
+    ValueError
+        If the layers' eps differ.
     """
-    weights, biases = [], []
-    for conv, norm in zip(module.conv, module.norm, strict=True):
-        scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-        to = dtype or conv.weight.dtype
-        weights.append((conv.weight.double() * scale[:, None, None]).to(to).permute(2, 1, 0).contiguous())
-        bias = norm.bias.double() - norm.running_mean.double() * scale
-        biases.append(bias.to(torch.promote_types(to, torch.float32)))
-    return Folded(tuple(weights), tuple(biases))
+    convs, norms = module.conv, module.norm
+    if len({norm.eps for norm in norms}) != 1:
+        raise ValueError("fold_batchnorm: the layers' eps differ; expected one for all")
+    to = dtype or convs[0].weight.dtype
+    # All layers' vectors at once: on a GPU the launches are what this costs.
+    gamma, beta = (torch.cat(p).double() for p in ([n.weight for n in norms], [n.bias for n in norms]))
+    mean, variance = (
+        torch.cat([getattr(n, k) for n in norms]).double() for k in ("running_mean", "running_var")
+    )
+    scale = gamma * (variance + norms[0].eps).rsqrt()
+    bias = (beta - mean * scale).to(torch.promote_types(to, torch.float32))
+    sizes = [layer.outputs for layer in LAYERS]
+    weights = (c.weight.permute(2, 1, 0) * s for c, s in zip(convs, scale.split(sizes), strict=True))
+    return Folded(tuple(w.to(to).contiguous() for w in weights), tuple(bias.split(sizes)))
 
 
 def tfgram_infer_ref(wave: Tensor, folded: Folded, *, hop: int = 512) -> Tensor:

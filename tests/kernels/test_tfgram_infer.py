@@ -10,7 +10,7 @@ from osscl_kernels.tfgram_infer import LAYERS, Folded, fold_batchnorm, frames, t
 from torch import nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOOR = 1e-6  # of the largest output
+FLOOR = 3e-7  # of the largest output
 tfgram_infer = importlib.import_module("osscl_kernels.tfgram_infer")  # the package's name is the function
 infer = tfgram_infer.tfgram_infer
 pytestmark = pytest.mark.skipif(backend.triton is None, reason="triton is not installed")
@@ -103,13 +103,17 @@ def test_folding_changes_nothing(module, exact, samples):
     assert infer(wave, exact).dtype == torch.float64
 
 
-def test_folded_layout_and_dtypes(module):
+def test_folded_layout_and_dtypes(module, folded, exact):
     half = fold_batchnorm(module, torch.bfloat16)
     assert [tuple(w.shape) for w in half.weights] == [(x.kernel, x.inputs, x.outputs) for x in LAYERS]
     assert {w.dtype for w in half.weights} == {torch.bfloat16} and {b.dtype for b in half.biases} == {
         torch.float32
     }
-    assert all(w.is_contiguous() for w in half.weights)
+    assert all(w.is_contiguous() for f in (half, folded, exact) for w in f.weights)
+    other = Modules()
+    other.norm[2].eps = 1e-3
+    with pytest.raises(ValueError, match="eps differ"):
+        fold_batchnorm(other)
 
 
 SHAPES = [(1, 20), (2, 777), (3, 1003), (1, 2560), (1, 16000), (2, 17003)]
