@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .tfgram_infer import LAYERS, frames
 
 GROUP_ROWS = 32_000  # time steps of the first layers in one group of clips: one clip of 10 s
-STATISTICS_BLOCK = 2_000  # rows summed in the input's precision before float64 takes over
+STATISTICS_BLOCK = 2_000  # rows summed in float32 before float64 takes over; four times that in bfloat16
 GRADIENT_BLOCK = 250  # time steps of a weight-gradient block: inputs and gradients fit the L2 cache
 FIRST = LAYERS[0]
 aten = torch.ops.aten
@@ -63,13 +63,14 @@ def combine_moments(
     return counts.sum(), mean, square
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(n, C, 1, T) in channels_last as one (1, C, 1, n T), without a copy."""
-    return x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
+def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(n, C, 1, T) in channels_last as (1, C, 1, rows) blocks of its n T rows, without a copy."""
+    rows = x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
+    return rows.split(STATISTICS_BLOCK * (4 if x.dtype == torch.bfloat16 else 1), dim=-1)
 
 
 def _moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    blocks = _rows(y).split(STATISTICS_BLOCK, dim=-1)
+    blocks = _blocks(y)
     wide = torch.promote_types(y.dtype, torch.float32)
     unused = torch.zeros(2, y.shape[1], dtype=wide)  # running buffers, only to fix the result's dtype
     parts = [torch.batch_norm_update_stats(b, *unused.unbind(), 0.0) for b in blocks]
@@ -98,9 +99,7 @@ class _BatchNorm:
     def sums(self, dz, y):
         """Sums over the rows of dz xhat and of dz, in float64."""
         total = 0.0
-        for d, x in zip(
-            _rows(dz).split(STATISTICS_BLOCK, -1), _rows(y).split(STATISTICS_BLOCK, -1), strict=True
-        ):
+        for d, x in zip(_blocks(dz), _blocks(y), strict=True):
             one, m, v = torch.ones_like(self.mean), self.mean, self.variance
             mask = (False, True, True)
             part = aten.native_batch_norm_backward(d, x, one, m, v, m, v, False, self.eps, mask)[1:]
@@ -133,12 +132,12 @@ class _Pool:
             return F.max_pool2d(z, (1, self.width), return_indices=True)
         z = z.permute(0, 2, 3, 1)[:, 0]
         best = z.index_select(1, self.rows[0])
-        index = self.rows[0][:, None].expand(best.shape).clone()
-        for row in self.rows[1:]:
+        place = torch.zeros(best.shape, dtype=torch.int16)
+        for step, row in enumerate(self.rows[1:], 1):
             candidate = z.index_select(1, row)
-            index = torch.where(candidate > best, row[:, None], index)
+            place.masked_fill_(candidate > best, step)
             best = torch.maximum(best, candidate)
-        return best[:, None].permute(0, 3, 1, 2), index
+        return best[:, None].permute(0, 3, 1, 2), place + self.rows[0][:, None]
 
     def backward(self, dp, index, y):
         """Route dp (n, C, 1, pooled) to the rows that won, in a tensor like y (n, C, 1, T)."""
