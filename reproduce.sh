@@ -155,8 +155,10 @@ say "notebooks"
 for notebook in notebooks/*.ipynb; do
   executed=$run/notebooks/$(basename "$notebook")
   if ! made "$executed" "$run/best.pt" || ! made "$executed" "$notebook"; then
+    # the kernel's remark on loopback TCP is noise here
     OSSCL_RUN=$run OSSCL_DATA=$data "$python" -m nbconvert --log-level WARN --to notebook --execute \
-      --output-dir "$run/notebooks" "$notebook"
+      --ExecutePreprocessor.startup_timeout=300 --output-dir "$run/notebooks" "$notebook" \
+      2> >(grep -v 'IPKernelApp. WARNING . Kernel is running over TCP' >&2)
   fi
 done
 
