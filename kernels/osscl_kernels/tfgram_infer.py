@@ -191,10 +191,8 @@ def _check(wave: Tensor, folded: Folded, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"tfgram: unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if wave.dim() != 2 or not MIN_SAMPLES <= wave.shape[1] < MAX_SAMPLES:
-        raise ValueError(
-            f"tfgram: wave is {tuple(wave.shape)}; expected (clips, samples) with {MIN_SAMPLES} <= samples < "
-            f"{MAX_SAMPLES}"
-        )
+        limits = f"{MIN_SAMPLES} <= samples < {MAX_SAMPLES}"
+        raise ValueError(f"tfgram: wave is {tuple(wave.shape)}; expected (clips, samples) with {limits}")
     if not (wave.is_floating_point() or wave.dtype == torch.int16):
         raise ValueError(f"tfgram: wave is {wave.dtype}; expected int16 or floating point")
     shapes = [tuple(w.shape) for w in folded.weights]
@@ -279,28 +277,27 @@ def _infer(wave, weights, biases, count, precision):
         wave = wave.to(wave.dtype if wave.dtype == torch.int16 else torch.float32).contiguous()
     weights = [w.to(storage).contiguous() for w in weights]
     biases = [b.float().contiguous() for b in biases]
-    config = CONFIGS[_family(wave)][precision]
+    front, conv = CONFIGS[_family(wave), precision]
     # bfloat16 products are wrong in the interpreter: there they are taken in float32.
     shared = {"DT": tl.bfloat16 if precision == "bf16" and not INTERPRETED else tl.float32}
     shared["PREC"] = "ieee" if precision == "ieee" else "tf32"
     with torch.cuda.device(wave.device) if wave.is_cuda else contextlib.nullcontext():
-        rows = config.front[0] // 2  # segments a program walks
+        rows = front["P"] // 2  # segments a program walks
         segment = _segment(clips, length, rows, wave)
         segments = triton.cdiv(pooled * 4, segment)
         x = wave.new_empty((clips, pooled, 64), dtype=storage)
         front_kernel[(triton.cdiv(clips * segments, rows),)](
             wave, weights[0], biases[0], weights[1], biases[1], weights[2], biases[2], x,
             clips, wave.stride(0), samples, length, pooled, segments, segment,
-            C=64, **shared, **config.front_constants(),
+            C=64, **shared, **front,
         )  # fmt: skip
         for i, slot in zip(range(3, 7), (1, slots[0], 1, slots[1]), strict=True):
             before, after = x.shape[1], {3: pooled, 4: 2 * count, 5: 2 * count, 6: count}[i]
             y = out if i == 6 else wave.new_empty((clips, after, 128), dtype=storage)
-            bm, bn = config.conv[:2]
-            tiles = triton.cdiv(after, bm // slot)
-            conv_kernel[(clips * tiles, 128 // bn)](
+            tiles = triton.cdiv(after, conv["BM"] // slot)
+            conv_kernel[(clips * tiles, 128 // conv["BN"])](
                 x, weights[i], biases[i], y, before, after, tiles,
-                **_conv_constants(i, slot), **shared, **config.conv_constants(),
+                **_conv_constants(i, slot), **shared, **conv,
             )  # fmt: skip
             x = y
     return out
@@ -325,95 +322,72 @@ def _segment(clips: int, length: int, rows: int, wave: Tensor) -> int:
     return min(max(4 * triton.cdiv(length, 4 * segments), 32), 1024)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of one (architecture, precision)."""
-
-    front: tuple[int, int, bool]  # rows, warps, weights reloaded in every step
-    conv: tuple[int, int, int, int, int]  # rows, channels, depth of a tile, warps, pipeline stages
-
-    def front_constants(self) -> dict[str, Any]:
-        return {"P": self.front[0], "RELOAD": self.front[2], "num_warps": self.front[1], "num_stages": 1}
-
-    def conv_constants(self) -> dict[str, Any]:
-        return dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), self.conv, strict=True))
+def _tiles(front: tuple, conv: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
+    return (
+        dict(zip(("P", "RELOAD", "num_warps", "num_stages"), front, strict=True)),
+        dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), conv, strict=True)),
+    )
 
 
-# Chosen from the compiled code alone (no spills, registers for two programs a multiprocessor). 86 stands for
-# every other GPU from compute capability 8.0 on: 99 KB of shared memory.
-_IEEE = Config((32, 8, False), (64, 64, 16, 8, 2))
+# Front and convolution kernel by architecture and precision, chosen from the compiled code alone: no spills,
+# and where it can be, registers for two programs a multiprocessor. 86 stands for every other GPU from compute
+# capability 8.0 on, with 99 KB of shared memory.
 CONFIGS = {
-    80: {
-        "bf16": Config((32, 4, False), (128, 128, 32, 8, 3)),
-        "tf32": Config((32, 8, False), (64, 128, 32, 8, 2)),
-        "ieee": _IEEE,
-    },
-    86: {
-        "bf16": Config((32, 4, False), (128, 128, 32, 8, 2)),
-        "tf32": Config((32, 8, True), (64, 128, 32, 8, 2)),
-        "ieee": Config((16, 8, True), (64, 64, 16, 8, 2)),
-    },
-    90: {
-        "bf16": Config((64, 4, False), (128, 128, 32, 8, 4)),
-        "tf32": Config((32, 8, False), (128, 128, 32, 8, 2)),
-        "ieee": _IEEE,
-    },
-    100: {
-        "bf16": Config((64, 8, False), (128, 128, 64, 8, 3)),
-        "tf32": Config((64, 8, False), (128, 128, 32, 8, 2)),
-        "ieee": _IEEE,
-    },
+    (80, "bf16"): _tiles((32, False, 4, 1), (128, 128, 32, 8, 3)),
+    (80, "tf32"): _tiles((32, False, 8, 1), (64, 128, 32, 8, 2)),
+    (80, "ieee"): _tiles((32, False, 8, 1), (64, 64, 16, 8, 2)),
+    (86, "bf16"): _tiles((32, False, 4, 1), (128, 128, 32, 8, 2)),
+    (86, "tf32"): _tiles((32, True, 8, 1), (64, 128, 32, 8, 2)),
+    (86, "ieee"): _tiles((16, True, 8, 1), (64, 64, 16, 8, 2)),
+    (90, "bf16"): _tiles((64, False, 4, 1), (128, 128, 32, 8, 4)),
+    (90, "tf32"): _tiles((32, False, 8, 1), (128, 128, 32, 8, 2)),
+    (90, "ieee"): _tiles((32, False, 8, 1), (64, 64, 16, 8, 2)),
+    (100, "bf16"): _tiles((64, False, 8, 1), (128, 128, 64, 8, 3)),
+    (100, "tf32"): _tiles((64, False, 8, 1), (128, 128, 32, 8, 2)),
+    (100, "ieee"): _tiles((32, False, 8, 1), (64, 64, 16, 8, 2)),
 }
 
 
 def _family(wave: Tensor) -> int:
     if not wave.is_cuda:
         return 90  # the interpreter: large tiles, since it pays for each operation
-    major, minor = torch.cuda.get_device_capability(wave.device)
-    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 86)
+    capability = torch.cuda.get_device_capability(wave.device)
+    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get(capability, 86)
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
     """Every configuration that this module can launch on an architecture, for waves at the default hop."""
-    for precision, config in CONFIGS[capability].items():
+    for precision in PRECISIONS[1:]:
+        front, conv = CONFIGS[capability, precision]
+        product = {"PREC": "ieee" if precision == "ieee" else "tf32"}
+        product["DT"] = tl.bfloat16 if precision == "bf16" else tl.float32
         element = "*bf16" if precision == "bf16" else "*fp32"
-        shared = {
-            "DT": tl.bfloat16 if precision == "bf16" else tl.float32,
-            "PREC": "ieee" if precision == "ieee" else "tf32",
-        }
-        for wave in ("*fp32", "*i16") if precision == "bf16" else ("*fp32",):
-            constants = config.front_constants()
-            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-            pointers = {f"{kind}{i}": element if kind == "W" else "*fp32" for i in range(3) for kind in "WB"}
-            numbers = "clips clip_stride samples length pooled segments segment".split()
-            yield CompileCase(
-                f"front {precision} {wave[1:]}",
-                front_kernel,
-                {"X": wave, **pointers, "OUT": element, **dict.fromkeys(numbers, "i32")},
-                {"C": 64, **shared, **constants},
-                warps,
-                stages,
-                aligned=("X", *pointers, "OUT"),
-                tensor_cores=precision != "ieee",
-                loop_carried=1,
-                carried_values=5,  # x, before, older, old, best
-            )
+        pointers = {f"{kind}{i}": element if kind == "W" else "*fp32" for i in range(3) for kind in "WB"}
+        numbers = "clips clip_stride samples length pooled segments segment".split()
+        cases = [
+            # x, before, older, old and best are carried
+            (f"front {wave[1:]}", front_kernel, {"X": wave, **pointers, "OUT": element}, numbers, front, 5)
+            for wave in (("*fp32", "*i16") if precision == "bf16" else ("*fp32",))
+        ]
         for layer, slots in ((3, 1), (4, 16), (5, 1), (6, 2)):
-            constants = config.conv_constants()
-            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-            last = "*fp32" if layer == 6 else element
+            tensors = {"X": element, "W": element, "B": "*fp32", "OUT": "*fp32" if layer == 6 else element}
+            constants = _conv_constants(layer, slots) | conv
+            cases.append(
+                (f"layer {layer}", conv_kernel, tensors, ["length", "pooled", "tiles"], constants, 1)
+            )
+        for name, kernel, tensors, integers, constants, carried in cases:
+            constants = {"C": 64} | product | constants if kernel is front_kernel else product | constants
             yield CompileCase(
-                f"layer {layer} {precision}",
-                conv_kernel,
-                {"X": element, "W": element, "B": "*fp32", "OUT": last}
-                | dict.fromkeys(("length", "pooled", "tiles"), "i32"),
-                {**_conv_constants(layer, slots), **shared, **constants},
-                warps,
-                stages,
-                aligned=("X", "W", "B", "OUT"),
+                f"{name} {precision}",
+                kernel,
+                tensors | dict.fromkeys(integers, "i32"),
+                num_warps=constants.pop("num_warps"),
+                num_stages=constants.pop("num_stages"),
+                constants=constants,
+                aligned=tuple(tensors),
                 tensor_cores=precision != "ieee",
                 loop_carried=1,
-                carried_values=1,
+                carried_values=carried,
             )
 
 

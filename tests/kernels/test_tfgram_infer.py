@@ -287,7 +287,7 @@ def test_replays_as_a_cuda_graph(folded):
 
 
 def test_shipped_configurations_cover_every_layer():
-    for capability in tfgram_infer.CONFIGS:
+    for capability in (80, 86, 90, 100):
         cases = list(tfgram_infer.compile_cases(capability))
         assert len(cases) == 16
         assert all(case.loop_carried and case.carried_values for case in cases)
