@@ -154,7 +154,8 @@ def commands(preset: Config) -> dict[str, Callable]:
         figures.write_all(run, data)
         written = page.write(run)
         print(f"report: {written}")
-        print(as_text(page.results_table(run)))
+        if page.is_measured(run):
+            print(as_text(page.results_table(run)))
 
     def keep(run: Positional[Path], folder: Positional[Path], tests: Path | None = None) -> None:
         """Copy a run's measured tables into a folder of results/.

@@ -237,7 +237,9 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
                     if not row:
                         continue
                     text = ",".join(row)
-                    raise UserError(f"{path}, line {number}: expected `file name,score`, got {text!r}") from error
+                    raise UserError(
+                        f"{path}, line {number}: expected `file name,score`, got {text!r}"
+                    ) from error
                 stem = Path(name).stem
                 if stem.startswith(("anomaly_", "normal_")):
                     anomaly = int(stem.startswith("anomaly_"))
@@ -278,10 +280,11 @@ def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] 
     """
     header = ["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]
     rows = [(entry["type"], entry) for entry in metrics["types"]] + [("average", metrics["average"]), *more]
-    return [header, *([label, *(_percent(entry, name) for name in NAMES)] for label, entry in rows)]
+    return [header, *([label, *(percent(entry, name) for name in NAMES)] for label, entry in rows)]
 
 
-def _percent(entry: dict[str, Any], name: str) -> str:
+def percent(entry: dict[str, Any], name: str) -> str:
+    """A figure of an entry in percent, with its interval where there is one; "-" where there is none."""
     if entry.get(name) is None:
         return "-"
     interval = (entry.get("interval") or {}).get(name)

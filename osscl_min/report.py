@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from osscl_min.files import UserError, replacing
-from osscl_min.metrics import _percent, table
+from osscl_min.metrics import percent, table
 
 # Clips of the development test set of DCASE 2020 Task 2; only a run on exactly these stands beside PUBLISHED.
 BENCHMARK_TEST = {"fan": 1875, "pump": 856, "slider": 1290, "valve": 879, "ToyCar": 2459, "ToyConveyor": 3509}
@@ -64,7 +64,8 @@ th {{ border: 0; border-bottom: 2px solid #555 }} small {{ color: #666; display:
 .banner {{ background: #fff3d6; border-left: 6px solid #e69f00; padding: 0.7em }} .wide {{ overflow: auto }}
 figure {{ margin: 2em 0 }} img {{ max-width: 100% }} figcaption {{ color: #444 }} code {{ background: #eee }}
 pre {{ columns: 3; font-size: 0.85em }} td:first-child, small {{ white-space: nowrap }}
-@media print {{ body {{ font-size: 8pt }} img {{ max-width: 75% }} figure, tr {{ break-inside: avoid }} }}
+@media print {{ body {{ font-size: 8pt }} img {{ max-width: 75% }}
+  figure, tr {{ break-inside: avoid }} }}
 </style></head><body>
 <h1>OS-SCL on {data}</h1>
 <p>Anomalous sound detection trained on normal sounds alone; an independent reproduction of Huang, Fang and
@@ -89,6 +90,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _metrics(evaluation: Path) -> dict[str, Any]:
     """Of the development set, or of the evaluation set where only that has a known truth."""
     return _read(evaluation / "metrics.json") or _read(evaluation / "evaluation_set" / "metrics.json")
+
+
+def is_measured(run: Path | str) -> bool:
+    """Whether a run has been evaluated on clips of known truth."""
+    return bool(_metrics(Path(run) / "evaluation"))
 
 
 def results_table(run: Path | str) -> list[list[str]]:
@@ -193,7 +199,7 @@ def _machines(metrics: dict[str, Any]) -> str:
     rows = [["type", "id", "normal", "anomalous", "AUC", "pAUC"]]
     for entry in metrics["ids"]:
         counts = [entry[name] for name in ("type", "id", "normal", "anomaly")]
-        rows.append([*counts, _percent(entry, "auc"), _percent(entry, "pauc")])
+        rows.append([*counts, percent(entry, "auc"), percent(entry, "pauc")])
     return _table(rows)
 
 
@@ -221,7 +227,7 @@ def _high_frequency(ablation: dict[str, Any]) -> str:
     ]
     for condition in ablation["conditions"]:
         metrics = condition["metrics"]
-        cells = [_percent(entry, "auc_id_mean") for entry in (metrics["average"], *metrics["types"])]
+        cells = [percent(entry, "auc_id_mean") for entry in (metrics["average"], *metrics["types"])]
         rows.append(
             [condition["filter"], f"{condition['cutoff_hz']:g}" if condition["cutoff_hz"] else "-", *cells]
         )

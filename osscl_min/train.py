@@ -208,6 +208,7 @@ def train(
             "clips": _fingerprint(reader.clips),
             "training": len(training),
             "validation": len(held_out),
+            "problems": dataset.problems,
             "validation_files": [reader.clips[position].path.name for position in held_out],
         },
         "classes": [list(machine) for machine in classes],

@@ -138,9 +138,13 @@ def _check(features, labels, temperature, base_temperature, precision, reduction
     if labels.device != features.device:
         raise ValueError(f"supcon_loss: labels on {labels.device}, features on {features.device}; move one")
     if not (temperature > 0 and base_temperature > 0):
-        raise ValueError(f"supcon_loss: temperatures {temperature}, {base_temperature}; expected positive ones")
+        raise ValueError(
+            f"supcon_loss: temperatures {temperature}, {base_temperature}; expected positive ones"
+        )
     if precision not in PRECISIONS:
-        raise ValueError(f"supcon_loss: unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+        raise ValueError(
+            f"supcon_loss: unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}"
+        )
     if reduction not in ("mean", "none"):
         raise ValueError(f"supcon_loss: unknown reduction {reduction!r}; expected mean or none")
 
@@ -280,7 +284,9 @@ class _Gathered(torch.autograd.Function):
         features, labels = _gather(features, sizes, group), _gather(labels, sizes, group)
         losses, lse, count, *classes = _forward(features, labels, start, rows, False, *settings)
         per_row = _gather(torch.stack([losses, lse, count], 1), sizes, group)
-        ctx.save_for_backward(features, labels, per_row[:, 1].contiguous(), per_row[:, 2].contiguous(), *classes)
+        ctx.save_for_backward(
+            features, labels, per_row[:, 1].contiguous(), per_row[:, 2].contiguous(), *classes
+        )
         ctx.group, ctx.sizes, ctx.settings = group, sizes, (start, rows, mean, *settings)
         return per_row[:, 0].sum() / max(len(labels), 1) if mean else losses
 
@@ -418,7 +424,9 @@ def _forward_kernel(
             count += tl.sum(tl.where(same, 1.0, 0.0), 1)
         s = tl.where(itself, -float("inf"), s)
         highest = tl.maximum(peak, tl.max(s, 1))
-        finite = tl.where(highest == -float("inf"), 0.0, highest)  # a tile can hold nothing but the row itself
+        finite = tl.where(
+            highest == -float("inf"), 0.0, highest
+        )  # a tile can hold nothing but the row itself
         total = total * tl.exp2(peak - finite) + tl.sum(tl.exp2(s - finite[:, None]), 1)
         peak = highest
     lse = tl.where(total > 0, peak + tl.log2(total), float("inf"))  # of nothing: exp2(s - inf) is then 0
@@ -555,7 +563,16 @@ def _tile(kernel: str, precision: str, z: Tensor) -> dict:
 def _constants(kernel, precision, depth, capability):
     BM, BN, BK, warps = (FORWARD if kernel == "forward" else BACKWARD)[precision, depth]
     extra = {"BD": 128} if kernel == "backward" else {}
-    return dict(**extra, BM=BM, BN=BN, BK=min(BK, depth), DEPTH=depth, PRECISION="tf32" if precision == "bf16" else precision, num_warps=warps, num_stages=2)
+    return dict(
+        **extra,
+        BM=BM,
+        BN=BN,
+        BK=min(BK, depth),
+        DEPTH=depth,
+        PRECISION="tf32" if precision == "bf16" else precision,
+        num_warps=warps,
+        num_stages=2,
+    )
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
@@ -571,14 +588,40 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
                     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
                     if name == "forward":
                         kernel = _forward_kernel
-                        own = {"Z": operand, **common, "MEAN_POSITIVE": "*fp32", "LOSSES": "*fp32", "MEAN": "*fp32", **sizes, "scale": "fp32", "loss_scale": "fp32"}
+                        own = {
+                            "Z": operand,
+                            **common,
+                            "MEAN_POSITIVE": "*fp32",
+                            "LOSSES": "*fp32",
+                            "MEAN": "*fp32",
+                            **sizes,
+                            "scale": "fp32",
+                            "loss_scale": "fp32",
+                        }
                         carried = 4 if in_tile else 2
                     else:
                         kernel = _backward_kernel
-                        own = {"Z": operand, **common, "GRADIENT": "*fp32", "DZ": "*fp32", **sizes, "gradient_stride": "i32", "scale": "fp32", "factor": "fp32"}
+                        own = {
+                            "Z": operand,
+                            **common,
+                            "GRADIENT": "*fp32",
+                            "DZ": "*fp32",
+                            **sizes,
+                            "gradient_stride": "i32",
+                            "scale": "fp32",
+                            "factor": "fp32",
+                        }
                         carried = 1
                     pointers = tuple(a for a, t in own.items() if t[0] == "*")
                     yield CompileCase(
-                        f"{name} {precision} D={depth} {'labels' if in_tile else 'sums'}", kernel, own,
-                        {**constants, "IN_TILE": in_tile, "UPCAST": False}, warps, stages,
-                        (*pointers, "width"), precision != "ieee", 1, carried)
+                        f"{name} {precision} D={depth} {'labels' if in_tile else 'sums'}",
+                        kernel,
+                        own,
+                        {**constants, "IN_TILE": in_tile, "UPCAST": False},
+                        warps,
+                        stages,
+                        (*pointers, "width"),
+                        precision != "ieee",
+                        1,
+                        carried,
+                    )
