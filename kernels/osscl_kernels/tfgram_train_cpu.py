@@ -14,6 +14,8 @@ Tensors are (clips, channels, 1, time) in channels_last memory format. Source: t
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,21 @@ def combine_moments(
     mean = (weights * means).sum(0) / weights.sum()
     square = squares.double().sum(0) + (weights * (means - mean).square()).sum(0)
     return counts.sum(), mean, square
+
+
+def _each(function: Callable, count: int) -> list:
+    """[function(0), ..., function(count - 1)], side by side on single threads where there are enough of them.
+
+    Groups of clips need not wait for each other, the threads of one operation do, after every operation.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or count < threads:
+        return [function(i) for i in range(count)]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(torch.no_grad()(function), range(count)))
+    finally:
+        torch.set_num_threads(threads)  # the setting is shared by all threads
 
 
 def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -149,8 +166,9 @@ class _Pool:
         return aten.max_pool2d_with_indices_backward(dp, y, size, size, (0, 0), (1, 1), False, index)
 
 
-def _weight_gradient(padded: torch.Tensor, dy: torch.Tensor, dilation: int) -> torch.Tensor:
-    """Gradient (C_out, C_in, 3) from padded (n, T + 2 d, C_in) and dy (n, C_out, 1, T), by blocks of time."""
+def _weight_gradient(a: torch.Tensor, dy: torch.Tensor, dilation: int) -> torch.Tensor:
+    """Gradient (C_out, C_in, 3) from input a (n, C_in, 1, T) and dy (n, C_out, 1, T), by blocks of time."""
+    padded = F.pad(a[:, :, 0].transpose(1, 2), (0, 0, dilation, dilation))
     n, channels, _, length = dy.shape
     halo = 2 * dilation
     blocks = max(1, length // GRADIENT_BLOCK)
@@ -199,16 +217,14 @@ class ClipwiseTFgram(torch.autograd.Function):
             if LAYERS[index - 1].pool == "frames2":
                 state.pooled[index - 1] = _regroup(state.pooled[index - 1], pooled_rows)
             weight = weights[index].to(dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
-            raw, moments = [], []
-            for group in range(state.groups(index - 1)):
-                y = F.conv2d(
-                    state.activation(index - 1, group),
-                    weight,
-                    padding=(0, layer.padding),
-                    dilation=(1, layer.dilation),
-                )
-                raw.append(y)
-                moments.append(_moments(y))
+
+            def convolve(group, index=index, layer=layer, weight=weight):
+                a = state.activation(index - 1, group)
+                y = F.conv2d(a, weight, padding=(0, layer.padding), dilation=(1, layer.dilation))
+                return y, _moments(y)
+
+            raw, moments = zip(*_each(convolve, state.groups(index - 1)), strict=True)
+            raw = list(raw)
             count, mean, square = combine_moments(*(torch.stack(m) for m in zip(*moments, strict=True)))
             state.raw[index] = raw
             state.counts[index] = int(count)
@@ -217,7 +233,8 @@ class ClipwiseTFgram(torch.autograd.Function):
             variances.append((square / count).to(wide))
             if layer.pool:
                 pool = state.pools[index] = _Pool(layer.pool, raw[0].shape[3], frame_count)
-                results = [pool.forward(state.norms[index](y)) for y in raw]
+                norm = state.norms[index]
+                results = _each(lambda g, p=pool, n=norm, y=raw: p.forward(n(y[g])), len(raw))
                 state.pooled[index] = [p.relu_() for p, _ in results]
                 state.indices[index] = [i for _, i in results]
         output = torch.cat(state.pooled[6])[:, :, 0].to(wide).contiguous()
@@ -290,15 +307,6 @@ class _State:
         """The layer's output (n, C, 1, T): after BN, ReLU and pool."""
         return self.pooled[index][group] if index in self.pooled else self.normalised(index, group).relu_()
 
-    def padded(self, index, group, padding, buffers):
-        """The same with zeros in time on both sides, (n, T + 2 padding, C), in a buffer used again."""
-        a = self.activation(index, group)
-        shape = (a.shape[0], a.shape[3] + 2 * padding, a.shape[1])
-        if shape not in buffers:
-            buffers[shape] = a.new_zeros(shape)
-        buffers[shape][:, padding:-padding] = a[:, :, 0].transpose(1, 2)
-        return buffers[shape], a
-
     def backward(self, grad_output, wave_needed):
         weights, gammas, betas = [None] * 7, [None] * 7, [None] * 7
         sizes = [len(p) for p in self.pooled[6]]
@@ -308,41 +316,40 @@ class _State:
         for index in range(6, 0, -1):
             layer, norm, raw = LAYERS[index], self.norms[index], self.raw[index]
             if layer.pool:  # da holds gradients of the pooled output: mask, then route to the winning rows
-                dz, sums = [], 0.0
                 sizes = [len(y) for y in raw]
                 da = _regroup(da, sizes[0])
                 pooled = _regroup(self.pooled.pop(index), sizes[0])
-                for group, (d, p) in enumerate(zip(da, pooled, strict=True)):
-                    d = aten.threshold_backward(d, p, 0)
-                    dz.append(self.pools[index].backward(d, self.indices[index][group], raw[group]))
-                    sums = sums + norm.sums(dz[-1], raw[group])
+
+                def route(group, index=index, norm=norm, raw=raw, da=da, pooled=pooled):
+                    d = aten.threshold_backward(da[group], pooled[group], 0)
+                    d = self.pools[index].backward(d, self.indices[index][group], raw[group])
+                    return d, norm.sums(d, raw[group])
+
+                dz, sums = zip(*_each(route, len(raw)), strict=True)
+                dz, sums = list(dz), sum(sums)
             gammas[index], betas[index] = sums[0], sums[1]
             scale = (norm.gamma.double() * norm.rstd)[:, None, None]
             weight = self.weights[index].double() * scale
             flipped = weight.permute(1, 0, 2).flip(2)[:, :, None].to(self.dtype)
             flipped = flipped.contiguous(memory_format=torch.channels_last)
-            total, da, previous, buffers = 0.0, [], [], {}
-            next_sums = 0.0
-            pad, dilation = (0, layer.padding), (1, layer.dilation)
-            for group in range(len(raw)):
+
+            def step(group, index=index, layer=layer, norm=norm, raw=raw, dz=dz, sums=sums, flipped=flipped):
                 dy = norm.centred(dz[group], raw[group], sums[0], sums[1], self.counts[index])
                 dz[group] = raw[group] = None
-                padded, a = self.padded(index - 1, group, layer.padding, buffers)
-                total = total + _weight_gradient(padded, dy, layer.dilation)
-                d = F.conv2d(dy, flipped, padding=pad, dilation=dilation)
+                a = self.activation(index - 1, group)
+                part = _weight_gradient(a, dy, layer.dilation)
+                d = F.conv2d(dy, flipped, padding=(0, layer.padding), dilation=(1, layer.dilation))
                 if index - 1 in self.pooled:
-                    da.append(d)
-                    continue
+                    return part, d, None
                 d = aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
                 if index > 1:
-                    next_sums = next_sums + self.norms[index - 1].sums(d, self.raw[index - 1][group])
-                    previous.append(d)
-                else:
-                    next_sums = next_sums + self.first_products(d, group)
-                    if wave_needed:
-                        previous.append(d)
+                    return part, d, self.norms[index - 1].sums(d, self.raw[index - 1][group])
+                return part, d if wave_needed else None, self.first_products(d, group)
+
+            total, da, sums = zip(*_each(step, len(raw)), strict=True)
+            dz, total = list(da), sum(total)
+            sums = None if sums[0] is None else sum(sums)
             weights[index] = total.double() * scale
-            dz, sums = previous, next_sums
         return self.first_gradients(sums, dz, wave_needed, weights, gammas, betas)
 
     def first_products(self, dz, group):
