@@ -334,10 +334,10 @@ def _tiles(front: tuple, conv: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
 # capability 8.0 on, with 99 KB of shared memory.
 CONFIGS = {
     (80, "bf16"): _tiles((32, False, 4, 1), (128, 128, 32, 8, 3)),
-    (80, "tf32"): _tiles((32, False, 8, 1), (64, 128, 32, 8, 2)),
+    (80, "tf32"): _tiles((32, False, 8, 1), (128, 64, 32, 8, 2)),
     (80, "ieee"): _tiles((32, False, 8, 1), (64, 64, 16, 8, 2)),
     (86, "bf16"): _tiles((32, False, 4, 1), (128, 128, 32, 8, 2)),
-    (86, "tf32"): _tiles((32, True, 8, 1), (64, 128, 32, 8, 2)),
+    (86, "tf32"): _tiles((32, True, 8, 1), (128, 64, 32, 8, 2)),
     (86, "ieee"): _tiles((16, True, 8, 1), (64, 64, 16, 8, 2)),
     (90, "bf16"): _tiles((64, False, 4, 1), (128, 128, 64, 8, 3)),
     (90, "tf32"): _tiles((32, False, 8, 1), (128, 128, 32, 8, 2)),
