@@ -6,7 +6,7 @@ import torch
 from osscl_min.config import AudioConfig, ModelConfig
 from osscl_min.features import LogMel
 from osscl_min.files import UserError
-from osscl_min.model import OSSCL, ArcMarginHead, load_upstream_state, upstream_state_shapes
+from osscl_min.model import OSSCL, ArcMarginHead, PReLU, load_upstream_state, upstream_state_shapes
 
 SHORT = AudioConfig(seconds=1.0)
 
@@ -87,6 +87,22 @@ def test_arcface_survives_aligned_and_opposite_features():
     own = torch.eye(3, dtype=torch.bool)
     torch.testing.assert_close(logits[~own], plain[~own])
     assert (logits[own] < plain[own]).all()
+
+
+def test_prelu_is_pytorchs():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4, 7, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = 0
+    gradient, results = torch.randn_like(x), []
+    for kind in (PReLU, torch.nn.PReLU):
+        module, leaf = kind(5).double(), x.clone().requires_grad_()
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(-0.5, 1.5, 5))
+        out = module(leaf)
+        out.backward(gradient)
+        results.append((out, leaf.grad, module.weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
 def test_log_mel_filters_stay_exact_when_the_module_moves():
