@@ -22,7 +22,7 @@ from osscl_min.features import LogMel
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
 from osscl_min.pack import Reader, open_data
-from osscl_min.train import choose_device, load_batches
+from osscl_min.train import choose_device, load_batches, prepare
 
 
 def anomaly_score(logits: torch.Tensor, labels: torch.Tensor, form: str = "exact") -> torch.Tensor:
@@ -183,6 +183,7 @@ def evaluate(
         only that has a known truth; None where no clip has).
     """
     out, where = Path(out), choose_device(device)
+    prepare(where)
     trained = checkpoint.load(checkpoint_path, where)
     opened = open_data(data, trained.config.model.audio, splits=["test"], strict=strict)
     if not len(opened.test):

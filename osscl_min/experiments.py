@@ -17,7 +17,7 @@ from osscl_min.evaluate import known_machines, score_clips
 from osscl_min.files import UserError, provenance, write_csv, write_json
 from osscl_min.metrics import NAMES, evaluate_scores
 from osscl_min.pack import open_data
-from osscl_min.train import choose_device
+from osscl_min.train import choose_device, prepare
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
 FILTER_ORDER = 8  # of the Butterworth filter in one direction
@@ -85,6 +85,7 @@ def high_frequency(
         The content of high_frequency.json: "conditions" is a list of {"filter", "cutoff_hz", "metrics"}.
     """
     where = choose_device(device)
+    prepare(where)
     trained = checkpoint.load(checkpoint_path, where)
     rate = trained.config.model.audio.sample_rate
     wrong = [cutoff for cutoff in cutoffs if not 0 < cutoff < rate / 2]

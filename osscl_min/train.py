@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from osscl_kernels import keep_freed_memory
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -30,6 +31,12 @@ from osscl_min.pack import open_data
 def choose_device(name: str = "auto") -> torch.device:
     """ "auto" is the first CUDA device where there is one, the CPU elsewhere."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def prepare(device: torch.device) -> None:
+    """Set the process up for a long computation: on a CPU, keep freed memory for the next batch."""
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def to_wave(samples: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -190,6 +197,7 @@ def train(
         If the data cannot be trained on, the folder holds another run, or the loss is not finite.
     """
     out, where = Path(out), choose_device(device)
+    prepare(where)
     opened = open_data(data, config.model.audio, splits=["train"], strict=strict)
     dataset, reader = opened.dataset, opened.train
     if opened.report():
