@@ -308,7 +308,7 @@ def lengths(samples: int, hop: int = 512) -> list[int]:
 
 
 MOMENTS_ROWS = 256
-POOL_ROWS = 32
+POOL_ROWS = 16
 SHARES = 128  # partial sums of a weight gradient
 # (rows, chunk of the inner or input channels, warps, stages) for layer 1, layer 2 and the others: the largest
 # tiles that compile without spills within the shared memory of sm_90 and sm_100, and of sm_80 and sm_86.
@@ -669,13 +669,11 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
                 types |= {"IDX": "*u8"} if constants.get("BY4") else {}
                 carried = 3 if kind == "weight" else 1
                 yield _case(f"{kind} {precision} layer {index}", kernel, constants, stored, types, carried)
-    doubles = {"MEAN": "*fp64", "SQUARE": "*fp64", "COUNT": "*fp64"}
-    yield _case(
-        "window moments", window_moments_kernel, {"BM": MOMENTS_ROWS}, "*fp32", doubles | {"X": "*fp32"}
-    )
+    moments = {"MEAN": "*fp64", "SQUARE": "*fp64"}
+    yield _case("window moments", window_moments_kernel, {"BM": MOMENTS_ROWS}, "*fp32", moments)
     for last in (False, True):
-        out = {name: "*fp32" if last else "*fp64" for name in ("COUNT_OUT", "MEAN_OUT", "SQUARE_OUT")}
-        types = out | ({"eps": "fp32"} | (doubles if last else {}))
+        types = {name: "*fp32" if last else "*fp64" for name in ("COUNT_OUT", "MEAN_OUT", "SQUARE_OUT")}
+        types |= {"eps": "fp32"} | (moments | {"COUNT": "*fp64"} if last else {})
         constants = {"C": 128, "BC": 16, "BP": 32, "LAST": last}
         yield _case(f"combine {'last' if last else 'first'}", combine_kernel, constants, "*fp32", types, 3)
     for stored in ("*bf16", "*fp32"):
