@@ -192,11 +192,13 @@ def pool_kernel(
     c = tl.arange(0, C)
     inside = w < pooled
     if BY4:
-        start = w.to(tl.int64) * 4
+        start = w * 4
         end = start + 4
-    else:
-        start = w.to(tl.int64) * length // pooled
-        end = ((w.to(tl.int64) + 1) * length + pooled - 1) // pooled
+    else:  # w length // pooled and its ceiling for w + 1, without products past 2^31
+        whole = length // pooled
+        rest = length % pooled
+        start = w * whole + w * rest // pooled
+        end = (w + 1) * whole + ((w + 1) * rest + pooled - 1) // pooled
     gamma = tl.load(AFF + 2 * C + c)[None, :]
     sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0))
     best = tl.load(Y + (clip * length + start)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0).to(
@@ -307,8 +309,8 @@ def lengths(samples: int, hop: int = 512) -> list[int]:
     return [first, first, first, first // 4, first // 4, wide, wide]
 
 
-MOMENTS_ROWS = 256
-POOL_ROWS = 16
+MOMENTS_ROWS = 128
+POOL = {"BM": 16, "num_warps": 8, "num_stages": 1}
 SHARES = 128  # partial sums of a weight gradient
 # (rows, chunk of the inner or input channels, warps, stages) for layer 1, layer 2 and the others: the largest
 # tiles that compile without spills within the shared memory of sm_90 and sm_100, and of sm_80 and sm_86.
@@ -478,9 +480,9 @@ def forward(
             place = torch.empty_like(source, dtype=torch.uint8)
             by4 = layer.pool == "max4"
             width = 4 if by4 else -(-length // out) + (length % out > 0)
-            tiles = triton.cdiv(out, POOL_ROWS)
+            tiles = triton.cdiv(out, POOL["BM"])
             pool_kernel[(clips * tiles,)](
-                y, affine, source, place, length, out, tiles, width, C=layer.outputs, BY4=by4, BM=POOL_ROWS
+                y, affine, source, place, length, out, tiles, width, C=layer.outputs, BY4=by4, **POOL
             )
             stored += [source, place]
     z = _normalised_ref(source, affine)[1]
@@ -552,9 +554,9 @@ def _backward(
             stored.pop()
         if layer.pool not in ("", "max4"):
             full = _raw(x, precision, clips, length, layer.outputs)
-            tiles = triton.cdiv(length, POOL_ROWS)
+            tiles = triton.cdiv(length, POOL["BM"])
             unpool_kernel[(clips * tiles,)](
-                dz, place, full, length, pooled[index], tiles, C=layer.outputs, BM=POOL_ROWS
+                dz, place, full, length, pooled[index], tiles, C=layer.outputs, **POOL
             )
             dz = full
         y = stored.pop()
@@ -678,12 +680,10 @@ def compile_cases(capability: int) -> Iterator[CompileCase]:
         yield _case(f"combine {'last' if last else 'first'}", combine_kernel, constants, "*fp32", types, 3)
     for stored in ("*bf16", "*fp32"):
         for by4 in (True, False):
-            constants = {"C": 64 if by4 else 128, "BY4": by4, "BM": POOL_ROWS}
+            constants = {"C": 64 if by4 else 128, "BY4": by4} | POOL
             name = f"pool {stored[1:]} {'by four' if by4 else 'adaptive'}"
             yield _case(name, pool_kernel, constants, stored, {"IDX": "*u8"}, 2)
-        yield _case(
-            f"unpool {stored[1:]}", unpool_kernel, {"C": 128, "BM": POOL_ROWS}, stored, {"IDX": "*u8"}
-        )
+        yield _case(f"unpool {stored[1:]}", unpool_kernel, {"C": 128} | POOL, stored, {"IDX": "*u8"})
 
 
 def _case(name, kernel, constants, stored, types, carried=0) -> CompileCase:
