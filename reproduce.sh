@@ -13,7 +13,7 @@ Train and evaluate OS-SCL, an anomalous sound detector that learns from normal m
   bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2
 
 Options
-  --data DIR       data folder in the DCASE 2020 layout (wav or flac), or a packed store
+  --data DIR       data folder in the DCASE 2020 layout (wav or flac),
   --preset NAME    quick, small (a few hundred clips; the default with --data) or paper (the default with --full)
   --seed N         seed of the training (default: the preset's)
   --out DIR        folder of the run (default: runs/NAME); what is there already is used again
@@ -53,7 +53,7 @@ cd "$root"
 # --- environment ---------------------------------------------------------------------------------------------
 
 has_packages() {
-  "$1" -c 'import sys, torch, numpy, scipy, soundfile, matplotlib, sklearn, nbconvert, ipykernel, pytest, tqdm, tyro, pooch
+  "$1" -c 'import sys, torch, numpy, scipy, soundfile, matplotlib, sklearn, nbconvert, ipykernel, pytest, tqdm, tyro
 sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 

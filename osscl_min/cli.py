@@ -53,7 +53,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         """Train a detector on the normal clips of a data folder; a run that was cut short goes on.
 
         Args:
-            data: Data folder (TYPE/train/normal_id_00_00000000.wav) or packed store.
+            data: Data folder (TYPE/train/normal_id_00_00000000.wav).
             out: The run's folder.
             config: Settings; --preset chooses their defaults.
             device: Where to compute.
@@ -76,7 +76,7 @@ def commands(preset: Config) -> dict[str, Callable]:
 
         Args:
             checkpoint: A run's best.pt, or a .pth file of the authors'.
-            data: Data folder (TYPE/test/...) or packed store.
+            data: Data folder (TYPE/test/...).
             out: Folder for the scores and tables.
             config: Batch size and bootstrap.
             preset: Chooses the defaults of the settings.
@@ -128,7 +128,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             name: Which one.
             checkpoint: A run's best.pt.
-            data: Data folder or packed store.
+            data: Data folder.
             out: Folder for the result.
             cutoffs: Cut-off frequencies in Hz.
             config: Batch size and bootstrap.
@@ -145,7 +145,7 @@ def commands(preset: Config) -> dict[str, Callable]:
 
         Args:
             run: The run's folder.
-            data: Its data folder or packed store; without it, the clips' own pictures are left out.
+            data: Its data folder; without it, the clips' own pictures are left out.
         """
         from osscl_min import figures
         from osscl_min import report as page

@@ -12,16 +12,13 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 import scipy.signal
 import soundfile
-from tqdm import tqdm
 
 from osscl_min.config import AudioConfig
 from osscl_min.files import UserError
@@ -259,18 +256,7 @@ def _read_section_truth(path: Path) -> dict[tuple[str, str], int]:
     return truth
 
 
-class Sound(NamedTuple):
-    """A decoded file."""
-
-    samples: np.ndarray  # (audio.samples,) int16
-    remarks: list[str]  # what was done to it, as phrases for `Dataset.remarks`
-    seconds: float  # of the file itself
-    rate: int  # Hz, of the file itself
-    channels: int  # of the file itself
-    clipped: int  # samples at full scale, at the model's rate, in the file's whole length
-
-
-def listen(path: Path | str, audio: AudioConfig, channel: int | None = None) -> Sound:
+def decode(path: Path | str, audio: AudioConfig, channel: int | None = None) -> tuple[np.ndarray, list[str]]:
     """Read a sound file as the model hears it: mono, int16, at the model's rate and length.
 
     Parameters
@@ -284,9 +270,11 @@ def listen(path: Path | str, audio: AudioConfig, channel: int | None = None) -> 
 
     Returns
     -------
-    Sound
-        Divide its samples by 32768 for [-1, 1). Another rate is resampled (scipy's polyphase filter), a
-        longer clip is cropped to its first part and a shorter one repeated.
+    samples : (audio.samples,) int16
+        Divide by 32768 for [-1, 1). Another rate is resampled (scipy's polyphase filter), a longer clip is
+        cropped to its first part and a shorter one repeated.
+    remarks : list of str
+        What was done, as phrases for `Dataset.remarks`.
 
     Raises
     ------
@@ -325,7 +313,6 @@ def listen(path: Path | str, audio: AudioConfig, channel: int | None = None) -> 
     samples = samples[:, 0 if channels == 1 else channel] if one else samples.mean(axis=1)
     if samples.max() == samples.min():
         raise UserError("silent")
-    seconds = len(samples) / rate
     if rate != audio.sample_rate:
         common = math.gcd(rate, audio.sample_rate)
         samples = scipy.signal.resample_poly(samples, audio.sample_rate // common, rate // common)
@@ -335,91 +322,9 @@ def listen(path: Path | str, audio: AudioConfig, channel: int | None = None) -> 
         if np.abs(scaled).max() > 32768:
             remarks.append("clipped to 16 bits")
         samples = scaled.clip(-32768, 32767).astype(np.int16)
-    clipped = int(np.count_nonzero(samples == 32767) + np.count_nonzero(samples == -32768))
     if len(samples) > audio.samples:
         remarks.append(f"cropped to {audio.seconds:g} s")
     elif len(samples) < audio.samples:
         remarks.append(f"repeated to {audio.seconds:g} s")
         samples = np.resize(samples, audio.samples)
-    return Sound(np.ascontiguousarray(samples[: audio.samples]), remarks, seconds, rate, channels, clipped)
-
-
-def decode(path: Path | str, audio: AudioConfig, channel: int | None = None) -> tuple[np.ndarray, list[str]]:
-    """The samples and remarks of `listen`."""
-    return listen(path, audio, channel)[:2]
-
-
-class FolderReader:
-    """Batches of samples straight from sound files; what fits is decoded once and kept.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        Files that turn out unusable are moved from its clips to its problems.
-    clips : sequence of Clip
-        The clips to read, all of `dataset`.
-    audio : AudioConfig
-    keep : int
-        Bytes of decoded samples to hold in memory; a larger set is decoded anew for every batch.
-
-    Attributes
-    ----------
-    clips : list of Clip
-        The usable ones; `read` counts positions in this list.
-    """
-
-    def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
-        self.audio = audio
-        self.channel = dataset.channel
-        self.samples: np.ndarray | None = None
-        fits = len(clips) * audio.samples * 2 <= keep
-        if fits:
-            self.samples = np.empty((len(clips), audio.samples), np.int16)
-
-        def check(numbered: tuple[int, Clip]) -> str | list[str]:
-            number, clip = numbered
-            try:
-                samples, remarks = decode(clip.path, audio, dataset.channel)
-            except UserError as error:
-                return str(error)
-            if fits:
-                self.samples[number] = samples
-            return remarks
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = list(
-                tqdm(
-                    pool.map(check, enumerate(clips)),
-                    "reading clips",
-                    len(clips),
-                    unit="clip",
-                    disable=None,
-                    leave=False,
-                )
-            )
-        usable = [isinstance(result, list) for result in results]
-        for clip, result in zip(clips, results, strict=True):
-            if isinstance(result, list):
-                dataset.remarks.update(result)
-            else:
-                dataset.problems[dataset.name(clip.path)] = result
-        self.clips = [clip for clip, ok in zip(clips, usable, strict=True) if ok]
-        unusable = {clip for clip, ok in zip(clips, usable, strict=True) if not ok}
-        dataset.clips = [clip for clip in dataset.clips if clip not in unusable]
-        if fits and not all(usable):
-            self.samples = self.samples[np.array(usable)]
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Samples of the clips at `positions`: (len(positions), samples) int16, into `out` where given."""
-        if out is None:
-            out = np.empty((len(positions), self.audio.samples), np.int16)
-        for row, position in zip(out, positions, strict=True):
-            row[:] = (
-                self.samples[position]
-                if self.samples is not None
-                else decode(self.clips[position].path, self.audio, self.channel)[0]
-            )
-        return out
+    return np.ascontiguousarray(samples[: audio.samples]), remarks

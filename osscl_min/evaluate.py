@@ -21,7 +21,7 @@ from osscl_min.dataset import Clip
 from osscl_min.features import LogMel
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
-from osscl_min.pack import Reader, open_data
+from osscl_min.reader import FolderReader, open_data
 from osscl_min.train import choose_device, load_batches, prepare
 
 
@@ -79,7 +79,7 @@ class Scored:
 @torch.no_grad()
 def score_clips(
     trained: Checkpoint,
-    reader: Reader,
+    reader: FolderReader,
     *,
     config: EvaluateConfig = EvaluateConfig(),
     positions: Sequence[int] | None = None,
@@ -91,7 +91,7 @@ def score_clips(
     Parameters
     ----------
     trained : Checkpoint
-    reader : Reader
+    reader : FolderReader
         Its clips' machines must be among the checkpoint's classes.
     config : EvaluateConfig
         Clips at once, which bounds the memory, and the form of the score.
@@ -131,7 +131,7 @@ def score_clips(
     )
 
 
-def known_machines(trained: Checkpoint, reader: Reader) -> tuple[list[int], str]:
+def known_machines(trained: Checkpoint, reader: FolderReader) -> tuple[list[int], str]:
     """Positions of the clips whose machine was trained on, and a line about the others ("" without any)."""
     classes = set(trained.classes)
     known = [position for position, clip in enumerate(reader.clips) if clip.machine in classes]
@@ -165,7 +165,7 @@ def evaluate(
     checkpoint_path : Path or str
         A run's .pt, or the authors' .pth.
     data : Path or str
-        A data folder or a packed store.
+        A data folder.
     out : Path or str
         Gets scores.csv (every clip), anomaly_score_TYPE_id_XX.csv (DCASE format), metrics.json and
         metrics.csv (see `metrics.evaluate_scores`), embeddings.npz and evaluation.json (what was run). Clips

@@ -16,7 +16,7 @@ from osscl_min.config import EvaluateConfig
 from osscl_min.evaluate import known_machines, score_clips
 from osscl_min.files import UserError, provenance, write_csv, write_json
 from osscl_min.metrics import NAMES, evaluate_scores
-from osscl_min.pack import open_data
+from osscl_min.reader import open_data
 from osscl_min.train import choose_device, prepare
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz

@@ -26,7 +26,7 @@ from osscl_min.dataset import Clip
 from osscl_min.features import LogMel, hertz_to_mel
 from osscl_min.files import UserError, replacing
 from osscl_min.metrics import MAX_FPR, auc
-from osscl_min.pack import Reader, open_data
+from osscl_min.reader import FolderReader, open_data
 from osscl_min.train import read_log, to_wave
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = COLOURS = (
@@ -101,7 +101,7 @@ def normal_and_anomalous(clips: Sequence[Clip], machine_type: str | None = None)
 
 
 def input_maps(
-    trained: checkpoint.Checkpoint, reader: Reader, positions: Sequence[int], synthetic: bool
+    trained: checkpoint.Checkpoint, reader: FolderReader, positions: Sequence[int], synthetic: bool
 ) -> Figure:
     """What the encoder sees of some of the reader's clips, a column each; `synthetic` says what they are.
 
@@ -271,7 +271,7 @@ def high_frequency(path: Path | str, measure: str = "auc_id_mean") -> Figure:
 def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
     """Write every figure that a run has the files for into its figures/, as PNG.
 
-    Without `data`, its data folder or packed store, the clips' input maps are left out.
+    Without `data`, its data folder, the clips' input maps are left out.
     """
     run = Path(run)
     evaluation, untrained = run / "evaluation", run / "untrained"

@@ -25,7 +25,7 @@ from osscl_min.features import LogMel
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_json
 from osscl_min.losses import mixup, os_scl_loss
 from osscl_min.model import OSSCL
-from osscl_min.pack import open_data
+from osscl_min.reader import open_data
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -175,7 +175,7 @@ def train(
     Parameters
     ----------
     data : Path or str
-        A data folder or a packed store.
+        A data folder.
     out : Path or str
         The run's folder: config.json first, then log.jsonl (a line an epoch), initial.pt (the untrained
         network), last.pt (to go on from) and best.pt (the epoch with the lowest validation loss).

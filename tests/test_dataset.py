@@ -10,8 +10,9 @@ import scipy.signal
 import soundfile
 
 from osscl_min.config import AudioConfig
-from osscl_min.dataset import BENCHMARK, FolderReader, decode, label_table, read_truth, scan
+from osscl_min.dataset import BENCHMARK, decode, label_table, read_truth, scan
 from osscl_min.files import UserError
+from osscl_min.reader import FolderReader
 
 AUDIO = AudioConfig(seconds=2.0)
 

@@ -18,7 +18,7 @@ from osscl_min.experiments import filtered, high_frequency, zero_phase_filter
 from osscl_min.files import UserError
 from osscl_min.metrics import evaluate_scores, read_scores
 from osscl_min.model import OSSCL, _live_entries
-from osscl_min.pack import open_data
+from osscl_min.reader import open_data
 from osscl_min.synth import SynthConfig, write_dataset
 
 SHORT = Config(model=ModelConfig(audio=AudioConfig(seconds=1.0)))

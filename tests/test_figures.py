@@ -14,7 +14,7 @@ from osscl_min import checkpoint, figures
 from osscl_min.dataset import Clip, scan
 from osscl_min.features import LogMel
 from osscl_min.files import UserError
-from osscl_min.pack import open_data
+from osscl_min.reader import open_data
 from osscl_min.train import read_log, to_wave
 
 EVERY = ["maps", "training", "scores", "roc", "embeddings", "high_frequency"]

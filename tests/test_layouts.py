@@ -10,7 +10,7 @@ from osscl_min.config import AudioConfig
 from osscl_min.dataset import label_table, scan
 from osscl_min.files import UserError
 from osscl_min.layouts import LAYOUTS, interpret, recognise
-from osscl_min.pack import open_data
+from osscl_min.reader import open_data
 
 AUDIO = AudioConfig(seconds=2.0)
 
