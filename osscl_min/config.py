@@ -104,7 +104,8 @@ class Config:
 PRESETS: dict[str, Config] = {
     # the paper's experiment, constant for constant
     "paper": Config(),
-    # a few hundred clips of 10 s: the batch, step size and EMA fit a few hundred steps
+    # a few hundred clips of 10 s: batch, step size and EMA fit a few hundred steps: what is left
+    # of the first steps' BatchNorm statistics must vanish from the average before the end
     "small": Config(
         preset="small",
         train=TrainConfig(
@@ -112,7 +113,7 @@ PRESETS: dict[str, Config] = {
             batch_size=16,
             learning_rate=1e-3,
             final_learning_rate=1e-5,
-            ema_decay=0.99,
+            ema_decay=0.95,
             validation_fraction=0.1,
         ),
     ),
@@ -125,7 +126,7 @@ PRESETS: dict[str, Config] = {
             batch_size=16,
             learning_rate=1e-3,
             final_learning_rate=1e-5,
-            ema_decay=0.97,
+            ema_decay=0.95,
             validation_fraction=0.1,
         ),
         evaluate=EvaluateConfig(batch_size=32, bootstrap=300),
