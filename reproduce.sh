@@ -100,7 +100,7 @@ osscl() { "$python" -m osscl_min "$@"; }
 
 if [ "$story" = test ]; then
   began=$SECONDS
-  "$python" -m pytest --durations=20 "${pytest_arguments[@]}"
+  "$python" -m pytest --durations=20 ${pytest_arguments[@]+"${pytest_arguments[@]}"}
   mkdir -p runs && printf 'step,seconds\ntests,%d\n' $((SECONDS - began)) >runs/tests.csv
   exit
 fi
@@ -150,7 +150,7 @@ if [ -e "$run/evaluation/metrics.json" ]; then
   [ "$preset" = paper ] || cutoffs=(--cutoffs 1000 3000 5000 7000)
   made "$run/high_frequency/high_frequency.json" "$run/best.pt" ||
     osscl ablate high-frequency --checkpoint "$run/best.pt" --preset "$preset" --data "$data" \
-      --out "$run/high_frequency" --device "$device" "${cutoffs[@]}"
+      --out "$run/high_frequency" --device "$device" ${cutoffs[@]+"${cutoffs[@]}"}
 
   say "notebooks"
   for notebook in notebooks/*.ipynb; do

@@ -1,0 +1,41 @@
+"""From a run to results/ and into the documents."""
+
+import json
+import shutil
+
+import pytest
+
+from osscl_min.files import UserError
+from osscl_min.results import fill, keep
+
+
+def test_a_run_is_kept(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("data", "*.wav"))
+    (run / "timing.csv").write_text("step,seconds\ntraining,70\nreport,5\n")
+    (tmp_path / "tests.csv").write_text("step,seconds\ntests,61\n")
+    keep(run, tmp_path / "kept", tmp_path / "tests.csv")
+    table = (tmp_path / "kept" / "table.md").read_text()
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert f"{100 * metrics['average']['auc_pooled']:.2f}" in table and "average, untrained" in table
+    assert "Synthetic: simulated machines." in table
+    cost = (tmp_path / "kept" / "cost.md").read_text()
+    assert "1 min 15 s after the installation (training 70 s, report 5 s)" in cost
+    assert "`bash reproduce.sh --test`: 1 min 1 s" in cost
+    assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["evaluation"] == metrics
+    (run / "untrained" / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"not a complete run.*untrained/metrics.json is missing"):
+        keep(run, tmp_path / "again")
+
+
+def test_documents_are_filled_from_files(tmp_path):
+    document = tmp_path / "some.md"
+    document.write_text("a\n<!-- generated from LICENSE by: cp -->\nold 0.97\n<!-- end -->\nb\n")
+    text = fill(document)
+    assert (
+        "MIT License" in text and "old 0.97" not in text and text.startswith("a\n") and text.endswith("\nb\n")
+    )
+    document.write_text(text)
+    assert fill(document) == text
+    document.write_text("<!-- generated from results/none.md by: nothing -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match="results/none.md does not exist"):
+        fill(document)
