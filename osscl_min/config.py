@@ -101,34 +101,27 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+# A few hundred steps. The EMA must forget the first steps' BatchNorm statistics before the end: a decay of 0.99
+# still keeps 4 % of them after 325 steps, and that spoils the averaged network.
+_SHORT = TrainConfig(
+    epochs=25,
+    batch_size=16,
+    learning_rate=1e-3,
+    final_learning_rate=1e-5,
+    ema_decay=0.95,
+    validation_fraction=0.1,
+)
+
 PRESETS: dict[str, Config] = {
     # the paper's experiment, constant for constant
     "paper": Config(),
-    # a few hundred clips of 10 s. The EMA must forget the first steps' BatchNorm statistics before the end:
-    # a decay of 0.99 still keeps 4 % of them after 325 steps, and that spoils the averaged network
-    "small": Config(
-        preset="small",
-        train=TrainConfig(
-            epochs=25,
-            batch_size=16,
-            learning_rate=1e-3,
-            final_learning_rate=1e-5,
-            ema_decay=0.95,
-            validation_fraction=0.1,
-        ),
-    ),
+    # a few hundred clips of 10 s
+    "small": Config(preset="small", train=_SHORT),
     # the embedded default: 2 s clips of simulated machines, minutes on two CPU cores
     "quick": Config(
         preset="quick",
         model=ModelConfig(audio=AudioConfig(seconds=2.0)),
-        train=TrainConfig(
-            epochs=12,
-            batch_size=16,
-            learning_rate=1e-3,
-            final_learning_rate=1e-5,
-            ema_decay=0.95,
-            validation_fraction=0.1,
-        ),
+        train=replace(_SHORT, epochs=12),
         evaluate=EvaluateConfig(batch_size=32, bootstrap=300),
     ),
 }
