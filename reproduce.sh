@@ -10,7 +10,8 @@ Train and evaluate OS-SCL, an anomalous sound detector that learns from normal m
   bash reproduce.sh                                 simulated machines, a few minutes on two CPU cores
   bash reproduce.sh --test                          the tests
   bash reproduce.sh --data DIR [--preset small]     your folder: TYPE/train/normal_id_00_00000000.wav, TYPE/test/...
-  bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2
+  bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2; downloads the data
+                                                    into data/dcase2020 unless DIR has it
 
 Options
   --data DIR       data folder in the DCASE 2020 layout (wav or flac),
@@ -20,6 +21,8 @@ Options
   --device NAME    auto, cpu, cuda or cuda:N (default: auto)
   --test           run the tests instead; what follows a -- goes to pytest
   --help           this text
+
+OSSCL_MIRROR: address of a copy of the data's records that answers like https://zenodo.org.
 
 The environment: an active conda or virtual environment that has the packages is used as it is; otherwise conda
 or mamba with environment.yml where there is one; otherwise .venv with the pins of environment.yml.
@@ -53,7 +56,7 @@ cd "$root"
 # --- environment ---------------------------------------------------------------------------------------------
 
 has_packages() {
-  "$1" -c 'import sys, torch, numpy, scipy, soundfile, matplotlib, sklearn, nbconvert, ipykernel, pytest, tqdm, tyro
+  "$1" -c 'import sys, torch, numpy, scipy, soundfile, matplotlib, sklearn, nbconvert, ipykernel, pytest, tqdm, tyro, pooch
 sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 
@@ -125,8 +128,9 @@ else
 fi
 
 if [ "$story" = full ] && [ -z "$data" ]; then
-  fail "--full needs the data: fetch the zip files of Zenodo records 3678171, 3727685 and 3841772 and
-eval_data_list.csv of 3951620, unpack them all into one folder DIR, and run: bash reproduce.sh --full --data DIR"
+  say "DCASE 2020 data"
+  data=$root/data/dcase2020
+  osscl download "$data" ${OSSCL_MIRROR:+--mirror "$OSSCL_MIRROR"}
 elif [ -z "$data" ]; then
   say "simulated machines"
   data=$run/data

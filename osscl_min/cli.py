@@ -43,6 +43,29 @@ def commands(preset: Config) -> dict[str, Callable]:
 
         print(write_dataset(out, config))
 
+    def download(
+        directory: Positional[Path],
+        parts: str = "dev,eval-train,eval-test,labels",
+        types: str = "fan,pump,slider,ToyCar,ToyConveyor,valve",
+        jobs: int = 2,
+        mirror: str = "",
+    ) -> None:
+        """Fetch the DCASE 2020 Task 2 data, or what is missing of it; a download that was cut short goes on.
+
+        Exit status of an error: 3 network or server, 4 wrong checksum, 5 full disk, 6 corrupt zip,
+        7 a folder that cannot be written.
+
+        Args:
+            directory: The data folder.
+            parts: Which parts, with commas between them.
+            types: Which machine types, with commas between them.
+            jobs: Files at a time.
+            mirror: Address of a copy that answers like https://zenodo.org.
+        """
+        from osscl_min.download import download as run
+
+        print(run(directory, parts=parts.split(","), types=types.split(","), jobs=jobs, mirror=mirror))
+
     def train(
         data: Path,
         out: Path,
@@ -176,12 +199,12 @@ def commands(preset: Config) -> dict[str, Callable]:
         for document in write_documents():
             print(document)
 
-    functions = (synth, train, evaluate, metrics, ablate, report, keep, readme)
+    functions = (synth, download, train, evaluate, metrics, ablate, report, keep, readme)
     return {function.__name__: function for function in functions}
 
 
 def main() -> None:
-    """Run one command; a user's error ends in one line and exit status 2."""
+    """Run one command; a user's error ends in one line and its exit status, mostly 2."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="small")
     try:
@@ -189,7 +212,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands(preset), prog="osscl", description=__doc__)
     except UserError as error:
         print(f"osscl: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -17,7 +17,7 @@ ORDER = [
     {"config"},
     {"layouts", "synth"},
     {"dataset"},
-    {"reader"},
+    {"reader", "download"},
     {"features", "model"},
     {"losses"},
     {"checkpoint"},
