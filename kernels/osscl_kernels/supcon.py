@@ -1,11 +1,11 @@
 """Supervised contrastive loss without the N x N matrix: Triton kernels and a chunked PyTorch path.
 
-With s_ij = z_i . z_j / temperature, P_i the other rows with row i's label and c_i = |P_i|, the loss of row i is
+With s_ij = z_i . z_j / temperature, P_i the other rows with row i's label and c_i = |P_i|, row i's loss is
 
     l_i = (temperature / base_temperature) (log sum_{j != i} exp s_ij - (1 / c_i) sum_{p in P_i} s_ip),
 
-and 0 where c_i = 0. The gradient uses that s is symmetric: with w_i = dL/dl_i / base_temperature where c_i > 0
-(0 elsewhere), v_i = w_i / c_i and p_ij = exp(s_ij - lse_i),
+and 0 where c_i = 0. The gradient uses that s is symmetric: with w_i = dL/dl_i / base_temperature where
+c_i > 0 (0 elsewhere), v_i = w_i / c_i and p_ij = exp(s_ij - lse_i),
 
     dL/dz_i = sum_{j != i} (w_i p_ij + w_j p_ji) z_j - sum_{j in P_i} (v_i + v_j) z_j,
 
@@ -15,6 +15,7 @@ Up to IN_TILE_ROWS rows the tiles compare labels; above it the positive terms co
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -29,6 +30,7 @@ MAX_WIDTH = 256  # features a row; the backward's accumulator fits nowhere above
 IN_TILE_ROWS = 4096  # up to here comparing labels in the tile is cheaper than the launches of a sort
 CHUNK_ELEMENTS = 1 << 20  # similarities held at a time by the PyTorch path: stays in a core's cache
 SEGMENT = 64  # sorted rows summed by one program of the class sums
+SUM_WARPS = 4
 
 
 def supcon_loss_ref(
@@ -119,7 +121,7 @@ def supcon_loss(
     if precision == "auto":
         precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(features.dtype, "tf32x3")
     settings = (temperature, base_temperature, precision, choice)
-    labels = labels.to(torch.int64)
+    labels = labels.to(torch.int64).contiguous()
     if group is not None:
         return _Gathered.apply(features, labels, group, reduction == "mean", *settings)
     return _forward(features, labels, 0, len(labels), reduction == "mean", *settings)[0]
@@ -165,7 +167,7 @@ def _forward(
     precision: str,
     choice: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the rows' log-sum-exp (base e in PyTorch, 2 in Triton) and count of positives, and `_classes`."""
+    """Loss, the rows' log-sum-exp (base e in PyTorch, 2 in Triton), counts of positives, and `_classes`."""
     z = _operand(features, precision, choice)
     losses = z.new_empty(rows, dtype=_accurate(z))
     lse, count, total = torch.empty_like(losses), torch.empty_like(losses), losses.new_empty(())
@@ -188,11 +190,11 @@ def _forward(
             lse[a:b] = torch.where(sums > 0, sums.log().add_(peak[:, 0]), math.inf)
         losses = torch.where(count > 0, lse - mean_positive / temperature, 0.0).mul_(scale)
     elif rows:
-        tile = _tile("forward", precision, z)
+        tile = _tile("forward", in_tile, rows, precision, z)
         single = rows <= tile["BM"]
         _forward_kernel[(triton.cdiv(rows, tile["BM"]),)](
             z, labels, mean_positive, count, losses, lse, total, len(z), start, rows, z.shape[1],
-            math.log2(math.e) / temperature, math.log(2) * scale, IN_TILE=in_tile, UPCAST=INTERPRETED, **tile,
+            math.log2(math.e) / temperature, math.log(2) * scale, UPCAST=INTERPRETED, **tile,
         )  # fmt: skip
     if mean:
         losses = total if single else losses.sum() / max(rows, 1)
@@ -216,10 +218,10 @@ def _backward(
     precision: str,
     choice: str,
 ) -> Tensor:
-    """Gradient of the rows' features; `gradient`, `lse` and `count` are those of all rows (`mean`: a scalar)."""
+    """Gradient of the rows' features, from `gradient` (`mean`: a scalar), `lse` and `count` of all rows."""
     z = _operand(features, precision, choice)
     gradient = gradient.contiguous()
-    factor = 1 / (base_temperature * (len(z) if mean else 1))
+    factor = 1 / (base_temperature * (max(len(z), 1) if mean else 1))
     dz = z.new_empty((rows, z.shape[1]), dtype=lse.dtype)
     mine = slice(start, start + rows)
     if len(order):  # what the positives take away; its minus sign is applied below
@@ -237,10 +239,10 @@ def _backward(
             s.sub_(lse[own, None]).exp_().mul_(w[own, None]).add_(other)
             dz[a:b].addmm_(s, z, beta=-1)  # in place: autocast leaves it alone
     elif rows:
-        tile = _tile("backward", precision, z)
+        tile = _tile("backward", not len(order), rows, precision, z)
         _backward_kernel[(triton.cdiv(rows, tile["BM"]), triton.cdiv(z.shape[1], tile["BD"]))](
             z, labels, lse, count, gradient, dz, len(z), start, rows, z.shape[1], 0 if mean else 1,
-            math.log2(math.e) / temperature, factor, IN_TILE=not len(order), UPCAST=INTERPRETED, **tile,
+            math.log2(math.e) / temperature, factor, UPCAST=INTERPRETED, **tile,
         )  # fmt: skip
     return dz[:, : features.shape[1]].to(features.dtype).contiguous()
 
@@ -274,7 +276,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 class _Gathered(torch.autograd.Function):
-    """The loss over the rows of all ranks. A process group cannot be an operator's argument: it stays here."""
+    """The loss over all ranks' rows. A process group cannot be an operator's argument: it stays here."""
 
     @staticmethod
     def forward(ctx, features, labels, group, mean, *settings):
@@ -346,6 +348,7 @@ def _class_sums(z: Tensor, weight: Tensor | None, classes: tuple[Tensor, ...], c
     sums = z.new_empty((n, width), dtype=torch.float32)
     shape = {"SEGMENT": SEGMENT, "DEPTH": _depth(width), "WEIGHTED": weight is not None}
     weight = partial if weight is None else weight
+    shape |= {"num_warps": SUM_WARPS, "num_stages": 2}
     _segment_kernel[(len(partial),)](z, weight, order, first, partial, n, width, **shape)
     _class_kernel[(n,)](z, weight, order, first, count, partial, sums, n, width, **shape)
     return sums
@@ -367,7 +370,7 @@ def _similarities(z: Tensor, start: int, rows: int, temperature: float) -> Itera
 
 @jit
 def _rows(Z, i, n, width, k, ROWS: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr):
-    """ROWS rows of Z from row i, features k to k + BK; zeros outside. 64 bits only in the base: N D can be large."""
+    """ROWS rows of Z from row i, features k to k + BK; zeros outside. Only the base needs 64 bits."""
     row = tl.arange(0, ROWS)
     column = k + tl.arange(0, BK)
     mask = (row < n - i)[:, None] & (column < width)[None, :]
@@ -424,9 +427,7 @@ def _forward_kernel(
             count += tl.sum(tl.where(same, 1.0, 0.0), 1)
         s = tl.where(itself, -float("inf"), s)
         highest = tl.maximum(peak, tl.max(s, 1))
-        finite = tl.where(
-            highest == -float("inf"), 0.0, highest
-        )  # a tile can hold nothing but the row itself
+        finite = tl.where(highest == -float("inf"), 0.0, highest)  # a tile can hold nothing but the row
         total = total * tl.exp2(peak - finite) + tl.sum(tl.exp2(s - finite[:, None]), 1)
         peak = highest
     lse = tl.where(total > 0, peak + tl.log2(total), float("inf"))  # of nothing: exp2(s - inf) is then 0
@@ -449,7 +450,7 @@ def _backward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, IN_TILE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BM rows, BD features; where no labels are compared, DZ holds what the positives take away."""
+    """Gradient of BM rows, BD features; with class sums, DZ holds what the positives take away."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     i = start + tl.program_id(0) * BM
     row = start + m
@@ -522,7 +523,7 @@ def _class_kernel(
     Z, WEIGHT, ORDER, FIRST, COUNT, PARTIAL, SUMS, n, width,
     SEGMENT: tl.constexpr, DEPTH: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Where a class begins in sorted order: its rows up to the next segment, then the segments' partial sums."""
+    """Where a class begins in sorted order: its rows up to the next segment, then the partial sums."""
     begin = tl.program_id(0)
     head = tl.load(ORDER + begin)
     if tl.load(FIRST + head) == begin:
@@ -539,89 +540,224 @@ def _class_kernel(
         tl.store(SUMS + tl.cast(begin, tl.int64) * width + feature, total, mask=feature < width)
 
 
-# Tile shapes (rows, columns, features a product takes, warps), chosen by the ahead-of-time check: no spills.
-FORWARD, BACKWARD = {}, {}
-for _precision, _f, _b in (
-    ("bf16", (128, 128, 128, 8), (128, 64, 128, 8)),
-    ("tf32", (128, 64, 64, 8), (128, 64, 32, 8)),
-    ("tf32x3", (64, 64, 32, 4), (64, 32, 32, 4)),
-    ("ieee", (64, 64, 32, 8), (32, 32, 16, 4)),
-):
-    for _d in (128, 256):
-        FORWARD[_precision, _d] = _f
-        BACKWARD[_precision, _d] = _b
+# Tiles: rows, columns, features that a product takes, warps, stages. Of the candidates in the order of their
+# arithmetic intensity, the first that the ahead-of-time check passes: no spills, within shared memory.
+KERNELS = ("forward sums", "backward sums", "forward labels", "backward labels", "forward small")
+TILES = {
+    (80, "ieee", 128): (
+        (64, 64, 32, 8, 2), (32, 32, 32, 4, 2), (32, 128, 32, 8, 2),
+        (32, 32, 32, 4, 2), (64, 64, 32, 8, 2),
+    ),
+    (80, "ieee", 256): (
+        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 128, 16, 8, 2),
+        (32, 32, 32, 4, 2), (64, 64, 32, 8, 1),
+    ),
+    (80, "tf32x3", 128): (
+        (64, 64, 32, 4, 2), (64, 32, 32, 8, 1), (32, 128, 32, 8, 2),
+        (32, 32, 32, 4, 2), (64, 64, 32, 8, 1),
+    ),
+    (80, "tf32x3", 256): (
+        (64, 64, 32, 4, 1), (64, 32, 32, 8, 1), (32, 128, 32, 8, 1),
+        (32, 32, 32, 8, 2), (64, 32, 32, 4, 2),
+    ),
+    (80, "tf32", 128): (
+        (128, 64, 64, 8, 2), (128, 64, 64, 8, 2), (32, 128, 64, 8, 2),
+        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
+    ),
+    (80, "tf32", 256): (
+        (128, 64, 64, 8, 1), (64, 64, 32, 8, 1), (32, 128, 64, 8, 2),
+        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
+    ),
+    (80, "bf16", 128): (
+        (128, 128, 128, 8, 2), (128, 64, 128, 8, 2), (32, 128, 128, 8, 2),
+        (32, 64, 128, 4, 2), (64, 64, 128, 8, 2),
+    ),
+    (80, "bf16", 256): (
+        (128, 128, 256, 8, 2), (128, 64, 256, 8, 2), (32, 128, 256, 8, 2),
+        (32, 64, 256, 4, 2), (64, 64, 256, 8, 2),
+    ),
+    (86, "ieee", 128): (
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (86, "ieee", 256): (
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (86, "tf32x3", 128): (
+        (64, 64, 32, 8, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (86, "tf32x3", 256): (
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (86, "tf32", 128): (
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (86, "tf32", 256): (
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (86, "bf16", 128): (
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (86, "bf16", 256): (
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+    ),
+    (90, "ieee", 128): (
+        (64, 64, 32, 8, 2), (32, 32, 32, 4, 2), (32, 128, 32, 8, 2),
+        (32, 32, 32, 4, 2), (64, 64, 32, 8, 2),
+    ),
+    (90, "ieee", 256): (
+        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 128, 16, 8, 2),
+        (32, 32, 32, 8, 2), (64, 64, 32, 8, 1),
+    ),
+    (90, "tf32x3", 128): (
+        (64, 64, 32, 8, 2), (64, 32, 32, 4, 2), (32, 64, 32, 8, 2),
+        (32, 32, 32, 4, 2), (64, 64, 32, 8, 2),
+    ),
+    (90, "tf32x3", 256): (
+        (64, 64, 32, 8, 2), (32, 32, 32, 8, 2), (32, 128, 32, 8, 1),
+        (32, 32, 32, 8, 2), (64, 64, 32, 8, 2),
+    ),
+    (90, "tf32", 128): (
+        (128, 64, 64, 8, 2), (128, 64, 64, 8, 2), (32, 128, 64, 8, 2),
+        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
+    ),
+    (90, "tf32", 256): (
+        (128, 64, 64, 8, 1), (64, 32, 64, 4, 2), (32, 128, 64, 8, 2),
+        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
+    ),
+    (90, "bf16", 128): (
+        (128, 128, 128, 8, 2), (128, 64, 128, 8, 2), (32, 128, 128, 8, 2),
+        (32, 64, 128, 4, 2), (64, 64, 128, 8, 2),
+    ),
+    (90, "bf16", 256): (
+        (128, 128, 256, 8, 2), (128, 64, 256, 8, 2), (32, 128, 256, 8, 2),
+        (32, 64, 256, 4, 2), (64, 64, 256, 8, 2),
+    ),
+    (100, "ieee", 128): (
+        (64, 64, 32, 8, 2), (32, 32, 32, 4, 2), (32, 128, 16, 8, 2),
+        (32, 32, 32, 4, 2), (64, 64, 16, 8, 2),
+    ),
+    (100, "ieee", 256): (
+        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (16, 16, 16, 4, 1),
+        (32, 32, 32, 8, 2), (16, 16, 16, 4, 1),
+    ),
+    (100, "tf32x3", 128): (
+        (64, 64, 32, 8, 2), (64, 32, 32, 8, 2), (32, 64, 32, 8, 2),
+        (32, 32, 32, 8, 2), (64, 64, 32, 8, 2),
+    ),
+    (100, "tf32x3", 256): (
+        (64, 32, 32, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 1),
+        (32, 32, 32, 8, 2), (64, 32, 32, 8, 2),
+    ),
+    (100, "tf32", 128): (
+        (128, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 64, 64, 4, 2),
+        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
+    ),
+    (100, "tf32", 256): (
+        (128, 64, 64, 8, 1), (64, 64, 64, 8, 1), (32, 128, 32, 8, 2),
+        (32, 64, 64, 8, 2), (64, 64, 64, 8, 1),
+    ),
+    (100, "bf16", 128): (
+        (128, 128, 128, 8, 2), (128, 64, 128, 8, 2), (32, 128, 128, 8, 2),
+        (32, 64, 128, 4, 2), (64, 64, 128, 8, 2),
+    ),
+    (100, "bf16", 256): (
+        (128, 64, 256, 8, 2), (128, 64, 256, 8, 2), (32, 64, 256, 4, 2),
+        (32, 64, 256, 8, 2), (64, 64, 256, 8, 2),
+    ),
+}  # fmt: skip
+
+
+def _family(tensor: Tensor) -> int:
+    """The architecture whose tiles to use; one that is not known takes the smallest."""
+    if not tensor.is_cuda:
+        return 90  # the interpreter
+    capability = torch.cuda.get_device_capability(tensor.device)
+    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get(capability, 86)
 
 
 def _depth(width: int) -> int:
-    return max(128, triton.next_power_of_2(width))
+    """Features as the tiles take them, zero-padded."""
+    return 128 if width <= 128 else MAX_WIDTH
 
 
-def _tile(kernel: str, precision: str, z: Tensor) -> dict:
-    return _constants(kernel, precision, _depth(z.shape[1]), 0)
+def _tile(kernel: str, in_tile: bool, rows: int, precision: str, z: Tensor) -> dict:
+    """Launch constants of a kernel; a forward pass that fits one program writes the mean itself."""
+    family, depth = _family(z), _depth(z.shape[1])
+    if kernel == "forward" and in_tile:
+        small = _constants("forward small", precision, depth, family)
+        if rows <= small["BM"]:
+            return small
+    return _constants(f"{kernel} {'labels' if in_tile else 'sums'}", precision, depth, family)
 
 
-def _constants(kernel, precision, depth, capability):
-    BM, BN, BK, warps = (FORWARD if kernel == "forward" else BACKWARD)[precision, depth]
-    extra = {"BD": 128} if kernel == "backward" else {}
-    return dict(
-        **extra,
-        BM=BM,
-        BN=BN,
-        BK=min(BK, depth),
-        DEPTH=depth,
-        PRECISION="tf32" if precision == "bf16" else precision,
-        num_warps=warps,
-        num_stages=2,
-    )
+def _constants(kernel: str, precision: str, depth: int, family: int) -> dict:
+    rows, columns, features, warps, stages = TILES[family, precision, depth][KERNELS.index(kernel)]
+    output = {"BD": 128} if kernel.startswith("backward") else {}
+    return output | {
+        "BM": rows, "BN": columns, "BK": features, "DEPTH": depth, "IN_TILE": not kernel.endswith("sums"),
+        "PRECISION": "tf32" if precision == "bf16" else precision, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def compile_cases(capability: int) -> Iterator[CompileCase]:
     """Every configuration that `supcon_loss` launches on an architecture, for the ahead-of-time check."""
-    common = {"LABELS": "*i64", "COUNT": "*fp32", "LSE": "*fp32"}
-    sizes = dict.fromkeys(("n", "start", "rows", "width"), "i32")
+    integers = dict.fromkeys(("n", "start", "rows", "width"), "i32")
+    arguments = {
+        "forward": dict.fromkeys(("MEAN_POSITIVE", "COUNT", "LOSSES", "LSE", "MEAN"), "*fp32")
+        | integers
+        | {"scale": "fp32", "loss_scale": "fp32"},
+        "backward": dict.fromkeys(("LSE", "COUNT", "GRADIENT", "DZ"), "*fp32")
+        | integers
+        | {"gradient_stride": "i32", "scale": "fp32", "factor": "fp32"},
+    }
     for precision in PRECISIONS[1:]:
-        for depth in (128, 256):
-            operand = "*bf16" if precision == "bf16" else "*fp32"
-            for in_tile in (True, False):
-                for name in ("forward", "backward"):
-                    constants = _constants(name, precision, depth, capability)
-                    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-                    if name == "forward":
-                        kernel = _forward_kernel
-                        own = {
-                            "Z": operand,
-                            **common,
-                            "MEAN_POSITIVE": "*fp32",
-                            "LOSSES": "*fp32",
-                            "MEAN": "*fp32",
-                            **sizes,
-                            "scale": "fp32",
-                            "loss_scale": "fp32",
-                        }
-                        carried = 4 if in_tile else 2
-                    else:
-                        kernel = _backward_kernel
-                        own = {
-                            "Z": operand,
-                            **common,
-                            "GRADIENT": "*fp32",
-                            "DZ": "*fp32",
-                            **sizes,
-                            "gradient_stride": "i32",
-                            "scale": "fp32",
-                            "factor": "fp32",
-                        }
-                        carried = 1
-                    pointers = tuple(a for a, t in own.items() if t[0] == "*")
-                    yield CompileCase(
-                        f"{name} {precision} D={depth} {'labels' if in_tile else 'sums'}",
-                        kernel,
-                        own,
-                        {**constants, "IN_TILE": in_tile, "UPCAST": False},
-                        warps,
-                        stages,
-                        (*pointers, "width"),
-                        precision != "ieee",
-                        1,
-                        carried,
-                    )
+        element = "*bf16" if precision == "bf16" else "*fp32"
+        for depth in (128, MAX_WIDTH):
+            for name in KERNELS:
+                constants = _constants(name, precision, depth, capability) | {"UPCAST": False}
+                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+                forward = name.startswith("forward")
+                signature = {
+                    "Z": element,
+                    "LABELS": "*i64",
+                    **arguments["forward" if forward else "backward"],
+                }
+                yield CompileCase(
+                    name=f"{name} {precision} D={depth}",
+                    kernel=_forward_kernel if forward else _backward_kernel,
+                    signature=signature,
+                    constants=constants,
+                    num_warps=warps,
+                    num_stages=stages,
+                    aligned=(*(a for a, kind in signature.items() if kind[0] == "*"), "width"),
+                    tensor_cores=precision != "ieee",
+                    loop_carried=1,
+                    carried_values=(4 if constants["IN_TILE"] else 2) if forward else 1,
+                )
+    order = dict.fromkeys(("ORDER", "FIRST"), "*i64")
+    sizes = {"n": "i32", "width": "i32"}
+    for element, depth, weighted in itertools.product(("*fp32", "*bf16"), (128, MAX_WIDTH), (False, True)):
+        for name, kernel, own in (
+            ("segment", _segment_kernel, {"PARTIAL": "*fp32"}),
+            ("class", _class_kernel, dict.fromkeys(("COUNT", "PARTIAL", "SUMS"), "*fp32")),
+        ):
+            signature = {"Z": element, "WEIGHT": "*fp32"} | order | own | sizes
+            yield CompileCase(
+                name=f"{name} {element[1:]} D={depth}{' weighted' if weighted else ''}",
+                kernel=kernel,
+                signature=signature,
+                constants={"SEGMENT": SEGMENT, "DEPTH": depth, "WEIGHTED": weighted},
+                num_warps=SUM_WARPS,
+                num_stages=2,
+                aligned=(*(a for a, kind in signature.items() if kind[0] == "*"), "width"),
+                loop_carried=int(name == "class"),
+                carried_values=int(name == "class"),
+            )

@@ -1,0 +1,433 @@
+"""SupCon against float64: an error of at most twice the plain float32 formula's, plus FLOOR."""
+
+import importlib
+import math
+import os
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from conftest import GOLDEN
+from osscl_kernels import backend, supcon_loss, supcon_loss_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOOR = 1e-6  # of the largest entry, or of the largest term: 1 / base_temperature, weighted
+# What rounding costs beyond that, of the largest entry: logits reach 50. The interpreter multiplies exactly,
+# and the truth for bfloat16 has rounded features: there only the gradient's weights are rounded, to 8 bits.
+ROUNDING = {"bf16": 2**-7, "tf32": 0 if DEVICE == "cpu" else 50 * 2**-10}
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
+module = importlib.import_module("osscl_kernels.supcon")  # the package's name is the function
+triton_only = pytest.mark.skipif(backend.triton is None, reason="triton is not installed")
+PATHS = [pytest.param(path, marks=triton_only) for path in ("labels", "sums")] + ["torch"]
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    """How the positives are found: labels compared in the tile, class sums, or in chunks by PyTorch."""
+    return choose(request.param, monkeypatch)
+
+
+def choose(path, monkeypatch):
+    """Options for one path; small cases take the ways of large ones."""
+    monkeypatch.setattr(module, "IN_TILE_ROWS", 1 << 20 if path == "labels" else 0)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2000)
+    return {"backend": "torch" if path == "torch" else "triton"}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Every fresh tensor holds NaN until something is written there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rows(n, width=128, classes=5, seed=0):
+    """Unit vectors that lean one way, as embeddings do, and labels of which some are unused."""
+    g = torch.Generator().manual_seed(1000 * seed + n)
+    z = torch.randn(n, width, generator=g) + 0.5 * torch.randn(1, width, generator=g)
+    labels = torch.randint(classes, (n,), generator=g) * 8 - 16
+    return torch.nn.functional.normalize(z, dim=1).to(DEVICE), labels.to(DEVICE)
+
+
+def weights(n):
+    return (torch.rand(n, generator=torch.Generator().manual_seed(n)) + 0.5).to(DEVICE)
+
+
+def run(function, z, labels, reduction="none", **options):
+    """Losses, and the gradient under a non-unit gradient of each."""
+    z = z.detach().requires_grad_()
+    out = function(z, labels, reduction=reduction, **options)
+    given = weights(len(z)) if reduction == "none" else torch.tensor(-3.0, device=z.device)
+    return out.detach(), torch.autograd.grad(out, z, given.to(out.dtype))[0]
+
+
+def error(out, truth, term=1e-30):
+    assert out.shape == truth.shape and out.isfinite().all()
+    return ((out.double() - truth).abs().max() / truth.abs().max().clamp(min=term)).item()
+
+
+def assert_within_budget(z, labels, precision="ieee", reduction="none", truth_options=None, **options):
+    """Forward and backward against float64; returns both."""
+    shared = truth_options or {}
+    ours = run(supcon_loss, z, labels, reduction, precision=precision, **shared, **options)
+    seen = z.bfloat16().float() if precision == "bf16" and options.get("backend") == "triton" else z
+    truth = run(supcon_loss_ref, seen.double(), labels, reduction, **shared)
+    plain = run(supcon_loss_ref, seen, labels, reduction, **shared)
+    term = 1 / shared.get("base_temperature", 0.07)
+    terms = (term, term if reduction == "none" else 3 * term / len(z))
+    for i, name in enumerate(("loss", "gradient")):
+        rounding = ROUNDING.get(precision, 0) if precision != "bf16" or i else 0
+        budget = 2 * error(plain[i], truth[i], terms[i]) + FLOOR + rounding
+        assert error(ours[i], truth[i], terms[i]) <= budget, name
+    lonely = (labels[:, None] == labels).sum(1) == 1
+    if reduction == "none":
+        assert (ours[0][lonely] == 0).all()
+    return ours
+
+
+def test_reference_is_the_formula():
+    """Equation 2 of Khosla et al., one term after the other."""
+    z, labels = rows(9, 4, classes=3)
+    z, labels = z.double(), labels.clone()
+    labels[4] = 1000
+    losses = []
+    for i in range(9):
+        others = [j for j in range(9) if j != i]
+        positives = [j for j in others if labels[j] == labels[i]]
+        total = sum(math.exp(z[i] @ z[j] / 0.1) for j in others)
+        terms = [math.log(math.exp(z[i] @ z[p] / 0.1) / total) for p in positives]
+        losses.append(-(0.1 / 0.3) * sum(terms) / len(terms) if terms else 0.0)
+    settings = {"temperature": 0.1, "base_temperature": 0.3}
+    out = supcon_loss_ref(z, labels, reduction="none", **settings)
+    torch.testing.assert_close(out, out.new_tensor(losses), rtol=1e-12, atol=1e-12)
+    assert out[4] == 0 and (out[:4] > 0).all()
+    torch.testing.assert_close(supcon_loss_ref(z, labels, **settings), out.mean(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("function", [supcon_loss_ref, supcon_loss])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_in_float64(function, reduction):
+    z, labels = rows(7, 5, classes=3)
+    labels[2] = 99
+
+    def loss(z):
+        return function(z, labels, temperature=0.2, reduction=reduction)
+
+    assert torch.autograd.gradcheck(loss, z.double().requires_grad_(), nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("count", [64, 257])
+def test_golden(path, count):
+    """The authors' loss and gradient; tests/golden/README.md tells the recipe."""
+    gold = np.load(GOLDEN / "upstream_float64.npz")
+    g = np.random.default_rng(zlib.crc32(f"osscl/supcon{count}".encode()))
+    z = g.standard_normal((count, 128)) + 2 * g.standard_normal((1, 128))
+    z = torch.from_numpy(z / np.linalg.norm(z, axis=1, keepdims=True)).to(DEVICE)
+    labels = torch.from_numpy(g.integers(0, 41, count)).to(DEVICE)
+    for function, options, tolerance in ((supcon_loss_ref, {}, 1e-12), (supcon_loss, path, 2e-5)):
+        x = (z if function is supcon_loss_ref else z.float()).requires_grad_()
+        out = function(x, labels, **options)
+        gradient = torch.autograd.grad(out, x)[0][::7]
+        assert error(out.detach(), torch.from_numpy(gold[f"supcon{count}_loss"]).to(DEVICE)) < tolerance
+        assert error(gradient, torch.from_numpy(gold[f"supcon{count}_grad"]).to(DEVICE)) < tolerance
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 131])
+def test_sizes(path, n):
+    z, labels = rows(n, classes=2 if n < 4 else 5)
+    assert_within_budget(z, labels, **path)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("n", [65, 131])
+def test_precisions(path, n, precision):
+    z, labels = rows(n)
+    assert_within_budget(z, labels, precision, **path)
+
+
+@pytest.mark.parametrize("width", [1, 16, 48, 128, 129, 200, 256, 257, 512])
+def test_widths(path, width):
+    z, labels = rows(67, width)
+    assert_within_budget(z, labels, **path)
+
+
+@triton_only
+@pytest.mark.skipif(DEVICE == "cuda", reason="another architecture's tiles")
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", [80, 86, 100])
+def test_every_family(monkeypatch, family, precision):
+    monkeypatch.setattr(module, "_family", lambda _: family)
+    for path, n, width in (("labels", 17, 48), ("labels", 67, 200), ("sums", 67, 48)):
+        assert_within_budget(*rows(n, width), precision, **choose(path, monkeypatch))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("temperature", [0.02, 0.5])
+def test_reductions_and_temperatures(path, reduction, temperature):
+    settings = {"temperature": temperature, "base_temperature": 0.3}
+    for n in (40, 70):
+        loss, _ = assert_within_budget(*rows(n), reduction=reduction, truth_options=settings, **path)
+        assert loss.shape == (() if reduction == "mean" else (n,)) and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["all equal", "two", "huge", "int8", "bool", "pairs"])
+def test_labels(path, kind):
+    z, labels = rows(70)
+    limits = torch.iinfo(torch.int64)
+    labels = {
+        "all equal": torch.full_like(labels, -7),
+        "two": torch.arange(70, device=DEVICE) % 2 * 100,
+        "huge": torch.where(labels > 0, limits.max, torch.where(labels < 0, limits.min, limits.max - 1)),
+        "int8": labels.to(torch.int8),
+        "bool": labels > 0,
+        "pairs": torch.arange(70, device=DEVICE) // 2 - 10,
+    }[kind]
+    assert_within_budget(z, labels, **path)
+    names = torch.unique(labels, return_inverse=True)[1]  # only which are equal counts
+    assert torch.equal(run(supcon_loss, z, labels, **path)[0], run(supcon_loss, z, names, **path)[0])
+
+
+@pytest.mark.parametrize("n", [1, 33, 70])
+def test_without_positives_everything_is_zero(path, n):
+    z, _ = rows(n)
+    for reduction in ("none", "mean"):
+        loss, gradient = run(supcon_loss, z, torch.arange(n, device=DEVICE) - 5, reduction, **path)
+        assert (loss == 0).all() and (gradient == 0).all() and gradient.shape == z.shape
+
+
+def test_no_rows(path):
+    z, labels = rows(0)
+    assert run(supcon_loss, z, labels, "mean", **path)[0] == 0
+    assert run(supcon_loss, z, labels, "none", **path)[1].shape == (0, 128)
+
+
+def test_lonely_rows_are_others_negatives(path):
+    z, labels = rows(70)
+    labels[::9] = torch.arange(8, device=DEVICE) + 500
+    losses, gradient = assert_within_budget(z, labels, **path)
+    assert (losses[::9] == 0).all() and (losses[1::9] > 0).all() and (gradient[::9] != 0).any()
+
+
+def test_far_from_unit_length(path):
+    """Logits in the thousands neither overflow nor vanish; an exponential is as exact as its argument."""
+    z, labels = rows(40)
+    assert_within_budget(2 * z, labels, **path)
+    ours, truth = run(supcon_loss, 8 * z, labels, **path), run(supcon_loss_ref, 8 * z.double(), labels)
+    assert error(ours[0], truth[0]) < FLOOR
+    assert error(ours[1], truth[1]) < 64 * 50 * math.log2(math.e) * 2**-23
+    z = torch.zeros_like(z)
+    loss, gradient = run(supcon_loss, z, torch.zeros_like(labels), "mean", **path)
+    assert loss.item() == pytest.approx(0.02 / 0.07 * math.log(39), rel=1e-6) and (gradient == 0).all()
+
+
+def test_strides(path):
+    z, labels = rows(140, 100)
+    for view, names in (
+        (z[::2, :99], labels[::2]),
+        (z[70:, ::2], labels[:70]),
+        (z.T.contiguous().T[:70], labels.flip(0)[::2]),
+        (z[:1].expand(70, -1), labels[:1].expand(70)),
+    ):
+        ours = run(supcon_loss, view, names, **path)
+        plain = run(supcon_loss, view.contiguous(), names.contiguous(), **path)
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@triton_only
+def test_long_classes_span_segments(monkeypatch):
+    """A class of more than SEGMENT segments, beside short ones, at every offset."""
+    monkeypatch.setattr(module, "SEGMENT", 4)
+    z, _ = rows(101, 16)
+    labels = torch.cat([torch.arange(3), torch.full((90,), 7), torch.arange(10, 18)]).to(DEVICE)
+    labels = labels[torch.randperm(101, generator=torch.Generator().manual_seed(0)).to(DEVICE)]
+    classes = module._classes(labels)
+    scale = weights(101)
+    same = (labels[:, None] == labels).double()
+    assert (classes[2] == same.sum(1) - 1).all()
+    for weight in (None, scale):
+        sums = module._class_sums(z, weight, classes, "triton")[classes[1]]
+        truth = same @ (z.double() * (1 if weight is None else weight[:, None]))
+        assert error(sums, truth) < 1e-6
+
+
+def test_equal_bits_run_to_run(path):
+    z, labels = rows(131)
+    first, second = (run(supcon_loss, z, labels, **path) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_features(path, dtype):
+    z, labels = rows(70)
+    z = z.to(dtype)
+    loss, gradient = run(supcon_loss, z, labels, **path)
+    truth, slope = run(supcon_loss_ref, z.double(), labels)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    assert error(loss, truth) < FLOOR + ROUNDING.get("tf32" if dtype == torch.float16 else "ieee", 0)
+    assert error(gradient, slope) < ROUNDING["bf16"] + 2**-8  # its own type is rounded to last
+    assert torch.equal(run(supcon_loss_ref, z, labels)[0], run(supcon_loss_ref, z.float(), labels)[0])
+
+
+@pytest.mark.parametrize("asked", ["triton", "torch", "auto"])
+def test_float64_and_wide_rows_take_the_torch_path(asked, monkeypatch):
+    monkeypatch.setattr(module, "_forward_kernel", None)
+    z, labels = rows(40)
+    loss, gradient = run(supcon_loss, z.double(), labels, backend=asked)
+    assert loss.dtype == gradient.dtype == torch.float64
+    assert error(loss, run(supcon_loss_ref, z.double(), labels)[0]) < 1e-12
+    assert_within_budget(*rows(40, 300), backend=asked)
+
+
+def test_memory_stays_linear(monkeypatch):
+    """No step of the PyTorch path holds N x N."""
+    n, largest = 3000, []
+    z, labels = rows(n, 16)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1 << 16)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))
+            return out
+
+    with Watch():
+        run(supcon_loss, z, labels, backend="torch")
+    assert n * 16 <= max(largest) <= max(2 * n * 16, (1 << 16) + n)
+
+
+def test_autocast_changes_nothing(path):
+    z, labels = rows(70)
+    expected = run(supcon_loss, z, labels, **path)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        ours = run(supcon_loss, z, labels, **path)
+        plain = run(supcon_loss_ref, z, labels)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert plain[0].dtype == torch.float32
+    assert torch.equal(plain[0], run(supcon_loss_ref, z, labels)[0])
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_operators_are_well_formed(path, mean):
+    z, labels = rows(40)
+    settings = (0.02, 0.07, "ieee", path["backend"])
+    arguments = (z.clone().requires_grad_(), labels, 0, 40, mean, *settings)
+    torch.library.opcheck(module._forward, arguments)
+    loss, *saved = module._forward(*arguments)
+    gradient = torch.ones_like(loss)
+    torch.library.opcheck(module._backward, (gradient, z, labels, *saved, 0, 40, mean, *settings))
+
+
+def test_compiles_to_one_graph(path):
+    z, labels = rows(70)
+    compiled = torch.compile(supcon_loss, fullgraph=True, backend="aot_eager")
+    ours = run(compiled, z, labels, "mean", **path)
+    expected = run(supcon_loss, z, labels, "mean", **path)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("n", [64, 5000])
+def test_replays_as_a_cuda_graph(n):
+    torch.use_deterministic_algorithms(False)
+    z, labels = rows(n)
+    z.requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = torch.autograd.grad(supcon_loss(z, labels), z)[0]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradient = torch.autograd.grad(supcon_loss(z, labels), z)[0]
+    gradient.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(gradient, expected)
+
+
+def test_refusals():
+    z, labels = rows(8)
+    for features, names in ((z[0], labels), (z, labels[:7]), (z, labels[:, None])):
+        with pytest.raises(ValueError, match=r"expected \(N, D\) and \(N,\)"):
+            supcon_loss(features, names)
+    with pytest.raises(ValueError, match="features are torch.int64"):
+        supcon_loss(z.long(), labels)
+    with pytest.raises(ValueError, match="labels are torch.float32"):
+        supcon_loss(z, labels.float())
+    with pytest.raises(ValueError, match="labels on meta"):
+        supcon_loss(z, labels.to("meta"))
+    for temperatures in ({"temperature": 0.0}, {"temperature": math.nan}, {"base_temperature": -1.0}):
+        with pytest.raises(ValueError, match="expected positive ones"):
+            supcon_loss(z, labels, **temperatures)
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; expected one of auto, ieee"):
+        supcon_loss(z, labels, precision="fp8")
+    with pytest.raises(ValueError, match="unknown reduction 'sum'; expected mean or none"):
+        supcon_loss(z, labels, reduction="sum")
+    with pytest.raises(ValueError, match="unknown backend 'cuda'") as caught:
+        supcon_loss(z.double(), labels, backend="cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_configurations_cover_every_tile():
+    for capability in (80, 86, 90, 100):
+        cases = list(module.compile_cases(capability))
+        assert len({case.name for case in cases}) == len(cases) == 4 * 2 * 5 + 2 * 2 * 2 * 2
+        for case in cases:
+            if "BM" in case.constants:
+                assert case.constants["DEPTH"] % case.constants["BK"] == 0
+                assert case.loop_carried and case.carried_values and min(case.constants["BM"], 16) == 16
+    assert set(module.TILES) == {(f, p, d) for f in (80, 86, 90, 100) for p in PRECISIONS for d in (128, 256)}
+
+
+SPLITS = {2: (23, 7), 3: (11, 0, 19)}
+
+
+def distributed_rank(rank, world, folder, split, case):
+    """Write this rank's losses and gradients: what one process makes of all rows is the test's to compare."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    z, labels, options = case
+    start = sum(split[:rank])
+    mine = slice(start, start + split[rank])
+    results = {}
+    for reduction in ("mean", "none"):
+        x = z[mine].clone().requires_grad_()
+        loss = supcon_loss(x, labels[mine], reduction=reduction, group=dist.group.WORLD, **options)
+        given = torch.tensor(-3.0) if reduction == "mean" else weights(len(z)).cpu()[mine]
+        results[reduction] = loss.detach(), torch.autograd.grad(loss, x, given.to(loss.dtype))[0]
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("world", "backend_name", "dtype"),
+    [
+        (2, "torch", torch.float32),
+        pytest.param(2, "triton", torch.float32, marks=triton_only),
+        (3, "torch", torch.float64),
+        pytest.param(3, "triton", torch.float32, marks=triton_only),
+    ],
+)
+@pytest.mark.skipif(DEVICE == "cuda", reason="gloo on a CPU; the spawned ranks choose their own device")
+def test_ranks_agree_with_one_process(tmp_path, world, backend_name, dtype):
+    split = SPLITS[world]
+    z, labels = rows(sum(split), 32)
+    case = z.to(dtype), labels, {"backend": backend_name}
+    multiprocessing.spawn(distributed_rank, (world, str(tmp_path), split, case), nprocs=world)
+    for reduction in ("mean", "none"):
+        loss, gradient = run(supcon_loss, *case[:2], reduction, **case[2])
+        for rank in range(world):
+            mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+            ours = torch.load(tmp_path / f"{rank}.pt")[reduction]
+            expected = loss if reduction == "mean" else loss[mine]
+            torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=1e-7)
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(ours[1], gradient[mine], rtol=1e-5, atol=1e-6 * scale)
+
+
+if DEVICE == "cpu":
+    assert os.environ.get("TRITON_INTERPRET") == "1", "conftest.py sets it before the kernels are imported"
