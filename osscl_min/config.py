@@ -101,8 +101,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-# A few hundred steps. The EMA must forget the first steps' BatchNorm statistics before the end: a decay of 0.99
-# still keeps 4 % of them after 325 steps, and that spoils the averaged network.
+# A few hundred steps. The EMA must forget the first steps' BatchNorm statistics before the end: a decay of
+# 0.99 still keeps 4 % of them after 325 steps, and that spoils the averaged network.
 _SHORT = TrainConfig(
     epochs=25,
     batch_size=16,
