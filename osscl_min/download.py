@@ -1,7 +1,6 @@
 """The data of DCASE 2020 Task 2: fetched from Zenodo, verified, unpacked into one folder, counted.
 
-An error's exit status: 3 no network or the server's error; 4 wrong checksum; 5 full disk; 6 a corrupt zip, or
-one that would write elsewhere; 7 a folder that cannot be written; 2 anything else.
+Exit status of an error: 3 network or server, 4 checksum, 5 full disk, 6 corrupt or hostile zip, 7 no writing.
 """
 
 import errno
@@ -122,11 +121,12 @@ def inventory(root: Path, parts: Names, types: Names) -> str:
     expected = Counter((machine_type, stem[3:5]) for machine_type, stem in truth)
     lines = [f"{'type':<12} id  {'train':>6} {'test':>6}"]
     for machine in (machine for machine in BENCHMARK if machine[0] in types):
-        test, known = counts[machine, "test"], expected[machine]
+        train, test, known = counts[machine, "train"], counts[machine, "test"], expected[machine]
         remark = (
             "not checked" if not known else "as expected" if test == known else f"DIFFERS, {known} expected"
         )
-        lines.append(f"{machine[0]:<12} {machine[1]}  {counts[machine, 'train']:>6} {test:>6}  {remark}")
+        remark = remark if train or not set(parts) >= {"dev", "eval-train"} else "DIFFERS, no train clips"
+        lines.append(f"{machine[0]:<12} {machine[1]}  {train:>6} {test:>6}  {remark}")
     if "dev" in parts and set(types) == set(TYPES):
         test = sum(clip.split == "test" and clip.subset == "development" for clip in clips)
         remark = "as expected" if test == DEVELOPMENT_TEST else f"DIFFERS, {DEVELOPMENT_TEST} expected"

@@ -169,6 +169,8 @@ def test_the_inventory_tells_what_differs(zenodo, tmp_path):
     assert "fan          01       3      2  DIFFERS, 3 expected" in module.inventory(
         tmp_path, module.PARTS, TYPES
     )
+    assert "fan          02       0      0  DIFFERS, no train clips" in text
+    assert "fan          02       0      0  not checked" in module.inventory(tmp_path, ("dev",), TYPES)
     assert "development test" not in text, "only known for all types together"
     everywhere = module.inventory(tmp_path, module.PARTS, module.TYPES)
     assert "development test: 8 clips, DIFFERS, 10868 expected" in everywhere
