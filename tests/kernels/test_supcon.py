@@ -216,7 +216,6 @@ def test_lonely_rows_are_others_negatives(path):
 def test_far_from_unit_length(path):
     """Logits in the thousands neither overflow nor vanish; an exponential is as exact as its argument."""
     z, labels = rows(40)
-    assert_within_budget(2 * z, labels, **path)
     ours, truth = run(supcon_loss, 8 * z, labels, **path), run(supcon_loss_ref, 8 * z.double(), labels)
     assert error(ours[0], truth[0]) < FLOOR
     assert error(ours[1], truth[1]) < 64 * 50 * math.log2(math.e) * 2**-23
