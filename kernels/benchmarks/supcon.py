@@ -282,7 +282,8 @@ def finish(row: dict, median: float, low: float, high: float, limits: dict[str, 
     flop, moved = work(row["rows"], row["precision"], row["pass"])
     done = {
         "median_ms": f"{median:.4g}", "q20_ms": f"{low:.4g}", "q80_ms": f"{high:.4g}",
-        "ns_per_pair": f"{1e6 * median / row['rows'] ** 2:.4g}", "flop": f"{flop:.4g}", "bytes": f"{moved:.4g}",
+        "ns_per_pair": f"{1e6 * median / row['rows'] ** 2:.4g}",
+        "flop": f"{flop:.4g}", "bytes": f"{moved:.4g}",
     }  # fmt: skip
     if limits:
         bound = 1e3 * max(flop / limits[row["precision"]], moved / limits["bytes"])
@@ -388,8 +389,8 @@ def table(rows: list[dict]) -> str:
     if any(row.get("note") == "busy machine" for row in rows):
         load += " (a busy machine: the processor time says more)"
     lines.append(
-        f"\nD = {WIDTH}, {CLASSES} classes; {one['device']}, {one['threads']} threads{load}, torch {one['torch']}, "
-        f"triton {one['triton']}; {one['date']}, commit {one['commit']}."
+        f"\nD = {WIDTH}, {CLASSES} classes; {one['device']}, {one['threads']} threads{load}, "
+        f"torch {one['torch']}, triton {one['triton']}; {one['date']}, commit {one['commit']}."
     )
     return "\n".join(lines) + "\n"
 
