@@ -83,10 +83,10 @@ def supcon_loss(
     precision : {"auto", "ieee", "tf32x3", "tf32", "bf16"}
         Arithmetic of the matrix products in Triton; everything else is float32. At temperature 0.02 an error
         in a cosine is multiplied by 50. "ieee": float32 multiply-adds, no tensor cores. "tf32x3": three tf32
-        products, as exact as float32 in practice. "tf32": cosines are off by up to 2^-10, logits by up to
-        0.05. "bf16": features are rounded to 8 bits, logits are off by up to 0.2. Measured:
-        results/supcon_accuracy.md. "auto": tf32x3 for float32, tf32 for float16 (which it holds exactly), bf16 for
-        bfloat16. The PyTorch path computes in float32 whatever is asked, and in float64 for float64.
+        products, as exact as float32 in practice. "tf32": cosines are off by up to 2^-10, logits by up
+        to 0.05. "bf16": features are rounded to 8 bits, logits are off by up to 0.2. Measured:
+        results/supcon_accuracy.md. "auto": tf32x3 for float32, tf32 for float16 (which it holds exactly),
+        bf16 for bfloat16. The PyTorch path computes in float32 whatever is asked, and in float64 for float64.
     backend : {"auto", "triton", "torch"}
         See `backend.resolve`. float64 and D > 256 always take the chunked PyTorch path.
     reduction : {"mean", "none"}
@@ -581,8 +581,8 @@ TILES = {
         (16, 32, 32, 4, 1), (64, 64, 32, 8, 1),
     ),
     (86, "ieee", 256): (
-        (64, 64, 32, 8, 1), (16, 16, 32, 4, 1), (16, 16, 16, 4, 1),
-        (16, 16, 16, 4, 1), (16, 16, 16, 4, 1),
+        (64, 64, 32, 8, 1), (16, 16, 32, 4, 1), (32, 64, 32, 8, 1),
+        (16, 32, 32, 4, 1), (64, 32, 32, 8, 1),
     ),
     (86, "tf32x3", 128): (
         (64, 64, 32, 8, 1), (64, 32, 32, 8, 1), (32, 128, 32, 8, 1),
@@ -590,7 +590,7 @@ TILES = {
     ),
     (86, "tf32x3", 256): (
         (32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (32, 64, 32, 8, 1),
-        (32, 32, 32, 4, 1), (16, 16, 16, 4, 1),
+        (32, 32, 32, 4, 1), (32, 32, 32, 4, 1),
     ),
     (86, "tf32", 128): (
         (64, 64, 64, 8, 1), (64, 32, 64, 8, 1), (32, 64, 64, 8, 1),
@@ -645,8 +645,8 @@ TILES = {
         (32, 32, 32, 4, 2), (64, 64, 16, 8, 2),
     ),
     (100, "ieee", 256): (
-        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (16, 16, 16, 4, 1),
-        (32, 32, 32, 8, 2), (16, 16, 16, 4, 1),
+        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 32, 32, 4, 1),
+        (32, 32, 32, 8, 2), (32, 32, 32, 4, 1),
     ),
     (100, "tf32x3", 128): (
         (64, 64, 32, 8, 2), (64, 32, 32, 8, 2), (32, 64, 32, 8, 2),
