@@ -1,9 +1,9 @@
 """Fused kernels for OS-SCL: pure tensor functions, each beside its PyTorch reference."""
 
+from .backend import keep_freed_memory
 from .supcon import supcon_loss, supcon_loss_ref
 from .tfgram_infer import LAYERS, Folded, fold_batchnorm, frames, tfgram_infer, tfgram_infer_ref
 from .tfgram_train import tfgram_train, tfgram_train_ref, update_running_statistics
-from .tfgram_train_cpu import keep_freed_memory
 
 __all__ = [
     "LAYERS",

@@ -6,6 +6,7 @@ that nobody calls, and every public function takes its PyTorch path.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,3 +102,22 @@ def _obstacle(tensor: torch.Tensor) -> str:
     if torch.cuda.get_device_capability(tensor.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return ""
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next step instead of returning it to the system.
+
+    Activations are freed at the end of every step; getting them back page by page can cost a large part of
+    the next one. It holds for the whole process, which then stays at its largest size: a training program
+    calls it once, a library does not.
+
+    Returns
+    -------
+    bool
+        False where the C library has no such setting.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # not glibc
+        return False
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 2**31 - 1))

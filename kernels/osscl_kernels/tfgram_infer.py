@@ -14,7 +14,6 @@ The PyTorch path, for the CPU above all: convolutions as conv2d of height one in
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -223,17 +222,6 @@ def _pools(samples: int, count: int) -> tuple[int, int, int, int]:
     return length, pooled, *slots
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let the C library keep blocks that were freed, once a process.
-
-    glibc returns blocks of more than 128 kB to the system, and the next one pays a page fault every 4 kB:
-    more than the convolutions cost here. It keeps blocks below the size of the largest mapped one that was
-    ever freed (up to 32 MB), so such a one is allocated, never touched, and freed. Harmless elsewhere.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 def _infer_torch(wave: Tensor, folded: Folded, count: int, precision: str) -> Tensor:
     dtype = folded.weights[0].dtype if wave.dtype == torch.float64 else torch.float32
     dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(dtype, torch.float32)
@@ -242,8 +230,6 @@ def _infer_torch(wave: Tensor, folded: Folded, count: int, precision: str) -> Te
     kernels = [w.to(dtype).permute(2, 1, 0).unsqueeze(2) for w in (first, *folded.weights[1:])]
     kernels = [k.contiguous(memory_format=torch.channels_last) for k in kernels]
     biases = [b.to(dtype) for b in folded.biases]
-    if wave.device.type == "cpu" and not torch.compiler.is_compiling():
-        keep_freed_memory()
 
     def run(x: Tensor) -> Tensor:
         x = F.pad(_floating(x, dtype), (0, -x.shape[1] % 5)).unflatten(1, (1, -1, 5)).permute(0, 3, 1, 2)

@@ -13,7 +13,6 @@ Tensors are (clips, channels, 1, time) in channels_last memory format. Source: t
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,25 +26,6 @@ STATISTICS_BLOCK = 2_000  # rows summed in float32 before float64 takes over; fo
 GRADIENT_BLOCK = 250  # time steps of a weight-gradient block: inputs and gradients fit the L2 cache
 FIRST = LAYERS[0]
 aten = torch.ops.aten
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next step instead of returning it to the system.
-
-    Activations are freed at the end of every step; getting them back page by page can cost a large part of
-    the next one. It holds for the whole process, which then stays at its largest size: a training program
-    calls it once, a library does not.
-
-    Returns
-    -------
-    bool
-        False where the C library has no such setting.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        return False
-    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 2**31 - 1))
 
 
 def combine_moments(

@@ -263,7 +263,7 @@ def test_freed_memory_is_kept_in_a_process_of_its_own():
     """A freed block of 64 MiB stays resident after the call, and goes back to the system without it."""
     program = """
 import sys, torch
-from osscl_kernels.tfgram_train_cpu import keep_freed_memory
+from osscl_kernels import keep_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 if sys.argv[1] == "keep" and not keep_freed_memory():
