@@ -143,7 +143,7 @@ osscl train --preset "$preset" --data "$data" --out "$run" --device "$device" ${
 say "evaluation"
 score() {
   made "$run/$2/evaluation.json" "$run/$1" ||
-    osscl evaluate "$run/$1" --preset "$preset" --data "$data" --out "$run/$2" --device "$device"
+    osscl evaluate --checkpoint "$run/$1" --preset "$preset" --data "$data" --out "$run/$2" --device "$device"
 }
 echo "the trained network:" && score best.pt evaluation
 echo "the untrained network, for comparison:" && score initial.pt untrained

@@ -87,7 +87,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         print(run(data, out, config, device=device, strict=strict))
 
     def evaluate(
-        checkpoint: Positional[Path],
+        checkpoint: Path,
         data: Path,
         out: Path,
         config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = preset.evaluate,

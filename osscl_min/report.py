@@ -180,7 +180,7 @@ def write(run: Path | str, out: Path | str | None = None) -> Path:
 
 def _results(run: Path, evaluation: dict[str, Any]) -> str:
     if not evaluation:
-        return _missing("evaluate RUN/best.pt --data DATA --out RUN/evaluation")
+        return _missing("evaluate --checkpoint RUN/best.pt --data DATA --out RUN/evaluation")
     facts = "{clips} test clips of {machines} machines; {ms_per_clip:.1f} ms a clip. {not_scored}"
     page = f"<p>{escape(facts.format(**evaluation))}</p>"
     metrics = _metrics(run / "evaluation")
@@ -188,7 +188,7 @@ def _results(run: Path, evaluation: dict[str, Any]) -> str:
         return page + "<p>No clip has a known truth: there are scores, but nothing to measure.</p>"
     page += PROTOCOLS + _table(results_table(run))
     if not _metrics(run / "untrained"):
-        page += _missing("evaluate RUN/initial.pt --data DATA --out RUN/untrained")
+        page += _missing("evaluate --checkpoint RUN/initial.pt --data DATA --out RUN/untrained")
     apart = _read(run / "evaluation" / "evaluation_set" / "metrics.json")
     if apart and apart != metrics:
         page += "<h3>Evaluation set</h3>" + _table(table(apart)) + _machines(apart)

@@ -44,7 +44,10 @@ def test_metrics_of_a_folder(tmp_path):
     ("arguments", "message"),
     [
         (("metrics", "nowhere"), "osscl: no such folder: nowhere"),
-        (("evaluate", "nowhere.pt", "--data", ".", "--out", "x"), "osscl: no such checkpoint: nowhere.pt"),
+        (
+            ("evaluate", "--checkpoint", "nowhere.pt", "--data", ".", "--out", "x"),
+            "osscl: no such checkpoint: nowhere.pt",
+        ),
         (("train", "--data", "nowhere", "--out", "x"), "osscl: no such data folder: nowhere"),
     ],
 )

@@ -91,7 +91,7 @@ def test_what_is_missing_names_its_command(tmp_path):
     text = report.write(tmp_path).read_text()
     for command in (
         "train --data DATA --out RUN",
-        "evaluate RUN/best.pt --data DATA --out RUN/evaluation",
+        "evaluate --checkpoint RUN/best.pt --data DATA --out RUN/evaluation",
         "report RUN --data DATA",
         "ablate high-frequency --checkpoint RUN/best.pt --data DATA --out RUN/high_frequency",
     ):
@@ -101,7 +101,7 @@ def test_what_is_missing_names_its_command(tmp_path):
 
 def test_without_the_untrained_network_or_truth(copy, tmp_path):
     shutil.rmtree(copy / "untrained")
-    assert "evaluate RUN/initial.pt" in report.write(copy, tmp_path / "one.html").read_text()
+    assert "evaluate --checkpoint RUN/initial.pt" in report.write(copy, tmp_path / "one.html").read_text()
     assert report.results_table(copy)[-1][0] == "average"
     (copy / "evaluation" / "metrics.json").unlink()
     assert "No clip has a known truth" in Page(report.write(copy, tmp_path / "two.html").read_text()).text
