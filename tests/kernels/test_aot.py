@@ -61,18 +61,10 @@ def environment(tmp_path):
     return kept | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(KERNELS)}
 
 
-# tfgram_train has over 200 configurations: the tests compile one architecture, `aot.py` alone all of them.
-@pytest.mark.parametrize(
-    ("module", "capabilities"),
-    [
-        ("supcon", ["80", "86", "90", "100"]),
-        ("tfgram_infer", ["80", "86", "90", "100"]),
-        ("tfgram_train", ["90"]),
-    ],
-)
-def test_every_configuration_compiles_cleanly(module, capabilities, tmp_path):
+@pytest.mark.parametrize("module", ["supcon", "tfgram_infer", "tfgram_train"])
+def test_every_configuration_compiles_cleanly(module, tmp_path):
     table = tmp_path / "table.csv"
-    command = [sys.executable, SCRIPT, "--only", f"{module} ", "--out", table, "--capability", *capabilities]
+    command = [sys.executable, SCRIPT, "--only", f"{module} ", "--out", table]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
     assert table.is_file(), done.stderr[-2000:]
     with table.open(newline="") as file:
@@ -80,7 +72,7 @@ def test_every_configuration_compiles_cleanly(module, capabilities, tmp_path):
     refused = [f"{r['name']} sm_{r['capability']}: {r['problems']}" for r in rows if r["problems"]]
     assert not refused, "\n".join(refused)
     assert done.returncode == 0
-    assert {row["capability"] for row in rows} == set(capabilities)
+    assert {row["capability"] for row in rows} == {"80", "86", "90", "100"}
     assert all(int(row["registers"]) > 0 for row in rows)
 
 
