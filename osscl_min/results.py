@@ -64,7 +64,7 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
         )
         file.write(f"{len(log)} epochs; commit {origin['commit']}, {origin['time'][:10]}.\n")
     memory = max(evaluation["peak_memory_mb"], *(entry["peak_memory_mb"] for entry in log)) / 1000
-    lines = [f"On {origin['processor']}, torch {origin['torch']}, {origin['device']}:"]
+    lines = [f"On {origin['processor']}, torch {origin['torch']}, device {origin['device']}:", ""]
     if (run / "timing.csv").is_file():
         steps = read_timing(run / "timing.csv")
         disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e6

@@ -19,7 +19,7 @@ def test_a_run_is_kept(tiny_run, tmp_path):
     assert f"{100 * metrics['average']['auc_pooled']:.2f}" in table and "average, untrained" in table
     assert "Synthetic: simulated machines." in table
     cost = (tmp_path / "kept" / "cost.md").read_text()
-    assert "1 min 15 s after the installation (training 70 s, report 5 s)" in cost
+    assert "1 min 15 s after the installation\n  (training 70 s, report 5 s)" in cost
     assert "`bash reproduce.sh --test`: 1 min 1 s" in cost
     assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["evaluation"] == metrics
     (run / "untrained" / "metrics.json").unlink()
