@@ -69,9 +69,8 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
         steps = read_timing(run / "timing.csv")
         disk = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) / 1e6
         parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in steps.items())
-        lines.append(
-            f"- `bash reproduce.sh`: {_minutes(sum(steps.values()))} after the installation ({parts}),"
-        )
+        lines.append(f"- `bash reproduce.sh`: {_minutes(sum(steps.values()))} after the installation")
+        lines.append(f"  ({parts}),")
         lines.append(f"  {memory:.1f} GB of memory at most, {disk:.0f} MB on disk;")
     train_ms = 1000 / (sum(entry["clips_per_second"] for entry in log) / len(log))
     lines.append(
