@@ -27,6 +27,9 @@ class Checkpoint:
     classes: tuple[tuple[str, str], ...]  # label -> (machine type, machine id)
     epoch: int | None  # epochs trained; None for the authors' files
     synthetic: bool = False  # trained on simulated machines
+    calibration: dict[str, torch.Tensor] | None = (
+        None  # "labels" (n,), "scores" (n,) of held-out normal clips
+    )
 
 
 def save(path: Path | str, content: dict[str, Any], config: Config, classes: tuple, synthetic: bool) -> None:
@@ -83,7 +86,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit its configuration ({error})") from error
     classes = tuple(tuple(machine) for machine in content["classes"])
-    return Checkpoint(path, model.eval(), config, classes, content["epoch"], content["synthetic"])
+    epoch, synthetic, calibration = content["epoch"], content["synthetic"], content.get("calibration")
+    return Checkpoint(path, model.eval(), config, classes, epoch, synthetic, calibration)
 
 
 def _load_upstream(path: Path, state: dict[str, Any], device: torch.device | str) -> Checkpoint:

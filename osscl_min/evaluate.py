@@ -11,43 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from osscl_min import checkpoint
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig, to_dict
 from osscl_min.dataset import Clip
-from osscl_min.features import LogMel
+from osscl_min.features import FrontEnd
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
+from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
 from osscl_min.reader import FolderReader, open_data
 from osscl_min.train import choose_device, load_batches, prepare
-
-
-def anomaly_score(logits: torch.Tensor, labels: torch.Tensor, form: str = "exact") -> torch.Tensor:
-    """Cross-entropy against the clip's own machine, in float64 and free of saturation.
-
-    log(1 + sum over the other classes of exp(logit - own logit)): a cross-entropy in float32 is exactly 0
-    for every clip that is recognised well, and such clips tie.
-
-    Parameters
-    ----------
-    logits : (B, classes)
-        With the margin on the own class, as the authors score.
-    labels : (B,) int64
-    form : {"exact", "upstream"}
-        "upstream" is the authors' cross-entropy, in the logits' own precision.
-
-    Returns
-    -------
-    (B,) float64, higher = more anomalous
-    """
-    if form == "upstream":
-        return F.cross_entropy(logits, labels, reduction="none").double()
-    logits = logits.double()
-    difference = logits - logits.gather(1, labels[:, None])
-    return difference.scatter(1, labels[:, None], -torch.inf).exp().sum(1).log1p()
 
 
 @dataclass
@@ -108,15 +83,14 @@ def score_clips(
     positions = np.arange(len(reader)) if positions is None else np.asarray(positions)
     if (labels[positions] < 0).any():
         raise UserError("a clip of a machine that was never trained on cannot be scored against itself")
-    log_mel = LogMel(trained.config.model.audio).to(device)
+    front = FrontEnd(trained.config.model.audio).to(device)
     model = trained.model.eval()
     scores, predicted, embeddings = [], [], []
     began = time.perf_counter()
     with tqdm(total=len(positions), desc=description, unit="clip", disable=None, leave=False) as bar:
         batches = np.array_split(positions, range(config.batch_size, len(positions), config.batch_size))
-        for wave, target in load_batches(reader, labels, batches, device):
-            wave = wave if transform is None else transform(wave)
-            _, embedding = model(wave, log_mel(wave))
+        for samples, target in load_batches(reader, labels, batches, device):
+            _, embedding = model(*front(samples, transform))
             scores.append(anomaly_score(model.arcface(embedding, target), target, config.score).cpu())
             predicted.append(model.arcface(embedding).argmax(1).cpu())
             embeddings.append(embedding.cpu())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -94,3 +96,44 @@ class LogMel(nn.Module):
         converted = function(torch.empty(0, device=self.filters.device))
         self.window, self.filters = self.window.to(converted.device), self.filters.to(converted.device)
         return self
+
+
+def to_wave(samples: np.ndarray | torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """(B, samples) int16 -> float32 in [-1, 1), on `device` or where the samples are."""
+    return torch.as_tensor(samples, device=device).float() / 32768
+
+
+class FrontEnd(nn.Module):
+    """From stored samples to what the network takes: the wave and its log-mel spectrogram.
+
+    Training and scoring both pass here, so a clip is heard the same way in both.
+
+    Parameters
+    ----------
+    audio : AudioConfig
+    """
+
+    def __init__(self, audio: AudioConfig = AudioConfig()):
+        super().__init__()
+        self.log_mel = LogMel(audio)
+
+    @torch.no_grad()
+    def forward(
+        self, samples: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Parameters
+        ----------
+        samples : (B, samples) int16
+        transform : callable, optional
+            Applied to the waves (B, samples) before the log-mel, such as a filter or added noise.
+
+        Returns
+        -------
+        wave : (B, samples) float32, in [-1, 1)
+        log_mel : (B, 1, mels, frames) float32, dB
+        """
+        wave = to_wave(samples)
+        if transform is not None:
+            wave = transform(wave)
+        return wave, self.log_mel(wave)

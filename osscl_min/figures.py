@@ -23,11 +23,11 @@ from sklearn.metrics import roc_curve
 
 from osscl_min import checkpoint
 from osscl_min.dataset import Clip
-from osscl_min.features import LogMel, hertz_to_mel
+from osscl_min.features import LogMel, hertz_to_mel, to_wave
 from osscl_min.files import UserError, replacing
 from osscl_min.metrics import MAX_FPR, auc
 from osscl_min.reader import FolderReader, open_data
-from osscl_min.train import read_log, to_wave
+from osscl_min.train import read_log
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = COLOURS = (
     "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000".split()

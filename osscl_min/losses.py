@@ -1,6 +1,8 @@
-"""One-stage training's loss: mixup, ArcFace cross-entropy on both labels, noise-supervised SupCon."""
+"""One-stage training's loss: mixup, ArcFace cross-entropy on both labels, SupCon; and the anomaly score."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from osscl_kernels import supcon_loss
@@ -76,3 +78,64 @@ def os_scl_loss(
     )
     total = cross_entropy + config.contrastive_weight * contrastive
     return {"total": total, "cross_entropy": cross_entropy, "contrastive": contrastive}
+
+
+def training_losses(
+    network: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    wave: torch.Tensor,
+    log_mel: torch.Tensor,
+    labels: torch.Tensor,
+    mix: float | torch.Tensor,
+    permutation: torch.Tensor,
+    config: LossConfig = LossConfig(),
+    group=None,
+) -> dict[str, torch.Tensor]:
+    """A training batch's losses: mix the clips, run the network, compare.
+
+    Parameters
+    ----------
+    network : callable
+        (wave, log_mel, labels) -> (logits, embedding), an `OSSCL` or what wraps one.
+    wave : (B, samples)
+    log_mel : (B, 1, mels, frames), dB, of the unmixed waves
+    labels : (B,) int64
+    mix : float or 0-d tensor
+        lambda.
+    permutation : (B,) int64
+        Position of each clip's partner.
+    config : LossConfig
+    group : torch.distributed.ProcessGroup, optional
+        See `os_scl_loss`.
+
+    Returns
+    -------
+    dict of 0-d tensors
+        "total", "cross_entropy", "contrastive".
+    """
+    logits, embedding = network(*mixup(wave.flatten(1), log_mel, mix, permutation), labels)
+    return os_scl_loss(logits, embedding, labels, labels[permutation], mix, config, group)
+
+
+def anomaly_score(logits: torch.Tensor, labels: torch.Tensor, form: str = "exact") -> torch.Tensor:
+    """Cross-entropy against the clip's own machine, in float64 and free of saturation.
+
+    log(1 + sum over the other classes of exp(logit - own logit)): a cross-entropy in float32 is exactly 0
+    for every clip that is recognised well, and such clips tie.
+
+    Parameters
+    ----------
+    logits : (B, classes)
+        With the margin on the own class, as the authors score.
+    labels : (B,) int64
+    form : {"exact", "upstream"}
+        "upstream" is the authors' cross-entropy, in the logits' own precision.
+
+    Returns
+    -------
+    (B,) float64, higher = more anomalous
+    """
+    if form == "upstream":
+        return F.cross_entropy(logits, labels, reduction="none").double()
+    logits = logits.double()
+    difference = logits - logits.gather(1, labels[:, None])
+    return difference.scatter(1, labels[:, None], -torch.inf).exp().sum(1).log1p()

@@ -7,23 +7,23 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from osscl_kernels import keep_freed_memory
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from osscl_min import checkpoint
 from osscl_min.config import Config, to_dict, with_classes
 from osscl_min.dataset import label_table
-from osscl_min.features import LogMel
+from osscl_min.features import FrontEnd
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_json
-from osscl_min.losses import mixup, os_scl_loss
+from osscl_min.losses import anomaly_score, training_losses
 from osscl_min.model import OSSCL
 from osscl_min.reader import open_data
 
@@ -39,9 +39,14 @@ def prepare(device: torch.device) -> None:
         keep_freed_memory()
 
 
-def to_wave(samples: np.ndarray, device: torch.device) -> torch.Tensor:
-    """(B, samples) int16 -> float32 in [-1, 1) on the device."""
-    return torch.from_numpy(samples).to(device).float() / 32768
+@dataclass(frozen=True)
+class Validation:
+    """What the EMA says of the held-out clips, unmixed and each beside its own machine."""
+
+    loss: float  # mean cross-entropy, margin on
+    accuracy: float  # share recognised as their own machine, margin off
+    labels: torch.Tensor  # (n,) int64
+    scores: torch.Tensor  # (n,) float64, anomaly scores: of normal clips never trained on
 
 
 class Trainer:
@@ -65,7 +70,7 @@ class Trainer:
         self.config, self.device = config, device
         self.model = (model or OSSCL(config.model)).to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.log_mel = LogMel(config.model.audio).to(device)
+        self.front = FrontEnd(config.model.audio).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), config.train.learning_rate, fused=True)
         # every float entry of the state, BatchNorm's statistics included, as the authors' code does
         self._student, self._average = (
@@ -93,9 +98,7 @@ class Trainer:
         permutation : (B,) int64
         """
         self.model.train()
-        mixed = mixup(wave.flatten(1), log_mel, mix, permutation)
-        logits, embedding = self.model(*mixed, labels)
-        losses = os_scl_loss(logits, embedding, labels, labels[permutation], mix, self.config.loss)
+        losses = training_losses(self.model, wave, log_mel, labels, mix, permutation, self.config.loss)
         self.optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         self.optimizer.step()
@@ -117,18 +120,17 @@ class Trainer:
             group["lr"] = self.learning_rate(epoch)
 
     @torch.no_grad()
-    def validate(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
-        """The EMA's mean cross-entropy (margin on) and identity accuracy (margin off) on unmixed clips."""
-        loss, correct, count = 0.0, 0, 0
-        for wave, labels in batches:
-            log_mel = self.log_mel(wave)
-            _, embedding = self.ema(wave, log_mel)
-            loss += F.cross_entropy(
-                self.ema.arcface(embedding, labels).double(), labels, reduction="sum"
-            ).item()
-            correct += (self.ema.arcface(embedding).argmax(1) == labels).sum().item()
-            count += len(labels)
-        return loss / count, correct / count
+    def validate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Validation:
+        """Score held-out clips, given as batches of samples (B, samples) int16 and labels (B,)."""
+        correct, all_labels, scores = [], [], []
+        for samples, labels in batches:
+            _, embedding = self.ema(*self.front(samples))
+            scores.append(anomaly_score(self.ema.arcface(embedding, labels), labels).cpu())
+            correct.append((self.ema.arcface(embedding).argmax(1) == labels).cpu())
+            all_labels.append(labels.cpu())
+        scores = torch.cat(scores)
+        accuracy = torch.cat(correct).double().mean().item()
+        return Validation(scores.mean().item(), accuracy, torch.cat(all_labels), scores)
 
 
 def batches_of(order: Sequence[int], size: int) -> list[np.ndarray]:
@@ -142,14 +144,14 @@ def batches_of(order: Sequence[int], size: int) -> list[np.ndarray]:
 def load_batches(
     reader: Any, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Waves and labels batch by batch; the next batch is read while this one is worked on."""
+    """Samples (B, samples) int16 and labels (B,) batch by batch; the next is read while one is worked on."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(reader.read, batches[0])
         for number, batch in enumerate(batches):
             samples = ahead.result()
             if number + 1 < len(batches):
                 ahead = pool.submit(reader.read, batches[number + 1])
-            yield to_wave(samples, device), torch.from_numpy(labels[batch]).to(device)
+            yield torch.from_numpy(samples).to(device), torch.from_numpy(labels[batch]).to(device)
 
 
 def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,13 +243,11 @@ def train(
         order = np.random.default_rng([config.train.seed, 1, epoch]).permutation(training)
         batches = batches_of(order, config.train.batch_size)
         history = []
-        for step, (wave, target) in enumerate(load_batches(reader, labels, batches, where)):
+        for step, (samples, target) in enumerate(load_batches(reader, labels, batches, where)):
             random = np.random.default_rng([config.train.seed, 2, epoch, step])
             mix = float(random.beta(config.loss.mixup_alpha, config.loss.mixup_alpha))
             permutation = torch.from_numpy(random.permutation(len(target))).to(where)
-            with torch.no_grad():
-                log_mel = trainer.log_mel(wave)
-            history.append(trainer.step(wave, log_mel, target, mix, permutation))
+            history.append(trainer.step(*trainer.front(samples), target, mix, permutation))
             bar.update()
         losses = {name: torch.stack([item[name] for item in history]).tolist() for name in history[0]}
         for step, total in enumerate(losses["total"]):
@@ -263,8 +263,8 @@ def train(
         entry = {
             "epoch": epoch + 1,
             **{name: float(np.mean(values)) for name, values in losses.items()},
-            "validation_loss": validation[0],
-            "validation_accuracy": validation[1],
+            "validation_loss": validation.loss,
+            "validation_accuracy": validation.accuracy,
             "learning_rate": trainer.learning_rate(epoch),
             "seconds": seconds,
             "clips_per_second": len(training) / seconds,
@@ -272,12 +272,13 @@ def train(
         }
         if not all(math.isfinite(value) for value in entry.values()):
             raise UserError(
-                f"epoch {epoch + 1}: the validation loss is {validation[0]}; the last checkpoint stands"
+                f"epoch {epoch + 1}: the validation loss is {validation.loss}; the last checkpoint stands"
             )
-        bar.set_postfix(epoch=epoch + 1, loss=f"{entry['total']:.3f}", validation=f"{validation[0]:.3f}")
-        if best is None or validation[0] < best:
-            best = validation[0]
-            _save(out / "best.pt", trainer, epoch + 1, run)
+        bar.set_postfix(epoch=epoch + 1, loss=f"{entry['total']:.3f}", validation=f"{validation.loss:.3f}")
+        if best is None or validation.loss < best:
+            best = validation.loss
+            calibration = {"labels": validation.labels, "scores": validation.scores}
+            _save(out / "best.pt", trainer, epoch + 1, run, calibration=calibration)
         _append(out / "log.jsonl", entry)
         _save(out / "last.pt", trainer, epoch + 1, run, best)
     bar.close()
@@ -298,8 +299,10 @@ def _append(path: Path, entry: dict[str, float]) -> None:
         file.write("\n".join([*kept, json.dumps(entry)]) + "\n")
 
 
-def _save(path: Path, trainer: Trainer, epoch: int, run: dict, best: float | None = None) -> None:
-    content: dict[str, Any] = {"ema": trainer.ema.state_dict(), "epoch": epoch}
+def _save(
+    path: Path, trainer: Trainer, epoch: int, run: dict, best: float | None = None, calibration: Any = None
+) -> None:
+    content: dict[str, Any] = {"ema": trainer.ema.state_dict(), "epoch": epoch, "calibration": calibration}
     if best is not None:
         content |= {
             "student": trainer.model.state_dict(),

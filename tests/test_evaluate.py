@@ -13,9 +13,10 @@ from osscl_min import checkpoint
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig, Config, EvaluateConfig, ModelConfig
 from osscl_min.dataset import BENCHMARK
-from osscl_min.evaluate import anomaly_score, evaluate, score_clips
+from osscl_min.evaluate import evaluate, score_clips
 from osscl_min.experiments import filtered, high_frequency, zero_phase_filter
 from osscl_min.files import UserError
+from osscl_min.losses import anomaly_score
 from osscl_min.metrics import evaluate_scores, read_scores
 from osscl_min.model import OSSCL, _live_entries
 from osscl_min.reader import open_data

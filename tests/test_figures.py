@@ -12,10 +12,10 @@ from PIL import Image
 
 from osscl_min import checkpoint, figures
 from osscl_min.dataset import Clip, scan
-from osscl_min.features import LogMel
+from osscl_min.features import LogMel, to_wave
 from osscl_min.files import UserError
 from osscl_min.reader import open_data
-from osscl_min.train import read_log, to_wave
+from osscl_min.train import read_log
 
 EVERY = ["maps", "training", "scores", "roc", "embeddings", "high_frequency"]
 

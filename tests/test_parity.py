@@ -9,8 +9,8 @@ from conftest import GOLDEN
 from osscl_kernels import supcon_loss, supcon_loss_ref
 
 from osscl_min.config import PRESETS, ModelConfig
-from osscl_min.evaluate import anomaly_score
 from osscl_min.features import LogMel
+from osscl_min.losses import anomaly_score
 from osscl_min.model import (
     OSSCL,
     ArcMarginHead,

@@ -60,6 +60,9 @@ def test_the_run_folder(uninterrupted):
     best = checkpoint.load(uninterrupted / "best.pt")
     assert best.synthetic and not best.model.training
     assert best.epoch == 1 + int(np.argmin([entry["validation_loss"] for entry in log]))
+    held_out = best.calibration["scores"].mean().item()
+    assert held_out == pytest.approx(min(entry["validation_loss"] for entry in log), rel=1e-12)
+    assert len(best.calibration["labels"]) == run["data"]["validation"]
     initial = checkpoint.load(uninterrupted / "initial.pt")
     assert initial.epoch == 0 and not equal(initial.model.state_dict(), best.model.state_dict())
 
