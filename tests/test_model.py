@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
 from osscl_min.config import AudioConfig, ModelConfig
 from osscl_min.features import LogMel
 from osscl_min.files import UserError
-from osscl_min.model import OSSCL, ArcMarginHead, PReLU, load_upstream_state, upstream_state_shapes
+from osscl_min.model import (
+    OSSCL,
+    ArcMarginHead,
+    DepthwiseConv2d,
+    PReLU,
+    load_upstream_state,
+    upstream_state_shapes,
+)
 
 SHORT = AudioConfig(seconds=1.0)
 
@@ -141,3 +149,27 @@ def test_upstream_state_whole_pruned_and_wrong():
         load_upstream_state(OSSCL(config), state | {"arcface.weight": torch.zeros(40, 128)})
     with pytest.raises(UserError, match="unknown entry surprise"):
         load_upstream_state(OSSCL(config), state | {"surprise": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolution_in_bfloat16_errs_no_more_than_the_plain_one(stride):
+    torch.manual_seed(0)
+    conv = DepthwiseConv2d(32, 3, stride, 1)
+    x = torch.randn(2, 32, 17, 23).contiguous(memory_format=torch.channels_last)
+
+    def results(forward, dtype):
+        inputs = x.clone().requires_grad_()
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = forward(conv, inputs)
+        assert y.dtype == dtype
+        y.float().square().sum().backward()
+        return y.float(), inputs.grad, conv.weight.grad.clone()
+
+    truth = results(nn.Conv2d.forward, torch.float32)
+    plain = results(nn.Conv2d.forward, torch.bfloat16)
+    ours = results(DepthwiseConv2d.forward, torch.bfloat16)
+    for value, other, expected in zip(ours, plain, truth, strict=True):
+        assert (value - expected).abs().max() <= 1.1 * (other - expected).abs().max()
+    for value, expected in zip(results(DepthwiseConv2d.forward, torch.float32), truth, strict=True):
+        assert torch.equal(value, expected)
