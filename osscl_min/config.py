@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from osscl_min.files import UserError
 
+Precision = Literal["fp32", "tf32", "bf16"]
+
 
 @dataclass(frozen=True)
 class AudioConfig:
@@ -26,6 +28,8 @@ class AudioConfig:
     mels: int = 128  # slaney scale and norm (code)
     f_min: float = 0.0  # Hz (code)
     f_max: float = 8_000.0  # Hz (code)
+    filter: Literal["none", "low-pass", "high-pass"] = "none"  # of every clip, in training and at test (ours)
+    cutoff: float = 4_000.0  # Hz, of that filter (ours)
 
     @property
     def samples(self) -> int:
@@ -49,18 +53,26 @@ class ModelConfig:
     head: Literal["basic", "leaky", "none"] = (
         "basic"  # feature perturbation head: ReLU, LeakyReLU 0.01 (paper)
     )
+    frozen: tuple[Literal["tgram", "tfgram"], ...] = ()  # convolutions left as they were drawn (ours)
     scale: float = 30.0  # ArcFace s (code)
     margin: float = 0.4  # ArcFace m, radians (code)
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """lambda CE(y_a) + (1 - lambda) CE(y_b) + contrastive_weight SupCon(z, y_a)."""
+    """w_ce (lambda CE(y_a) + (1 - lambda) CE(y_b)) + contrastive_weight SupCon(z, y_a); the rest is for
+    comparisons."""
 
+    mixup: bool = True  # mix every clip with a partner (paper)
     mixup_alpha: float = 0.5  # lambda ~ Beta(alpha, alpha), one a batch, not folded (code)
     temperature: float = 0.02  # SupCon tau (code)
     base_temperature: float = 0.07  # SupCon scale tau / base (code)
     contrastive_weight: float = 1.0  # of SupCon in the loss (code)
+    # SupCon of mixed clips under y_a (noise, paper), of clean clips in a pass of their own, of mixed clips
+    # under both labels weighted by lambda, or none
+    contrastive: Literal["noise", "clean", "weighted", "none"] = "noise"
+    cross_entropy_weight: float = 1.0  # of both cross-entropies (code)
+    margin_on: Literal["own", "each"] = "own"  # y_a's logit in both terms (code), or each term's own label
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,8 @@ class TrainConfig:
     student_decay: float = (
         2e-6  # every such entry of the student times 1 - this, after the EMA (code); 0 is off
     )
+    pretrain_epochs: int = 0  # first epochs with SupCon of clean clips alone, then cross-entropy alone (ours)
+    precision: Precision = "fp32"  # of the network (code); cosines, losses and statistics stay float32
     validation_fraction: float = 0.05  # random split (code)
     seed: int = 2024  # of every random draw (code)
 
@@ -84,6 +98,7 @@ class EvaluateConfig:
     """Scoring and its tables."""
 
     batch_size: int = 16  # clips (ours; the authors score one clip at a time)
+    precision: Precision = "fp32"  # of the network (code)
     bootstrap: int = 1000  # resamples for the 95 % intervals (ours); 0 leaves them out
     score: Literal["exact", "upstream"] = (
         "exact"  # upstream: cross-entropy in float32, which ties at 0 (code)

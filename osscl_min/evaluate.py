@@ -22,7 +22,7 @@ from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, wr
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
 from osscl_min.reader import FolderReader, open_data
-from osscl_min.train import choose_device, load_batches, prepare
+from osscl_min.train import autocast, choose_device, load_batches, prepare
 
 
 @dataclass
@@ -90,7 +90,8 @@ def score_clips(
     with tqdm(total=len(positions), desc=description, unit="clip", disable=None, leave=False) as bar:
         batches = np.array_split(positions, range(config.batch_size, len(positions), config.batch_size))
         for samples, target in load_batches(reader, labels, batches, device):
-            _, embedding = model(*front(samples, transform))
+            with autocast(device, config.precision):
+                _, embedding = model(*front(samples, transform))
             scores.append(anomaly_score(model.arcface(embedding, target), target, config.score).cpu())
             predicted.append(model.arcface(embedding).argmax(1).cpu())
             embeddings.append(embedding.cpu())
@@ -157,7 +158,7 @@ def evaluate(
         only that has a known truth; None where no clip has).
     """
     out, where = Path(out), choose_device(device)
-    prepare(where)
+    running = prepare(where, config.precision)
     trained = checkpoint.load(checkpoint_path, where)
     opened = open_data(data, trained.config.model.audio, splits=["test"], strict=strict)
     if not len(opened.test):
@@ -204,6 +205,7 @@ def evaluate(
         "ms_per_clip": 1000 * scored.seconds / len(rows),
         "peak_memory_mb": peak_memory_mb(),
         "config": to_dict(trained.config),
+        "running": running,
         "provenance": provenance(where),
     }
     write_json(out / "evaluation.json", summary)

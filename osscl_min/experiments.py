@@ -6,51 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.signal
-import torch
 from tqdm import tqdm
 
 from osscl_min import checkpoint
 from osscl_min.config import EvaluateConfig
 from osscl_min.evaluate import known_machines, score_clips
-from osscl_min.files import UserError, provenance, write_csv, write_json
+from osscl_min.features import ZeroPhaseFilter
+from osscl_min.files import provenance, write_csv, write_json
 from osscl_min.metrics import NAMES, evaluate_scores
 from osscl_min.reader import open_data
 from osscl_min.train import choose_device, prepare
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
-FILTER_ORDER = 8  # of the Butterworth filter in one direction
-
-
-def zero_phase_filter(kind: str, cutoff: float, sample_rate: int) -> np.ndarray:
-    """Second-order sections of the filter that `filtered` runs forwards and backwards.
-
-    Parameters
-    ----------
-    kind : {"low-pass", "high-pass"}
-    cutoff : float
-        Hz; -3 dB there in one direction, so -6 dB in both.
-    sample_rate : int
-        Hz
-
-    Returns
-    -------
-    (FILTER_ORDER / 2, 6) float64, as scipy.signal takes them
-    """
-    return scipy.signal.butter(
-        FILTER_ORDER,
-        cutoff,
-        {"low-pass": "lowpass", "high-pass": "highpass"}[kind],
-        fs=sample_rate,
-        output="sos",
-    )
-
-
-def filtered(wave: torch.Tensor, sections: np.ndarray) -> torch.Tensor:
-    """Waves (B, samples) filtered without phase shift (scipy.signal.sosfiltfilt), same dtype and device."""
-    result = scipy.signal.sosfiltfilt(sections, wave.double().cpu().numpy())
-    return torch.from_numpy(np.ascontiguousarray(result)).to(wave)
 
 
 def high_frequency(
@@ -85,30 +52,28 @@ def high_frequency(
         The content of high_frequency.json: "conditions" is a list of {"filter", "cutoff_hz", "metrics"}.
     """
     where = choose_device(device)
-    prepare(where)
+    prepare(where, config.precision)
     trained = checkpoint.load(checkpoint_path, where)
-    rate = trained.config.model.audio.sample_rate
-    wrong = [cutoff for cutoff in cutoffs if not 0 < cutoff < rate / 2]
-    if wrong:
-        raise UserError(
-            f"cut-offs must lie between 0 and {rate / 2:g} Hz, got {', '.join(f'{c:g}' for c in wrong)}"
-        )
+    audio = trained.config.model.audio
+    conditions = [
+        ("none", None, None),
+        *(
+            (kind, cutoff, ZeroPhaseFilter(kind, cutoff, audio))
+            for kind in ("low-pass", "high-pass")
+            for cutoff in cutoffs
+        ),
+    ]
     opened = open_data(data, trained.config.model.audio, splits=["test"])
     positions, _ = known_machines(trained, opened.test)
     positions = [position for position in positions if opened.test.clips[position].anomaly is not None]
-    conditions = [
-        ("none", None),
-        *((kind, cutoff) for kind in ("low-pass", "high-pass") for cutoff in cutoffs),
-    ]
     results = []
-    for kind, cutoff in tqdm(conditions, "filtering test clips", unit="filter", disable=None):
-        sections = None if cutoff is None else zero_phase_filter(kind, cutoff, rate)
+    for kind, cutoff, transform in tqdm(conditions, "filtering test clips", unit="filter", disable=None):
         scored = score_clips(
             trained,
             opened.test,
             config=config,
             positions=positions,
-            transform=None if sections is None else lambda wave, s=sections: filtered(wave, s),
+            transform=transform,
             description=f"{kind} {cutoff or 0:g} Hz",
         )
         results.append(
@@ -118,8 +83,8 @@ def high_frequency(
         "data": opened.dataset.root.name,
         "synthetic": opened.dataset.synthetic,
         "filter": "zero-phase Butterworth, run forwards and backwards",
-        "order": FILTER_ORDER,
-        "sample_rate": rate,
+        "order": ZeroPhaseFilter.order,
+        "sample_rate": audio.sample_rate,
         "conditions": results,
         "provenance": provenance(where),
     }

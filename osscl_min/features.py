@@ -1,14 +1,17 @@
-"""The log-mel spectrogram, as the authors' front end computes it, without torchaudio."""
+"""From samples to the network's input: the wave, filtered where asked, and its log-mel spectrogram."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+import scipy.fft
+import scipy.signal
 import torch
 from torch import nn
 
 from osscl_min.config import AudioConfig
+from osscl_min.files import UserError
 
 
 def hertz_to_mel(frequency: np.ndarray) -> np.ndarray:
@@ -103,6 +106,58 @@ def to_wave(samples: np.ndarray | torch.Tensor, device: torch.device | None = No
     return torch.as_tensor(samples, device=device).float() / 32768
 
 
+class ZeroPhaseFilter(nn.Module):
+    """A Butterworth filter run forwards and backwards over a wave, as one product in the frequency domain.
+
+    The squared magnitude response without any phase: -6 dB at the cut-off. The ends are continued by their
+    odd reflection, as `scipy.signal.sosfiltfilt` does.
+
+    Parameters
+    ----------
+    kind : {"low-pass", "high-pass"}
+    cutoff : float
+        Hz, between 0 and half the sample rate.
+    audio : AudioConfig
+        Gives the sample rate (Hz).
+
+    Raises
+    ------
+    UserError
+        If the cut-off lies outside.
+    """
+
+    order = 8  # in one direction
+    padding = 4_000  # samples of reflection at each end
+
+    def __init__(self, kind: str, cutoff: float, audio: AudioConfig = AudioConfig()):
+        super().__init__()
+        if not 0 < cutoff < audio.sample_rate / 2:
+            raise UserError(f"cut-offs must lie between 0 and {audio.sample_rate / 2:g} Hz, got {cutoff:g}")
+        self.sections = scipy.signal.butter(
+            self.order, cutoff, kind.replace("-", ""), fs=audio.sample_rate, output="sos"
+        )
+        self.rate = audio.sample_rate
+        self.gains: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def gain(self, frequency: np.ndarray) -> np.ndarray:
+        """Magnitude of both passes together at frequencies in Hz."""
+        return np.abs(scipy.signal.sosfreqz(self.sections, frequency, fs=self.rate)[1]) ** 2
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        """(B, samples) floating point -> the same, filtered."""
+        pad = min(self.padding, wave.shape[1] - 1)
+        first, last = wave[:, :1], wave[:, -1:]
+        left, right = wave[:, 1 : pad + 1].flip(1), wave[:, -pad - 1 : -1].flip(1)
+        padded = torch.cat([2 * first - left, wave, 2 * last - right], 1)
+        length = scipy.fft.next_fast_len(padded.shape[1], real=True)
+        key = (length, wave.device)
+        if key not in self.gains:
+            response = torch.from_numpy(self.gain(np.fft.rfftfreq(length, 1 / self.rate)))
+            self.gains[key] = response.to(wave.device)
+        spectrum = torch.fft.rfft(padded, length) * self.gains[key].to(wave.dtype)
+        return torch.fft.irfft(spectrum, length)[:, pad : pad + wave.shape[1]].contiguous()
+
+
 class FrontEnd(nn.Module):
     """From stored samples to what the network takes: the wave and its log-mel spectrogram.
 
@@ -116,6 +171,7 @@ class FrontEnd(nn.Module):
     def __init__(self, audio: AudioConfig = AudioConfig()):
         super().__init__()
         self.log_mel = LogMel(audio)
+        self.filter = None if audio.filter == "none" else ZeroPhaseFilter(audio.filter, audio.cutoff, audio)
 
     @torch.no_grad()
     def forward(
@@ -136,4 +192,6 @@ class FrontEnd(nn.Module):
         wave = to_wave(samples)
         if transform is not None:
             wave = transform(wave)
+        if self.filter is not None:
+            wave = self.filter(wave)
         return wave, self.log_mel(wave)

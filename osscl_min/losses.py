@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from osscl_kernels import supcon_loss
 from torch.nn import functional as F
 
-from osscl_min.config import LossConfig
+from osscl_min.config import Config, LossConfig
 
 
 def mixup(
@@ -41,6 +42,7 @@ def os_scl_loss(
     mix: float | torch.Tensor,
     config: LossConfig = LossConfig(),
     group=None,
+    clean: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """lambda CE(logits, y_a) + (1 - lambda) CE(logits, y_b) + w SupCon(z, y_a); paper, section 2.
 
@@ -49,8 +51,8 @@ def os_scl_loss(
 
     Parameters
     ----------
-    logits : (B, classes)
-        With the margin on `labels`.
+    logits : (B, classes) or (B, 2, classes)
+        With the margin on `labels`, or once with it on `labels` and once on `partner_labels`.
     embedding : (B, D)
         Of unit length, of the mixed clips.
     labels, partner_labels : (B,) int64
@@ -60,23 +62,28 @@ def os_scl_loss(
     config : LossConfig
     group : torch.distributed.ProcessGroup, optional
         SupCon over the rows of all its ranks.
+    clean : (B, D), optional
+        Of unit length, of the unmixed clips: what SupCon sees where `config.contrastive` is "clean".
 
     Returns
     -------
     dict of 0-d tensors
         "total", "cross_entropy", "contrastive".
     """
-    cross_entropy = mix * F.cross_entropy(logits, labels) + (1 - mix) * F.cross_entropy(
-        logits, partner_labels
-    )
-    contrastive = supcon_loss(
-        embedding,
-        labels,
-        temperature=config.temperature,
-        base_temperature=config.base_temperature,
-        group=group,
-    )
-    total = cross_entropy + config.contrastive_weight * contrastive
+    own, partner = (logits, logits) if logits.dim() == 2 else logits.unbind(1)
+    cross_entropy = mix * F.cross_entropy(own, labels) + (1 - mix) * F.cross_entropy(partner, partner_labels)
+
+    def supcon(features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        scale = {"temperature": config.temperature, "base_temperature": config.base_temperature}
+        return supcon_loss(features, classes, **scale, group=group)
+
+    if config.contrastive == "none":
+        contrastive = torch.zeros_like(cross_entropy)
+    elif config.contrastive == "weighted":
+        contrastive = mix * supcon(embedding, labels) + (1 - mix) * supcon(embedding, partner_labels)
+    else:
+        contrastive = supcon(embedding if clean is None else clean, labels)
+    total = config.cross_entropy_weight * cross_entropy + config.contrastive_weight * contrastive
     return {"total": total, "cross_entropy": cross_entropy, "contrastive": contrastive}
 
 
@@ -112,8 +119,29 @@ def training_losses(
     dict of 0-d tensors
         "total", "cross_entropy", "contrastive".
     """
-    logits, embedding = network(*mixup(wave.flatten(1), log_mel, mix, permutation), labels)
-    return os_scl_loss(logits, embedding, labels, labels[permutation], mix, config, group)
+    wave, partners, clean = wave.flatten(1), labels[permutation], None
+    if config.mixup:
+        mixed = mixup(wave, log_mel, mix, permutation)
+    else:
+        mixed, mix = (wave, log_mel), 1.0
+    margins = torch.stack([labels, partners], 1) if config.margin_on == "each" else labels
+    logits, embedding = network(*mixed, margins)
+    if config.mixup and config.contrastive == "clean":
+        clean = network(wave, log_mel, labels)[1]
+    return os_scl_loss(logits, embedding, labels, partners, mix, config, group, clean)
+
+
+def stage_loss(config: Config, epoch: int) -> LossConfig:
+    """The loss of an epoch (counted from 0): the configured one, or, with pre-training, that of its stage.
+
+    Two-stage training is SupCon of clean clips first and classification with mixup after it, as systems
+    before OS-SCL did.
+    """
+    if not config.train.pretrain_epochs:
+        return config.loss
+    if epoch < config.train.pretrain_epochs:
+        return replace(config.loss, mixup=False, contrastive="noise", cross_entropy_weight=0.0)
+    return replace(config.loss, contrastive="none")
 
 
 def anomaly_score(logits: torch.Tensor, labels: torch.Tensor, form: str = "exact") -> torch.Tensor:

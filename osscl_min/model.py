@@ -300,7 +300,10 @@ class ArcMarginHead(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, embedding: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, D) unit vectors -> (B, classes) logits; with `labels` (B,), their logits carry the margin."""
+        """(B, D) unit vectors -> (B, classes) logits; with `labels` (B,), their logits carry the margin.
+
+        With `labels` (B, K) the logits are (B, K, classes), the k-th row with the margin on the k-th label.
+        """
         cosine = F.linear(embedding, F.normalize(self.weight))
         if labels is None:
             return self.scale * cosine
@@ -311,6 +314,8 @@ class ArcMarginHead(nn.Module):
         beyond = cosine - math.sin(math.pi - self.margin) * self.margin  # theta + m would pass pi
         shifted = torch.where(cosine > math.cos(math.pi - self.margin), shifted, beyond)
         own = F.one_hot(labels, cosine.shape[1]).bool()
+        if labels.dim() == 2:
+            shifted, cosine = shifted.unsqueeze(1), cosine.unsqueeze(1)
         return self.scale * torch.where(own, shifted, cosine)
 
 
@@ -334,12 +339,18 @@ class OSSCL(nn.Module):
             raise UserError(
                 f"model.audio.mels: TFgram gives {LAYERS[-1].outputs} rows, so mels cannot be {audio.mels}"
             )
+        if not set(config.frozen) <= set(config.inputs):
+            raise UserError(f"model.frozen: {config.frozen} are not all among the inputs {config.inputs}")
         self.config = config
         self.tgram = Tgram(audio.mels, audio.hop, audio.frames) if "tgram" in config.inputs else None
         self.tfgram = TFgram(audio.hop) if "tfgram" in config.inputs else None
         self.encoder = MobileFaceNet(len(config.inputs), audio.mels, audio.frames, config.embedding)
         self.head = FeaturePerturbationHead(config.embedding, config.head) if config.head != "none" else None
         self.arcface = ArcMarginHead(config.embedding, config.classes, config.scale, config.margin)
+        for name in config.frozen:  # BatchNorm goes on as ever: only the convolutions stay as drawn
+            for module in getattr(self, name).modules():
+                if isinstance(module, nn.Conv1d):
+                    module.requires_grad_(False)
 
     def maps(self, wave: torch.Tensor, log_mel: torch.Tensor) -> torch.Tensor:
         """The stacked input maps, in the order of `config.inputs`: (B, maps, mels, frames)."""
@@ -365,18 +376,21 @@ class OSSCL(nn.Module):
         ----------
         wave : (B, samples) or (B, 1, samples), in [-1, 1]
         log_mel : (B, 1, mels, frames) or (B, mels, frames), dB
-        labels : (B,) int64, optional
+        labels : (B,) or (B, K) int64, optional
 
         Returns
         -------
-        logits : (B, classes)
+        logits : (B, classes), (B, K, classes) for K labels
             s cos, with the margin on the own class where labels are given.
         embedding : (B, embedding)
             Of unit length.
         """
         features = self.encoder(self.maps(wave, log_mel))
-        embedding = F.normalize(features if self.head is None else self.head(features))
-        return self.arcface(embedding, labels), embedding
+        # half precision would round cosines that the losses multiply by 30 and 50
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.arcface.weight.dtype)
+            embedding = F.normalize(features if self.head is None else self.head(features))
+            return self.arcface(embedding, labels), embedding
 
 
 # --- the authors' checkpoints ------------------------------------------------------------------------------

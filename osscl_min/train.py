@@ -23,7 +23,7 @@ from osscl_min.config import Config, to_dict, with_classes
 from osscl_min.dataset import label_table
 from osscl_min.features import FrontEnd
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_json
-from osscl_min.losses import anomaly_score, training_losses
+from osscl_min.losses import anomaly_score, stage_loss, training_losses
 from osscl_min.model import OSSCL
 from osscl_min.reader import open_data
 
@@ -33,10 +33,37 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def prepare(device: torch.device) -> None:
-    """Set the process up for a long computation: on a CPU, keep freed memory for the next batch."""
+def prepare(device: torch.device, precision: str = "fp32") -> str:
+    """Set the process up for a long computation and say what runs.
+
+    On a CPU, freed memory is kept for the next batch. On a GPU, "tf32" lets float32 products round their
+    factors to TensorFloat-32, and "fp32" does not.
+
+    Returns
+    -------
+    str
+        One line for logs.
+    """
     if device.type == "cpu":
         keep_freed_memory()
+        threads = torch.get_num_threads()
+        what = f"cpu, {threads} thread{'' if threads == 1 else 's'}"
+        if precision == "tf32":
+            return f"float32 on {what}: it has no TensorFloat-32"
+        fast = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("bf16")
+        if precision == "bf16":
+            return f"bfloat16 on {what}" + (
+                "" if fast else ", which has no instructions for it: expect less speed"
+            )
+        return f"float32 on {what}"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    names = {"fp32": "float32", "tf32": "TensorFloat-32", "bf16": "bfloat16"}
+    return f"{names[precision]} on {torch.cuda.get_device_name(device)}"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which the network runs: bfloat16 activations and products for "bf16", else none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @dataclass(frozen=True)
@@ -71,12 +98,24 @@ class Trainer:
         self.model = (model or OSSCL(config.model)).to(device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.front = FrontEnd(config.model.audio).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), config.train.learning_rate, fused=True)
+        self.loss = config.loss
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, config.train.learning_rate, fused=True)
         # every float entry of the state, BatchNorm's statistics included, as the authors' code does
+        frozen = {name for name, value in self.model.named_parameters() if not value.requires_grad}
         self._student, self._average = (
-            [value for value in network.state_dict().values() if value.is_floating_point()]
+            [
+                value
+                for name, value in network.state_dict().items()
+                if value.is_floating_point() and name not in frozen
+            ]
             for network in (self.model, self.ema)
         )
+
+    def network(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student in the configured precision."""
+        with autocast(self.device, self.config.train.precision):
+            return self.model(*inputs)
 
     def step(
         self,
@@ -98,7 +137,7 @@ class Trainer:
         permutation : (B,) int64
         """
         self.model.train()
-        losses = training_losses(self.model, wave, log_mel, labels, mix, permutation, self.config.loss)
+        losses = training_losses(self.network, wave, log_mel, labels, mix, permutation, self.loss)
         self.optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         self.optimizer.step()
@@ -115,7 +154,8 @@ class Trainer:
         return train.final_learning_rate + (train.learning_rate - train.final_learning_rate) * cosine
 
     def start_epoch(self, epoch: int) -> None:
-        """Set the epoch's learning rate."""
+        """Set the epoch's learning rate and loss."""
+        self.loss = stage_loss(self.config, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(epoch)
 
@@ -124,7 +164,8 @@ class Trainer:
         """Score held-out clips, given as batches of samples (B, samples) int16 and labels (B,)."""
         correct, all_labels, scores = [], [], []
         for samples, labels in batches:
-            _, embedding = self.ema(*self.front(samples))
+            with autocast(self.device, self.config.train.precision):
+                _, embedding = self.ema(*self.front(samples))
             scores.append(anomaly_score(self.ema.arcface(embedding, labels), labels).cpu())
             correct.append((self.ema.arcface(embedding).argmax(1) == labels).cpu())
             all_labels.append(labels.cpu())
@@ -199,7 +240,7 @@ def train(
         If the data cannot be trained on, the folder holds another run, or the loss is not finite.
     """
     out, where = Path(out), choose_device(device)
-    prepare(where)
+    running = prepare(where, config.train.precision)
     opened = open_data(data, config.model.audio, splits=["train"], strict=strict)
     dataset, reader = opened.dataset, opened.train
     if opened.report():
@@ -222,8 +263,10 @@ def train(
             "validation_files": [reader.clips[position].path.name for position in held_out],
         },
         "classes": [list(machine) for machine in classes],
+        "running": running,
         "provenance": provenance(where),
     }
+    tqdm.write(f"training in {running}")
     torch.manual_seed(config.train.seed)
     trainer = Trainer(config, where)
     start, best = _continue(out, run, trainer)
@@ -275,7 +318,8 @@ def train(
                 f"epoch {epoch + 1}: the validation loss is {validation.loss}; the last checkpoint stands"
             )
         bar.set_postfix(epoch=epoch + 1, loss=f"{entry['total']:.3f}", validation=f"{validation.loss:.3f}")
-        if best is None or validation.loss < best:
+        # a pre-trained network cannot classify yet
+        if epoch >= config.train.pretrain_epochs and (best is None or validation.loss < best):
             best = validation.loss
             calibration = {"labels": validation.labels, "scores": validation.scores}
             _save(out / "best.pt", trainer, epoch + 1, run, calibration=calibration)
