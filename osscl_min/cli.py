@@ -137,31 +137,53 @@ def commands(preset: Config) -> dict[str, Callable]:
         print(as_text(table(result)))
 
     def ablate(
-        name: Positional[Literal["high-frequency"]],
-        checkpoint: Path,
+        name: Positional[
+            Literal["components", "inputs", "training", "high-frequency-training", "high-frequency"]
+        ],
         data: Path,
         out: Path,
+        checkpoint: Path | None = None,
+        seeds: tuple[int, ...] = (preset.train.seed,),
+        variants: tuple[str, ...] = (),
+        jobs: int = 1,
         cutoffs: tuple[float, ...] | None = None,
-        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = preset.evaluate,
-        preset: Preset = preset.preset,
+        config: Annotated[Config, tyro.conf.arg(name="")] = preset,
         device: Device = "auto",
     ) -> None:
-        """Run an experiment on a trained detector.
+        """Run an experiment: train variants and compare them, or examine a trained detector.
+
+        What is done is not done again. A run that fails leaves the others be; the exit status is then 1.
 
         Args:
-            name: Which one.
-            checkpoint: A run's best.pt.
+            name: Which one; all but high-frequency train.
             data: Data folder.
-            out: Folder for the result.
-            cutoffs: Cut-off frequencies in Hz.
-            config: Batch size and bootstrap.
-            preset: Chooses the defaults of the settings.
+            out: Folder for the runs and the result.
+            checkpoint: A run's best.pt, for high-frequency.
+            seeds: A run of every variant for each.
+            variants: Only these, beside the baseline.
+            jobs: Runs at a time.
+            cutoffs: Cut-off frequencies in Hz, for high-frequency.
+            config: Settings; --preset chooses their defaults.
             device: Where to compute.
         """
-        from osscl_min.experiments import CUTOFFS, high_frequency
+        from osscl_min import experiments, sweep
+        from osscl_min.metrics import as_text
 
-        high_frequency(checkpoint, data, out, cutoffs=cutoffs or CUTOFFS, config=config, device=device)
-        print(out / "high_frequency.json")
+        if name == "high-frequency":
+            if checkpoint is None:
+                raise UserError("high-frequency examines a trained detector: give its --checkpoint")
+            cutoffs = cutoffs or experiments.CUTOFFS
+            scoring = config.evaluate
+            experiments.high_frequency(checkpoint, data, out, cutoffs=cutoffs, config=scoring, device=device)
+            print(out / "high_frequency.json")
+            return
+        result = experiments.compare(
+            name, data, out, config, seeds=seeds, only=variants, device=device, jobs=jobs
+        )
+        print(f"{as_text(sweep.table(result))}\n\n{sweep.NOTE}\n\n{sweep.origin(result)}")
+        for run, said in result["failed"].items():
+            print(f"failed: {run}: {said}", file=sys.stderr)
+        sys.exit(bool(result["failed"]))
 
     def report(run: Positional[Path], data: Path | None = None) -> None:
         """Draw a run's figures and write its report, one HTML page that needs nothing else.

@@ -1,4 +1,4 @@
-"""Experiments on a trained detector. So far: does detection rely on high frequencies?"""
+"""The paper's questions: what each part of the method is worth, and what detection relies on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,123 @@ from typing import Any
 
 from tqdm import tqdm
 
-from osscl_min import checkpoint
-from osscl_min.config import EvaluateConfig
+from osscl_min import checkpoint, sweep
+from osscl_min.config import Config, EvaluateConfig
 from osscl_min.evaluate import known_machines, score_clips
 from osscl_min.features import ZeroPhaseFilter
-from osscl_min.files import provenance, write_csv, write_json
+from osscl_min.files import UserError, provenance, write_csv, write_json
 from osscl_min.metrics import NAMES, evaluate_scores
 from osscl_min.reader import open_data
+from osscl_min.sweep import BASELINE, Changes
 from osscl_min.train import choose_device, prepare
 
+TRAINED = ("components", "inputs", "training", "high-frequency-training")  # experiments that train
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
+
+
+def variants(name: str, config: Config) -> dict[str, Changes]:
+    """The variants of an experiment that trains: name -> settings that differ; the first is the baseline.
+
+    Parameters
+    ----------
+    name : str
+        One of TRAINED.
+    config : Config
+        What they differ from; two-stage training needs its epochs.
+    """
+    plain = {"loss.mixup": False, "loss.contrastive": "none"}
+    if name == "components":
+        return {
+            BASELINE: {},
+            "head: leaky": {"model.head": "leaky"},
+            "head: none": {"model.head": "none"},
+            "no SupCon": {"loss.contrastive": "none"},
+            "SupCon of clean clips": {"loss.contrastive": "clean"},
+            "SupCon weighted by lambda": {"loss.contrastive": "weighted"},
+            "no mixup": {"loss.mixup": False},
+            "no mixup, no SupCon": plain,
+            **{f"margin {margin:g}": {"model.margin": margin} for margin in (0.0, 0.2, 0.6)},
+        }
+    if name == "inputs":
+        maps = ("log_mel", "tgram", "tfgram")
+        return {
+            BASELINE: {},
+            "log-mel": {"model.inputs": maps[:1]},
+            "log-mel, Tgram": {"model.inputs": maps[:2]},
+            "log-mel, TFgram": {"model.inputs": maps[::2]},
+            "all, TFgram frozen": {"model.frozen": maps[2:]},
+        }
+    if name == "training":
+        return {
+            BASELINE: {},
+            "two-stage": {"train.pretrain_epochs": max(1, config.train.epochs // 2)},
+            "ArcFace": plain,
+            "ArcMix": {"loss.contrastive": "none", "loss.margin_on": "each"},
+            "Noisy-ArcMix": {"loss.contrastive": "none"},
+        }
+    return {
+        BASELINE: {},
+        **{
+            f"{kind} {cutoff / 1000:g} kHz": {"model.audio.filter": kind, "model.audio.cutoff": cutoff}
+            for kind in ("low-pass", "high-pass")
+            for cutoff in CUTOFFS
+        },
+    }
+
+
+def compare(
+    name: str,
+    data: Path | str,
+    out: Path | str,
+    config: Config,
+    *,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+    device: str = "auto",
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Train an experiment's variants over some seeds and compare them.
+
+    What is done already is not done again; a run that fails leaves the others be.
+
+    Parameters
+    ----------
+    name : str
+        One of TRAINED.
+    data : Path or str
+    out : Path or str
+        Gets runs/VARIANT-seedN (a folder a run, shared by all experiments in `out`), and NAME.json, NAME.csv,
+        NAME.md and NAME.tex.
+    config : Config
+        What the variants differ from.
+    seeds : sequence of int
+    only : sequence of str
+        Variants beside the baseline; all without.
+    device : str
+    jobs : int
+        Runs at a time.
+
+    Returns
+    -------
+    dict
+        See `sweep.summarise`.
+
+    Raises
+    ------
+    UserError
+        If a name is unknown or no run of the baseline is done.
+    """
+    table = variants(name, config)
+    unknown = set(only) - set(table)
+    if unknown:
+        raise UserError(f"{name} has no variant {', '.join(sorted(unknown))}; it has {', '.join(table)}")
+    if only:
+        table = {variant: changes for variant, changes in table.items() if variant in {BASELINE, *only}}
+    runs = sweep.plan(table, seeds, config, out)
+    failed = sweep.run_all(runs, data, device=device, jobs=jobs)
+    result = sweep.summarise(name, runs, failed, config.evaluate.bootstrap or 1000)
+    sweep.write(result, out)
+    return result
 
 
 def high_frequency(

@@ -83,6 +83,24 @@ def weighted_auc(
     return (1 + (area - chance) / (max_fpr - chance)) / 2
 
 
+def resampled_averages(
+    scores: Sequence[Score], times: int, seed: int = 0
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """The average's figures, and the same of `times` resamples of the clips.
+
+    The draws follow from the seed and the clips' truth alone: the same clips in the same order, scored by two
+    systems, are resampled alike, so that their difference can be taken draw by draw.
+
+    Returns
+    -------
+    averages : dict of float
+        As `evaluate_scores(...)["average"]`.
+    draws : dict of (times,) float64
+    """
+    result, draws = _evaluate(scores, times, seed)
+    return result["average"], draws
+
+
 def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:
     """AUC, pAUC and mAUC per machine id, machine type and on average.
 
@@ -109,6 +127,11 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
     UserError
         If there is no clip with truth, or a score is not finite.
     """
+    return _evaluate(scores, bootstrap, seed)[0]
+
+
+def _evaluate(scores: Sequence[Score], bootstrap: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`evaluate_scores`, and the average's resamples."""
     known = [score for score in scores if score.anomaly is not None]
     if not known:
         raise UserError(
@@ -164,9 +187,10 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
         result["ids"] += ids
         result["types"].append(entry)
     result["average"] = {name: _mean([entry[name] for entry in result["types"]]) for name in NAMES}
+    draws = {name: _mean([drawn[name] for drawn in drawn_types]) for name in NAMES}
     if bootstrap:
-        result["average"]["interval"] = {n: _interval(_mean([d[n] for d in drawn_types])) for n in NAMES}
-    return result
+        result["average"]["interval"] = {name: _interval(draws[name]) for name in NAMES}
+    return result, draws
 
 
 def _summary(pooled, partial_pooled, ids, partial_ids) -> dict[str, Any]:
@@ -302,3 +326,15 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def as_latex(rows: Sequence[Sequence[str]], note: str) -> str:
+    """A table to \\input in a paper: booktabs, first column left, `note` as a comment on top."""
+
+    def cells(row: Sequence[str]) -> str:
+        return " & ".join(re.sub(r"([%&_#$])", r"\\\1", cell).replace("±", r"$\pm$") for cell in row) + r" \\"
+
+    body = [cells(row) for row in rows]
+    columns = "l" + "r" * (len(rows[0]) - 1)
+    lines = [f"% {note}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:]]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"

@@ -24,6 +24,7 @@ ORDER = [
     {"train"},
     {"metrics"},
     {"evaluate"},
+    {"sweep"},
     {"experiments"},
     {"figures"},
     {"report"},

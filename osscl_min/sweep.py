@@ -1,0 +1,291 @@
+"""Sweeps: training runs that differ in a few settings and a seed, and what their differences are worth."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from osscl_min.config import Config, from_dict, to_dict
+from osscl_min.evaluate import evaluate
+from osscl_min.files import UserError, provenance, replacing, write_csv, write_json
+from osscl_min.metrics import NAMES, Score, as_latex, as_text, resampled_averages
+from osscl_min.model import OSSCL
+from osscl_min.train import read_log, train
+
+Changes = Mapping[str, Any]  # "loss.mixup" -> False
+BASELINE = "os-scl"
+COMPARED = "auc_id_mean"  # the figure whose differences are shown
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep, with its evaluation."""
+
+    variant: str
+    seed: int
+    config: Config
+    folder: Path
+
+
+def changed(config: Config, changes: Changes) -> Config:
+    """The configuration with some settings, named with their path ("loss.mixup"), set to other values."""
+    values = to_dict(config)
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        place = values
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return from_dict(values)
+
+
+def plan(variants: Mapping[str, Changes], seeds: Sequence[int], config: Config, out: Path | str) -> list[Run]:
+    """The runs of an experiment; a folder is named after its settings, so experiments share equal runs."""
+    runs = []
+    for seed in seeds:
+        for name, changes in variants.items():
+            parts = [f"{key.split('.')[-1]}-{_plain(value)}" for key, value in sorted(changes.items())]
+            folder = Path(out) / "runs" / f"{','.join(parts) or BASELINE}-seed{seed}"
+            runs.append(Run(name, seed, changed(config, {**changes, "train.seed": seed}), folder))
+    return runs
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def run_all(runs: Sequence[Run], data: Path | str, *, device: str = "auto", jobs: int = 1) -> dict[Run, str]:
+    """Train and evaluate every run that is not done yet, each in a process of its own.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    data : Path or str
+    device : str
+    jobs : int
+        Runs at a time; on a CPU they share its threads.
+
+    Returns
+    -------
+    dict
+        Runs that failed -> the last line that they said; their output.txt has the rest. The others are done.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+
+    def one(run: Run) -> str:
+        if (run.folder / "evaluation" / "metrics.json").is_file():
+            return ""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        task = {"config": to_dict(run.config), "data": str(data), "out": str(run.folder), "device": device}
+        with open(run.folder / "output.txt", "w") as output:
+            status = subprocess.run(
+                [sys.executable, "-m", "osscl_min.sweep"],
+                input=json.dumps(task), text=True, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            ).returncode  # fmt: skip
+        if not status:
+            return ""
+        said = (run.folder / "output.txt").read_text().strip().splitlines()
+        return said[-1] if said else f"ended with status {status}"
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = tqdm(pool.map(one, runs), "training runs", len(runs), unit="run", disable=None)
+        return {run: said for run, said in zip(runs, results, strict=True) if said}
+
+
+def _work(task: dict[str, Any]) -> None:
+    config, out = from_dict(task["config"]), Path(task["out"])
+    best = train(task["data"], out, config, device=task["device"])
+    scoring = replace(config.evaluate, precision=config.train.precision)
+    evaluate(best, task["data"], out / "evaluation", config=scoring, device=task["device"])
+
+
+def read_clip_scores(evaluation: Path | str) -> list[Score]:
+    """The development clips of an evaluation's scores.csv."""
+    with open(Path(evaluation) / "scores.csv", newline="", encoding="utf-8") as file:
+        return [
+            Score(row["file"], row["machine_type"], row["machine_id"], float(row["score"]),
+                  int(row["anomaly"]) if row["anomaly"] else None)
+            for row in csv.DictReader(file) if row["subset"] == "development"
+        ]  # fmt: skip
+
+
+def difference(ours: Sequence[Sequence[Score]], base: Sequence[Sequence[Score]], times: int = 1000) -> dict:
+    """What a variant gains over the baseline, with both kinds of noise.
+
+    Parameters
+    ----------
+    ours, base : sequences of scores, one a seed
+        The same seeds and the same clips in both.
+    times : int
+        Bootstrap resamples of the clips; every variant and seed sees the same ones, so they are paired.
+
+    Returns
+    -------
+    dict
+        "mean" of COMPARED's difference (fraction), its "interval" over the clips (95 %), "seeds" (the
+        difference of each) and "clear": the interval leaves out 0 and all seeds agree in the sign.
+    """
+    drawn, seeds = [], []
+    for one, other in zip(ours, base, strict=True):
+        (a, a_draws), (b, b_draws) = (resampled_averages(scores, times) for scores in (one, other))
+        drawn.append(a_draws[COMPARED] - b_draws[COMPARED])
+        seeds.append(a[COMPARED] - b[COMPARED])
+    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+    agree = all(value > 0 for value in seeds) or all(value < 0 for value in seeds)
+    return {
+        "mean": float(np.mean(seeds)),
+        "interval": [float(low), float(high)],
+        "seeds": seeds,
+        "clear": bool(agree and (low > 0 or high < 0)),
+    }
+
+
+def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: int = 1000) -> dict[str, Any]:
+    """Means and spread over the seeds of every variant, and its difference to the first one.
+
+    Raises
+    ------
+    UserError
+        If no run of the first variant, the baseline, is done.
+    """
+    done: dict[str, list[Run]] = {}
+    for run in runs:
+        done.setdefault(run.variant, [])
+        if run not in failed:
+            done[run.variant].append(run)
+    first, base = next(iter(done.items()))
+    if not base:
+        raise UserError(f"{name}: no run of {first} is done, so there is nothing to compare with")
+    scores = {run: read_clip_scores(run.folder / "evaluation") for run in runs if run not in failed}
+    rows = []
+    for variant, members in done.items():
+        if not members:
+            continue
+        measured = [json.loads((run.folder / "evaluation" / "metrics.json").read_text()) for run in members]
+        said = [json.loads((run.folder / "evaluation" / "evaluation.json").read_text()) for run in members]
+        logs = [read_log(run.folder) for run in members]
+        with torch.device("meta"):
+            parameters = list(OSSCL(members[0].config.model).parameters())
+        averages = {key: [one["average"][key] for one in measured] for key in NAMES}
+        row = {
+            "variant": variant,
+            "seeds": [run.seed for run in members],
+            **{key: float(np.mean(values)) for key, values in averages.items()},
+            "spread": {key: float(np.std(v, ddof=1)) if len(v) > 1 else None for key, v in averages.items()},
+            "each": averages,
+            "machine_recognised": float(np.mean([one["identity_accuracy"] for one in said])),
+            "parameters": sum(p.numel() for p in parameters),
+            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "seconds_per_epoch": float(np.mean([entry["seconds"] for log in logs for entry in log])),
+            "best_epoch": float(np.mean([one["epoch"] for one in said])),
+            "peak_memory_mb": max(entry["peak_memory_mb"] or 0 for log in logs for entry in log),
+        }
+        shared = [(run, other) for run in members for other in base if run.seed == other.seed]
+        if variant != first and shared:
+            ours, theirs = zip(*((scores[run], scores[other]) for run, other in shared), strict=True)
+            row["difference"] = difference(ours, theirs, times)
+        rows.append(row)
+    config = json.loads((base[0].folder / "config.json").read_text())
+    return {
+        "experiment": name,
+        "data": config["data"]["folder"],
+        "synthetic": config["data"]["synthetic"],
+        "clips": len(scores[base[0]]),
+        "preset": base[0].config.preset,
+        "precision": base[0].config.train.precision,
+        "epochs": base[0].config.train.epochs,
+        "variants": rows,
+        "failed": {f"{run.variant}, seed {run.seed}": said for run, said in failed.items()},
+        "commits": sorted({json.loads((run.folder / "config.json").read_text())["provenance"]["commit"]
+                           for run in scores}),
+        "provenance": provenance(),
+    }  # fmt: skip
+
+
+def origin(result: Mapping[str, Any]) -> str:
+    """One line: on which data, how many seeds and clips, which commits."""
+    synthetic = "Synthetic: simulated machines. " if result["synthetic"] else ""
+    seeds = sorted({seed for row in result["variants"] for seed in row["seeds"]})
+    return (
+        f"{synthetic}Data {result['data']}, {result['clips']} test clips; preset {result['preset']}, "
+        f"{result['epochs']} epochs, {result['precision']}; seeds {', '.join(map(str, seeds))}; trained at "
+        f"commit {', '.join(result['commits'])}, {result['provenance']['time'][:10]}."
+    )
+
+
+def table(result: Mapping[str, Any]) -> list[list[str]]:
+    """An experiment's table in percent, first row the header."""
+    header = ["variant", "AUC id-mean", "AUC pooled", "pAUC id-mean", "pAUC pooled", "mAUC", "difference",
+              "seeds", "trained parameters", "s an epoch", "best epoch"]  # fmt: skip
+    rows = [header]
+    for row in result["variants"]:
+
+        def cell(key: str, row=row) -> str:
+            spread = row["spread"][key]
+            return f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+        gain = row.get("difference")
+        rows.append(
+            [
+                row["variant"],
+                *(cell(key) for key in ("auc_id_mean", "auc_pooled", "pauc_id_mean", "pauc_pooled", "mauc")),
+                "" if gain is None else f"{100 * gain['mean']:+.1f} [{100 * gain['interval'][0]:+.1f}, "
+                f"{100 * gain['interval'][1]:+.1f}]" + (" *" if gain["clear"] else ""),
+                str(len(row["seeds"])),
+                f"{row['trained_parameters']:,} of {row['parameters']:,}",
+                f"{row['seconds_per_epoch']:.0f}",
+                f"{row['best_epoch']:.0f}",
+            ]
+        )  # fmt: skip
+    return rows
+
+
+NOTE = (
+    "Percent; mean ± standard deviation over the seeds. Difference of AUC id-mean to the first row, with its "
+    "95 % bootstrap interval over the clips, the same resamples for both; * where it leaves out 0 and every "
+    "seed agrees in the sign. Without a star the order means nothing: the difference lies inside the noise."
+)
+
+
+def write(result: Mapping[str, Any], out: Path | str) -> None:
+    """Write an experiment as OUT/NAME.json, .csv, .md and .tex (booktabs)."""
+    out, name, rows = Path(out), result["experiment"], table(result)
+    nothing = {"mean": "", "interval": ["", ""], "clear": ""}
+    gains = [row.get("difference", nothing) for row in result["variants"]]
+    write_json(out / f"{name}.json", result)
+    keys = [*NAMES, "machine_recognised", "parameters", "trained_parameters", "seconds_per_epoch",
+            "best_epoch", "peak_memory_mb"]  # fmt: skip
+    write_csv(
+        out / f"{name}.csv",
+        ["variant", "seeds", *keys, *(f"{key}_std" for key in NAMES), "difference", "low", "high", "clear"],
+        [
+            [row["variant"], " ".join(map(str, row["seeds"])), *(row[key] for key in keys),
+             *(row["spread"][key] for key in NAMES),
+             gain["mean"], *gain["interval"], gain["clear"]]
+            for row, gain in zip(result["variants"], gains, strict=True)
+        ],
+    )  # fmt: skip
+    failed = "".join(f"\nFailed: {run}: {said}" for run, said in result["failed"].items())
+    with replacing(out / f"{name}.md") as file:
+        file.write(f"{as_text(rows)}\n\n{NOTE}\n\n{origin(result)}\n{failed}")
+    with replacing(out / f"{name}.tex") as file:
+        file.write(as_latex(rows, f"{origin(result)} {NOTE}"))
+
+
+if __name__ == "__main__":
+    try:
+        _work(json.load(sys.stdin))
+    except UserError as error:
+        sys.exit(f"osscl: {error}")

@@ -1,0 +1,136 @@
+"""Sweeps: equal runs once, what is done stays, a failed run costs only itself, differences have noise."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from osscl_min import experiments, sweep
+from osscl_min.config import PRESETS, AudioConfig, ModelConfig
+from osscl_min.files import UserError
+from osscl_min.metrics import Score, as_latex, evaluate_scores, resampled_averages
+from osscl_min.synth import SynthConfig, write_dataset
+
+TINY = replace(
+    PRESETS["quick"],
+    model=ModelConfig(audio=AudioConfig(seconds=1.0), inputs=("log_mel",)),
+    train=replace(PRESETS["quick"].train, epochs=1),
+    evaluate=replace(PRESETS["quick"].evaluate, bootstrap=50),
+)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Two variants, one of which cannot run, with two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    counts = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=2, test_anomaly=2)
+    data = write_dataset(folder / "data", counts)
+    table = {"os-scl": {}, "no mixup": {"loss.mixup": False}, "broken": {"model.frozen": ["tgram"]}}
+    runs = sweep.plan(table, (0, 1), TINY, folder / "out")
+    return data, folder / "out", runs, sweep.run_all(runs, data, device="cpu", jobs=2)
+
+
+def test_settings_are_changed_by_their_path():
+    config = sweep.changed(TINY, {"loss.mixup": False, "model.audio.cutoff": 500.0})
+    assert not config.loss.mixup and config.model.audio.cutoff == 500
+    assert sweep.changed(config, {"loss.mixup": True, "model.audio.cutoff": 4000.0}) == TINY
+    with pytest.raises(UserError, match="unknown setting mixpu"):
+        sweep.changed(TINY, {"loss.mixpu": False})
+
+
+def test_experiments_share_their_equal_runs(tmp_path):
+    folders = {
+        name: {
+            run.folder
+            for run in sweep.plan(
+                experiments.variants(name, PRESETS["quick"]), (0, 1), PRESETS["quick"], tmp_path
+            )
+        }
+        for name in experiments.TRAINED
+    }
+    assert folders["components"] & folders["training"] >= {tmp_path / "runs" / "os-scl-seed0"}
+    every = [folder for found in folders.values() for folder in found]
+    assert len(set(every)) < len(every)
+    for name in experiments.TRAINED:  # no two variants of an experiment are one
+        table = experiments.variants(name, PRESETS["quick"])
+        assert len({str(sweep.changed(PRESETS["quick"], changes)) for changes in table.values()}) == len(
+            table
+        )
+
+
+def test_a_failed_run_leaves_the_others(swept):
+    _, _, runs, failed = swept
+    assert {run.variant for run in failed} == {"broken"} and len(failed) == 2
+    assert all("model.frozen" in said for said in failed.values())
+    for run in runs:
+        assert (run.folder / "evaluation" / "metrics.json").is_file() == (run not in failed)
+
+
+def test_what_is_done_is_not_done_again(swept):
+    data, _, runs, failed = swept
+    files = [run.folder / "best.pt" for run in runs if run not in failed]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert set(sweep.run_all(runs, data, device="cpu", jobs=2)) == set(failed)
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_the_summary_and_its_files(swept):
+    _, out, runs, failed = swept
+    result = sweep.summarise("components", runs, failed, 50)
+    base, other = result["variants"]
+    assert result["synthetic"] and base["seeds"] == [0, 1] and "difference" not in base
+    each = [json.loads((run.folder / "evaluation" / "metrics.json").read_text()) for run in runs[1::3]]
+    assert other["auc_id_mean"] == pytest.approx(np.mean([one["average"]["auc_id_mean"] for one in each]))
+    assert other["difference"]["mean"] == pytest.approx(other["auc_id_mean"] - base["auc_id_mean"])
+    assert base["parameters"] == base["trained_parameters"] > 800_000
+    sweep.write(result, out)
+    for suffix in ("md", "tex"):
+        text = (out / f"components.{suffix}").read_text()
+        assert "Synthetic" in text and "seeds 0, 1" in text and "no mixup" in text
+    assert "Failed: broken, seed 0" in (out / "components.md").read_text()
+    assert json.loads((out / "components.json").read_text()) == result
+    with pytest.raises(UserError, match="nothing to compare with"):
+        sweep.summarise("components", runs, dict.fromkeys(runs, "no"))
+
+
+def scores(shift, seed, count=60):
+    random = np.random.default_rng(seed)
+    return [
+        Score(f"{kind}_{k}", "fan", machine, float(random.standard_normal() + shift * kind), kind)
+        for machine in ("00", "02")
+        for kind in (0, 1)
+        for k in range(count)
+    ]
+
+
+def test_the_draws_are_those_of_the_intervals():
+    rows = scores(1.0, 0)
+    average, draws = resampled_averages(rows, 200)
+    measured = evaluate_scores(rows, 200)["average"]
+    assert average == measured
+    low, high = np.quantile(draws["auc_id_mean"], (0.025, 0.975))
+    assert [low, high] == measured["interval"]["auc_id_mean"]
+
+
+def test_a_difference_is_clear_only_beyond_both_noises():
+    base = [scores(0.5, seed) for seed in (0, 1)]
+    better = sweep.difference([scores(2.5, seed) for seed in (2, 3)], base, 200)
+    assert better["clear"] and better["interval"][0] > 0.1 and better["mean"] == np.mean(better["seeds"])
+    alike = sweep.difference([scores(0.5, seed) for seed in (2, 3)], base, 200)
+    assert not alike["clear"]
+    same = sweep.difference(base, base, 200)
+    assert same["interval"] == [0, 0] and not same["clear"]
+    split = sweep.difference([scores(2.5, 2), scores(0.1, 3)], base, 200)
+    assert not split["clear"]
+
+
+def test_latex_is_escaped():
+    text = as_latex([["a_b", "50 %"], ["x ± y", "-"]], "where from")
+    assert text.startswith("% where from\n\\begin{tabular}{lr}")
+    assert r"a\_b & 50 \% \\" in text and r"x $\pm$ y & - \\" in text
+
+
+def test_an_unknown_variant_is_named(tmp_path):
+    with pytest.raises(UserError, match="components has no variant nonsense"):
+        experiments.compare("components", tmp_path, tmp_path, TINY, seeds=(0,), only=("nonsense",))
