@@ -66,6 +66,22 @@ def commands(preset: Config) -> dict[str, Callable]:
 
         print(run(directory, parts=parts.split(","), types=types.split(","), jobs=jobs, mirror=mirror))
 
+    def inspect(data: Positional[Path], out: Path | None = None) -> None:
+        """Show what a data folder holds: counts, lengths, rates, levels, doubles, conflicts.
+
+        Args:
+            data: Data folder or manifest.
+            out: Folder for inspect.json, inspect.csv and inspect.png.
+        """
+        from osscl_min import figures, inspection
+        from osscl_min.metrics import as_text
+
+        result = inspection.inspect(data)
+        print(f"{as_text(inspection.table(result))}\n{inspection.remarks(result)}".strip())
+        if out is not None:
+            inspection.write(result, out)
+            figures.save(figures.inventory(result), out / "inspect.png")
+
     def train(
         data: Path,
         out: Path,
@@ -221,7 +237,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         for document in write_documents():
             print(document)
 
-    functions = (synth, download, train, evaluate, metrics, ablate, report, keep, readme)
+    functions = (synth, download, inspect, train, evaluate, metrics, ablate, report, keep, readme)
     return {function.__name__: function for function in functions}
 
 

@@ -268,6 +268,67 @@ def high_frequency(path: Path | str, measure: str = "auc_id_mean") -> Figure:
     return figure
 
 
+def inventory(result: dict[str, Any]) -> Figure:
+    """What `inspection.inspect` found: clips of every machine, their lengths and their levels."""
+    machines = result["machines"]
+    types = list(dict.fromkeys(row["type"] for row in machines))
+    kinds = {
+        "train": ("training, normal", SKY),
+        "test_normal": ("test, normal", BLUE),
+        "test_anomaly": ("test, anomalous", VERMILLION),
+        "test_unlabelled": ("test, unlabelled", GREY),
+    }
+    kinds = {key: value for key, value in kinds.items() if any(row[key] for row in machines)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((10, max(3.6, 0.19 * len(machines) + 1.4)), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    figure.suptitle(
+        f"{result['data']}: {result['clips']} clips" + (" (synthetic data)" * result["synthetic"])
+    )
+    places, start = np.arange(len(machines)), np.zeros(len(machines))
+    for key, (label, colour) in kinds.items():
+        count = np.array([row[key] for row in machines])
+        left.barh(places, count, 0.75, left=start, color=colour, label=label)
+        start = start + count
+    left.set_yticks(places, [f"{row['type']} {row['id']}" for row in machines], fontsize=8)
+    left.invert_yaxis()
+    left.grid(axis="y", visible=False)
+    left.set(xlabel="clips", title="clips of each machine")
+    levels = [
+        [row["level"] for row in result["files"] if row["machine_type"] == name and row["level"] is not None]
+        for name in types
+    ]
+    boxes = right.boxplot(
+        levels, orientation="horizontal", widths=0.6, patch_artist=True, flierprops={"markersize": 2}
+    )
+    for box, line in zip(boxes["boxes"], boxes["medians"], strict=True):
+        box.set(facecolor="#dcebf5", edgecolor=BLUE)
+        line.set(color=BLACK)
+    lengths = []
+    for name in types:
+        seconds = [row["seconds"] for row in result["files"] if row["machine_type"] == name]
+        low, high = min(seconds), max(seconds)
+        lengths.append(f"{low:.3g} s" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g} s")
+    right.set_yticks(
+        range(1, len(types) + 1), [f"{n}\n{t}" for n, t in zip(types, lengths, strict=True)], fontsize=8
+    )
+    right.invert_yaxis()
+    right.grid(axis="y", visible=False)
+    right.set(xlabel="level (dB of full scale)", title="levels and lengths")
+    for ax in (left, right):
+        ax.set_axisbelow(True)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def save(figure: Figure, path: Path | str) -> None:
+    """Write a figure, replacing the file as a whole; the name's end says the format."""
+    path = Path(path)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=130)
+
+
 def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
     """Write every figure that a run has the files for into its figures/, as PNG.
 
@@ -295,6 +356,5 @@ def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
     if ablation.is_file():
         figures["high_frequency"] = high_frequency(ablation)
     for name, figure in figures.items():
-        with replacing(run / "figures" / f"{name}.png", "wb") as file:
-            figure.savefig(file, format="png", dpi=130)
+        save(figure, run / "figures" / f"{name}.png")
     return [run / "figures" / f"{name}.png" for name in figures]

@@ -17,7 +17,7 @@ ORDER = [
     {"config"},
     {"layouts", "synth"},
     {"dataset"},
-    {"reader", "download"},
+    {"reader", "download", "inspection"},
     {"features", "model"},
     {"losses"},
     {"checkpoint"},

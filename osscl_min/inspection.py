@@ -1,0 +1,210 @@
+"""What a data folder holds, before anything is trained on it: counts, formats, levels, doubles, conflicts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from osscl_min.dataset import Clip, Dataset, scan
+from osscl_min.files import UserError, write_csv, write_json
+
+FULL_SCALE = 32767 / 32768  # a sample this large is taken for clipped
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What one file holds, as it lies on the disk."""
+
+    seconds: float
+    sample_rate: int  # Hz
+    channels: int
+    encoding: str  # "PCM_16", ...
+    level: float | None  # root mean square of all channels, dB of full scale; None for silence
+    clipped: int  # samples at full scale
+    silent: bool  # one value throughout
+    content: str  # digest of rate and samples: equal sounds have equal ones, whatever the container
+
+
+def listen(path: Path | str) -> Sound:
+    """Read one file.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read or is empty.
+    """
+    digest, peak_count, square, count, low, high = hashlib.sha256(), 0, 0.0, 0, np.inf, -np.inf
+    try:
+        with soundfile.SoundFile(path) as file:
+            digest.update(f"{file.samplerate} {file.channels}".encode())
+            for block in file.blocks(blocksize=1 << 18, dtype="float64", always_2d=True):
+                digest.update(block.astype("<f4").tobytes())
+                peak_count += int((np.abs(block) >= FULL_SCALE).sum())
+                square, count = square + float(np.square(block).sum()), count + block.size
+                low, high = min(low, block.min(initial=np.inf)), max(high, block.max(initial=-np.inf))
+            rate, channels, encoding = file.samplerate, file.channels, file.subtype
+    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
+        raise UserError(f"not a readable sound file ({error})") from error
+    if not count:
+        raise UserError("empty")
+    power = square / count
+    level = round(10 * float(np.log10(power)), 2) if power > 0 else None
+    seconds = count / channels / rate
+    silent = bool(low == high)
+    return Sound(seconds, rate, channels, encoding, level, peak_count, silent, digest.hexdigest()[:16])
+
+
+def inspect(path: Path | str) -> dict[str, Any]:
+    """Look at every sound file of a data set.
+
+    Parameters
+    ----------
+    path : Path or str
+        A data folder in any layout that `dataset.scan` knows, or a manifest.
+
+    Returns
+    -------
+    dict
+        "data", "layout", "synthetic"; "machines" (a row each: type, id, clips by split and truth, seconds,
+        rates, channels, clipped, silent); "files" (a row each); "duplicates" (lists of files with the same
+        sound), "across" (those with files in train and test), "conflicts" (those with different machines or
+        truths) and "problems" (file -> why it cannot be used).
+
+    Raises
+    ------
+    UserError
+        If there is no usable file.
+    """
+    dataset = scan(path)
+
+    def one(clip: Clip) -> Sound | str:
+        try:
+            return listen(clip.path)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        heard = pool.map(one, dataset.clips)
+        heard = list(tqdm(heard, "inspecting", len(dataset.clips), unit="clip", disable=None, leave=False))
+    sounds = {
+        clip: sound for clip, sound in zip(dataset.clips, heard, strict=True) if isinstance(sound, Sound)
+    }
+    problems = dict(dataset.problems)
+    for clip, sound in zip(dataset.clips, heard, strict=True):
+        if isinstance(sound, str):
+            problems[dataset.name(clip.path)] = sound
+    if not sounds:
+        raise UserError(f"{path}: no file can be read; the first: {next(iter(problems.items()))}")
+    alike = defaultdict(list)
+    for clip, sound in sounds.items():
+        alike[sound.content].append(clip)
+    duplicates = [clips for clips in alike.values() if len(clips) > 1]
+    across = [clips for clips in duplicates if len({clip.split for clip in clips}) > 1]
+    conflicts = [
+        clips for clips in duplicates
+        if len({clip.machine for clip in clips}) > 1
+        or len({clip.anomaly for clip in clips if clip.anomaly is not None}) > 1
+    ]  # fmt: skip
+    names = {clip: dataset.name(clip.path) for clip in sounds}
+    return {
+        "data": dataset.root.name,
+        "layout": dataset.layout,
+        "synthetic": dataset.synthetic,
+        "clips": len(sounds),
+        "machines": _machines(sounds),
+        "duplicates": [[names[clip] for clip in clips] for clips in duplicates],
+        "across": [[names[clip] for clip in clips] for clips in across],
+        "conflicts": [[names[clip] for clip in clips] for clips in conflicts],
+        "problems": problems,
+        "files": [_file(dataset, clip, sound) for clip, sound in sounds.items()],
+    }
+
+
+def _file(dataset: Dataset, clip: Clip, sound: Sound) -> dict[str, Any]:
+    said = {
+        name: getattr(clip, name) for name in ("machine_type", "machine_id", "split", "anomaly", "domain")
+    }
+    return {"file": dataset.name(clip.path), **said, **asdict(sound)}
+
+
+def _machines(sounds: dict[Clip, Sound]) -> list[dict[str, Any]]:
+    grouped = defaultdict(list)
+    for clip in sounds:
+        grouped[clip.machine].append(clip)
+    rows = []
+    for (machine_type, machine_id), clips in sorted(
+        grouped.items(), key=lambda item: (item[0][0].lower(), item[0])
+    ):
+        counts = Counter((clip.split, clip.anomaly) for clip in clips)
+        heard = [sounds[clip] for clip in clips]
+        rows.append(
+            {
+                "type": machine_type,
+                "id": machine_id,
+                "train": sum(count for (split, _), count in counts.items() if split == "train"),
+                "test_normal": counts["test", 0],
+                "test_anomaly": counts["test", 1],
+                "test_unlabelled": counts["test", None],
+                "seconds": [min(sound.seconds for sound in heard), max(sound.seconds for sound in heard)],
+                "sample_rates": sorted({sound.sample_rate for sound in heard}),
+                "channels": sorted({sound.channels for sound in heard}),
+                "clipped": sum(sound.clipped > 0 for sound in heard),
+                "silent": sum(sound.silent for sound in heard),
+            }
+        )
+    return rows
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """The machines' table, first row the header, last row the sum."""
+    counts = ("train", "test_normal", "test_anomaly", "test_unlabelled", "clipped", "silent")
+    header = ["machine type", "id", *(name.replace("_", " ") for name in counts), "seconds", "Hz", "channels"]
+    rows = [header]
+    for row in result["machines"]:
+        low, high = row["seconds"]
+        rows.append(
+            [row["type"], row["id"], *(str(row[name]) for name in counts),
+             f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}",
+             ", ".join(map(str, row["sample_rates"])), ", ".join(map(str, row["channels"]))]
+        )  # fmt: skip
+    total = [str(sum(row[name] for row in result["machines"])) for name in counts]
+    return [*rows, ["all", str(len(result["machines"])), *total, "", "", ""]]
+
+
+def remarks(result: dict[str, Any], most: int = 5) -> str:
+    """What a reader should know beside the table, as lines; "" if nothing."""
+    lines = []
+    for name, what in (
+        ("duplicates", "sounds are there more than once"),
+        ("across", "sounds are in train and in test: their scores mean nothing"),
+        ("conflicts", "sounds have two machines or two truths"),
+    ):
+        groups = result[name]
+        if groups:
+            lines.append(f"{len(groups)} {what}:")
+            lines += [f"  {' = '.join(files)}" for files in groups[:most]]
+            lines += [f"  ... and {len(groups) - most} more"] if len(groups) > most else []
+    if result["problems"]:
+        lines.append(f"{len(result['problems'])} files cannot be used:")
+        lines += [f"  {file}: {reason}" for file, reason in list(result["problems"].items())[:most]]
+        lines += (
+            [f"  ... and {len(result['problems']) - most} more"] if len(result["problems"]) > most else []
+        )
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], out: Path | str) -> None:
+    """Write OUT/inspect.json (everything) and OUT/inspect.csv (a row a file)."""
+    out = Path(out)
+    write_json(out / "inspect.json", result)
+    columns = list(result["files"][0])
+    write_csv(out / "inspect.csv", columns, [[row[name] for name in columns] for row in result["files"]])
