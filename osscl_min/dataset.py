@@ -12,7 +12,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -256,7 +257,27 @@ def _read_section_truth(path: Path) -> dict[tuple[str, str], int]:
     return truth
 
 
-def decode(path: Path | str, audio: AudioConfig, channel: int | None = None) -> tuple[np.ndarray, list[str]]:
+@contextmanager
+def _opened(path: Path | str) -> Iterator[soundfile.SoundFile]:
+    """A sound file to read from; what libsndfile cannot do with it is a UserError."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"not a readable sound file ({error.error_string.rstrip('.')})") from error
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"not a readable sound file ({error})") from error
+
+
+def duration(path: Path | str) -> float:
+    """Seconds of a sound file, by its header."""
+    with _opened(path) as file:
+        return file.frames / file.samplerate
+
+
+def decode(
+    path: Path | str, audio: AudioConfig, channel: int | None = None, start: float | None = None
+) -> tuple[np.ndarray, list[str]]:
     """Read a sound file as the model hears it: mono, int16, at the model's rate and length.
 
     Parameters
@@ -267,6 +288,8 @@ def decode(path: Path | str, audio: AudioConfig, channel: int | None = None) -> 
         Gives the rate (Hz) and the length (samples).
     channel : int, optional
         The channel to take of a file with several; left out, their mean.
+    start : float, optional
+        Seconds: read only the clip that starts there, as if it were a file of its own.
 
     Returns
     -------
@@ -282,18 +305,16 @@ def decode(path: Path | str, audio: AudioConfig, channel: int | None = None) -> 
         If the file cannot be read or is truncated, empty, silent, shorter than one second or holds NaN.
     """
     remarks = []
-    try:
-        with soundfile.SoundFile(path) as file:
-            one = file.channels == 1 or channel is not None
-            exact = file.subtype == "PCM_16" and file.samplerate == audio.sample_rate and one
-            rate, channels, expected = file.samplerate, file.channels, file.frames
-            # libsndfile takes the length of a wav that was cut short for what is left of it, and notes that
-            declared = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-            samples = file.read(dtype="int16" if exact else "float64", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"not a readable sound file ({error.error_string.rstrip('.')})") from error
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"not a readable sound file ({error})") from error
+    with _opened(path) as file:
+        one = file.channels == 1 or channel is not None
+        exact = file.subtype == "PCM_16" and file.samplerate == audio.sample_rate and one
+        rate, channels, expected = file.samplerate, file.channels, file.frames
+        # libsndfile takes the length of a wav that was cut short for what is left of it, and notes that
+        declared = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+        if start is not None:
+            first = file.seek(min(round(start * rate), file.frames))
+            expected = min(math.ceil(audio.seconds * rate), file.frames - first)
+        samples = file.read(expected, dtype="int16" if exact else "float64", always_2d=True)
     if declared and int(declared[1]) < 0x7FFFFFFF:  # beyond: a header that was never given its length
         raise UserError(f"truncated: {declared[2]} of {declared[1]} bytes of sound")
     if not len(samples):

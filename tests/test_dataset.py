@@ -10,7 +10,7 @@ import scipy.signal
 import soundfile
 
 from osscl_min.config import AudioConfig
-from osscl_min.dataset import BENCHMARK, decode, label_table, read_truth, scan
+from osscl_min.dataset import BENCHMARK, decode, duration, label_table, read_truth, scan
 from osscl_min.files import UserError
 from osscl_min.reader import FolderReader
 
@@ -256,6 +256,19 @@ def test_longer_is_cropped_and_shorter_repeated_and_it_is_said(tmp_path):
     decoded, remarks = decode(write(tmp_path / "b.wav", long[:20_000]), AUDIO)
     assert remarks == ["repeated to 2 s"]
     np.testing.assert_array_equal(decoded, np.concatenate([long[:20_000], long[:12_000]]))
+
+
+@pytest.mark.parametrize(("rate", "suffix"), [(16_000, "wav"), (16_000, "flac"), (44_100, "wav")])
+def test_a_clip_within_a_recording_is_as_a_file_of_its_own(tmp_path, rate, suffix):
+    long = np.random.default_rng(3).integers(-999, 999, 5 * rate).astype(np.int16)
+    path = write(tmp_path / f"a.{suffix}", long, rate)
+    assert duration(path) == 5
+    for start in (0, 1.5, 3):
+        first = round(start * rate)
+        cut = write(tmp_path / f"b.{suffix}", long[first : first + 2 * rate], rate)
+        np.testing.assert_array_equal(decode(path, AUDIO, start=start)[0], decode(cut, AUDIO)[0])
+    with pytest.raises(UserError, match="empty"):
+        decode(path, AUDIO, start=6)
 
 
 def test_what_was_done_is_counted(data):
