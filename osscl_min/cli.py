@@ -237,7 +237,25 @@ def commands(preset: Config) -> dict[str, Callable]:
         for document in write_documents():
             print(document)
 
-    functions = (synth, download, inspect, train, evaluate, metrics, ablate, report, keep, readme)
+    def bench(
+        name: Positional[Literal["model", "train", "data"]],
+        out: Path = Path("results"),
+        data: Path | None = None,
+    ) -> None:
+        """Measure how fast the model, a training run or the reading of data is on this machine.
+
+        Args:
+            name: What to measure.
+            out: Folder for the table, as CSV and as Markdown.
+            data: Data folder, for what reads one; without it, simulated machines are made.
+        """
+        from importlib import import_module
+
+        run = getattr(import_module(f"osscl_min.bench_{name}"), f"bench_{name}")
+        written = run(out) if data is None else run(out, data=data)
+        print(written.read_text(), end="")
+
+    functions = (synth, download, inspect, train, evaluate, metrics, ablate, report, keep, readme, bench)
     return {function.__name__: function for function in functions}
 
 

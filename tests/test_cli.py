@@ -22,7 +22,7 @@ def osscl(*arguments):
 
 def test_help_lists_the_commands():
     text = osscl("--help").stdout
-    for command in ("synth", "download", "train", "evaluate", "metrics", "ablate", "report"):
+    for command in ("synth", "download", "train", "evaluate", "metrics", "ablate", "report", "bench"):
         assert command in text
 
 
