@@ -86,6 +86,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         data: Path,
         out: Path,
         config: Annotated[Config, tyro.conf.arg(name="")] = preset,
+        others: Annotated[str | None, tyro.conf.arg(name="with", metavar="DIR|simulated")] = None,
         device: Device = "auto",
         strict: bool = False,
     ) -> None:
@@ -95,12 +96,13 @@ def commands(preset: Config) -> dict[str, Callable]:
             data: Data folder (TYPE/train/normal_id_00_00000000.wav).
             out: The run's folder.
             config: Settings; --preset chooses their defaults.
+            others: Data folder of other machines to tell yours from, needed where there is only one.
             device: Where to compute.
             strict: Stop if any file cannot be used.
         """
         from osscl_min.train import train as run
 
-        print(run(data, out, config, device=device, strict=strict))
+        print(run(data, out, config, others=others, device=device, strict=strict))
 
     def evaluate(
         checkpoint: Path,

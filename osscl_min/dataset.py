@@ -121,7 +121,8 @@ def label_table(clips: Iterable[Clip]) -> tuple[tuple[str, str], ...]:
     if len(machines) < 2:
         have = " ".join(machines[0]) if machines else "none"
         raise UserError(
-            f"training needs clips of at least two machines (type and id), but there is {have}; add others"
+            f"training needs clips of at least two machines (type and id), but there is {have}; "
+            "add others to the folder, or with `train --with DIR`, or `--with simulated`"
         )
     return BENCHMARK if set(machines) <= set(BENCHMARK) else tuple(machines)
 

@@ -23,6 +23,7 @@ from osscl_min.config import Config, to_dict, with_classes
 from osscl_min.dataset import label_table
 from osscl_min.features import FrontEnd
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_json
+from osscl_min.joined import with_others
 from osscl_min.losses import anomaly_score, stage_loss, training_losses
 from osscl_min.model import OSSCL
 from osscl_min.reader import open_data
@@ -208,7 +209,13 @@ def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray
 
 
 def train(
-    data: Path | str, out: Path | str, config: Config, *, device: str = "auto", strict: bool = False
+    data: Path | str,
+    out: Path | str,
+    config: Config,
+    *,
+    others: Path | str | None = None,
+    device: str = "auto",
+    strict: bool = False,
 ) -> Path:
     """Train a detector on the normal clips of a data set.
 
@@ -224,6 +231,8 @@ def train(
         network), last.pt (to go on from) and best.pt (the epoch with the lowest validation loss).
     config : Config
         The number of classes is taken from the data.
+    others : Path or str, optional
+        Other machines to tell one's own from, see `joined.with_others`.
     device : str
         "auto", "cpu", "cuda", "cuda:1", ...
     strict : bool
@@ -242,6 +251,8 @@ def train(
     out, where = Path(out), choose_device(device)
     running = prepare(where, config.train.precision)
     opened = open_data(data, config.model.audio, splits=["train"], strict=strict)
+    if others is not None:
+        opened = with_others(opened, others, config.model.audio, out, strict)
     dataset, reader = opened.dataset, opened.train
     if opened.report():
         tqdm.write(opened.report())
@@ -255,6 +266,7 @@ def train(
         "config": to_dict(config),
         "data": {
             "folder": dataset.root.name,
+            "others": others and Path(others).name,
             "synthetic": dataset.synthetic,
             "clips": _fingerprint(reader.clips),
             "training": len(training),

@@ -19,6 +19,7 @@ ORDER = [
     {"layouts", "synth"},
     {"dataset"},
     {"reader", "download", "inspection"},
+    {"joined"},
     {"features", "model"},
     {"losses"},
     {"checkpoint"},
