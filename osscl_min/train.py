@@ -142,11 +142,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self._average, self._student, 1 - self.config.train.ema_decay)
-            if self.config.train.student_decay:
-                torch._foreach_mul_(self._student, 1 - self.config.train.student_decay)
+        self.average()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the EMA towards the student, then let the student decay, in the authors' order."""
+        torch._foreach_lerp_(self._average, self._student, 1 - self.config.train.ema_decay)
+        if self.config.train.student_decay:
+            torch._foreach_mul_(self._student, 1 - self.config.train.student_decay)
 
     def learning_rate(self, epoch: int) -> float:
         """Cosine annealing, stepped once an epoch (counted from 0)."""

@@ -21,7 +21,7 @@ ORDER = [
     {"reader", "download", "inspection"},
     {"joined"},
     {"features", "model"},
-    {"losses"},
+    {"losses", "textbook"},
     {"checkpoint"},
     {"train"},
     {"metrics"},
