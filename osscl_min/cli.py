@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from osscl_min.config import PRESETS, Config, EvaluateConfig
+from osscl_min.config import PRESETS, AudioConfig, Config, EvaluateConfig
 from osscl_min.files import UserError
 from osscl_min.synth import SynthConfig
 
@@ -82,6 +82,35 @@ def commands(preset: Config) -> dict[str, Callable]:
             inspection.write(result, out)
             figures.save(figures.inventory(result), out / "inspect.png")
 
+    def pack(
+        data: Positional[Path],
+        store: Positional[Path],
+        verify: bool = False,
+        jobs: int | None = None,
+        channel: int | None = None,
+        sample_rate: int = preset.model.audio.sample_rate,
+        seconds: float = preset.model.audio.seconds,
+        preset: Preset = preset.preset,
+    ) -> None:
+        """Decode every clip once, into a packed store that train and evaluate take in place of the data.
+
+        Run it again after an interruption, or when files were changed, added or removed.
+
+        Args:
+            data: Data folder or manifest.
+            store: The store's folder.
+            verify: Compare every file and every packed clip by its hash.
+            jobs: Processes; all cores without.
+            channel: Of files with several; without, 0 for MIMII and else their mean.
+            sample_rate: Of the packed clips, Hz.
+            seconds: Length of the packed clips.
+            preset: Chooses the defaults of the rate and the length.
+        """
+        from osscl_min.pack import pack as run
+
+        audio = AudioConfig(sample_rate=sample_rate, seconds=seconds)
+        print(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
+
     def train(
         data: Path,
         out: Path,
@@ -93,7 +122,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         """Train a detector on the normal clips of a data folder; a run that was cut short goes on.
 
         Args:
-            data: Data folder (TYPE/train/normal_id_00_00000000.wav).
+            data: Data folder (TYPE/train/normal_id_00_00000000.wav), manifest or packed store.
             out: The run's folder.
             config: Settings; --preset chooses their defaults.
             others: Data folder of other machines to tell yours from, needed where there is only one.
@@ -117,7 +146,7 @@ def commands(preset: Config) -> dict[str, Callable]:
 
         Args:
             checkpoint: A run's best.pt, or a .pth file of the authors'.
-            data: Data folder (TYPE/test/...).
+            data: Data folder (TYPE/test/...), manifest or packed store.
             out: Folder for the scores and tables.
             config: Batch size and bootstrap.
             preset: Chooses the defaults of the settings.
@@ -257,7 +286,9 @@ def commands(preset: Config) -> dict[str, Callable]:
         written = run(out) if data is None else run(out, data=data)
         print(written.read_text(), end="")
 
-    functions = (synth, download, inspect, train, evaluate, metrics, ablate, report, keep, readme, bench)
+    functions = (
+        synth, download, inspect, pack, train, evaluate, metrics, ablate, report, keep, readme, bench,
+    )  # fmt: skip
     return {function.__name__: function for function in functions}
 
 

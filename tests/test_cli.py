@@ -22,7 +22,17 @@ def osscl(*arguments):
 
 def test_help_lists_the_commands():
     text = osscl("--help").stdout
-    for command in ("synth", "download", "train", "evaluate", "metrics", "ablate", "report", "bench"):
+    for command in (
+        "synth",
+        "download",
+        "inspect",
+        "pack",
+        "train",
+        "evaluate",
+        "metrics",
+        "report",
+        "bench",
+    ):
         assert command in text
 
 
