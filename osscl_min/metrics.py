@@ -83,24 +83,6 @@ def weighted_auc(
     return (1 + (area - chance) / (max_fpr - chance)) / 2
 
 
-def resampled_averages(
-    scores: Sequence[Score], times: int, seed: int = 0
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """The average's figures, and the same of `times` resamples of the clips.
-
-    The draws follow from the seed and the clips' truth alone: the same clips in the same order, scored by two
-    systems, are resampled alike, so that their difference can be taken draw by draw.
-
-    Returns
-    -------
-    averages : dict of float
-        As `evaluate_scores(...)["average"]`.
-    draws : dict of (times,) float64
-    """
-    result, draws = _evaluate(scores, times, seed)
-    return result["average"], draws
-
-
 def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:
     """AUC, pAUC and mAUC per machine id, machine type and on average.
 
@@ -127,11 +109,25 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
     UserError
         If there is no clip with truth, or a score is not finite.
     """
-    return _evaluate(scores, bootstrap, seed)[0]
+    return average([resampled(scores, bootstrap, seed)])
 
 
-def _evaluate(scores: Sequence[Score], bootstrap: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`evaluate_scores`, and the average's resamples."""
+Resampled = tuple[dict[str, Any], dict[str, Any]]
+
+
+def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
+    """The figures of `evaluate_scores`, and the same of `times` resamples of the clips.
+
+    The draws follow from the seed and the clips' truth alone: the same clips in the same order, scored by two
+    systems, are resampled alike, so that their difference can be taken draw by draw.
+
+    Returns
+    -------
+    figures : dict
+        As `evaluate_scores`, without intervals.
+    draws : dict
+        The same entries with arrays (times,) for figures; empty where `times` is 0.
+    """
     known = [score for score in scores if score.anomaly is not None]
     if not known:
         raise UserError(
@@ -146,60 +142,81 @@ def _evaluate(scores: Sequence[Score], bootstrap: int, seed: int) -> tuple[dict[
     for score in known:
         grouped.setdefault(score.machine_type, {}).setdefault(score.machine_id, []).append(score)
     random = np.random.default_rng(seed)
-    result: dict[str, Any] = {"ids": [], "types": []}
-    drawn_types = []
+    figures: dict[str, Any] = {"ids": [], "types": []}
+    draws: dict[str, Any] = {"ids": [], "types": []}
     for machine_type in sorted(grouped, key=str.lower):
-        ids, arrays, weights = [], [], []
+        ids, drawn, arrays, weights = [], [], [], []
         for machine_id, clips in sorted(grouped[machine_type].items()):
             truth = np.array([clip.anomaly for clip in clips])
             value = np.array([clip.score for clip in clips])
-            ids.append(
-                {
-                    "type": machine_type,
-                    "id": machine_id,
-                    "auc": auc(truth, value),
-                    "pauc": auc(truth, value, MAX_FPR),
-                    "normal": int((truth == 0).sum()),
-                    "anomaly": int((truth == 1).sum()),
-                }
-            )
+            counts = {"normal": int((truth == 0).sum()), "anomaly": int((truth == 1).sum())}
+            ids.append({"type": machine_type, "id": machine_id, **_areas(truth, value), **counts})
             arrays.append((truth, value))
-            weights.append(_resample(truth, bootstrap, random))
+            if times:
+                weights.append(_resample(truth, times, random))
+                drawn.append(_areas(truth, value, weights[-1]))
         truth, value = (np.concatenate(part) for part in zip(*arrays, strict=True))
-        entry = {"type": machine_type} | _summary(
-            auc(truth, value), auc(truth, value, MAX_FPR), [i["auc"] for i in ids], [i["pauc"] for i in ids]
-        )
-        if bootstrap:
-            drawn = [
-                (weighted_auc(t, v, w), weighted_auc(t, v, w, MAX_FPR))
-                if i["auc"] is not None
-                else (None, None)
-                for i, (t, v), w in zip(ids, arrays, weights, strict=True)
-            ]
-            for item, (full, partial) in zip(ids, drawn, strict=True):
-                item["interval"] = {"auc": _interval(full), "pauc": _interval(partial)}
-            pooled = (None, None)
-            if entry["auc_pooled"] is not None:
-                weight = np.concatenate(weights, axis=1)
-                pooled = weighted_auc(truth, value, weight), weighted_auc(truth, value, weight, MAX_FPR)
-            drawn_types.append(_summary(*pooled, *([d[k] for d in drawn] for k in (0, 1))))
-            entry["interval"] = {name: _interval(drawn_types[-1][name]) for name in NAMES}
-        result["ids"] += ids
-        result["types"].append(entry)
-    result["average"] = {name: _mean([entry[name] for entry in result["types"]]) for name in NAMES}
-    draws = {name: _mean([drawn[name] for drawn in drawn_types]) for name in NAMES}
-    if bootstrap:
-        result["average"]["interval"] = {name: _interval(draws[name]) for name in NAMES}
-    return result, draws
+        figures["ids"] += ids
+        figures["types"].append({"type": machine_type} | _summary(_areas(truth, value), ids))
+        if times:
+            draws["ids"] += drawn
+            draws["types"].append(_summary(_areas(truth, value, np.concatenate(weights, axis=1)), drawn))
+    for entries in (figures, draws) if times else (figures,):
+        entries["average"] = {name: _mean([entry[name] for entry in entries["types"]]) for name in NAMES}
+    return figures, draws
 
 
-def _summary(pooled, partial_pooled, ids, partial_ids) -> dict[str, Any]:
-    lowest = [value for value in ids if value is not None]
+def average(measured: Sequence[Resampled]) -> dict[str, Any]:
+    """The mean figures of several systems (seeds) scored on the same clips, with intervals of that mean.
+
+    Parameters
+    ----------
+    measured : sequence of (figures, draws)
+        From `resampled`, with the same clips, seed and times.
+
+    Returns
+    -------
+    dict
+        As `evaluate_scores`.
+    """
+
+    def mean(entries: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        names = [name for name in ("auc", "pauc", *NAMES) if name in entries[0]]
+        means = {name: _mean([entry[name] for entry in entries]) for name in names}
+        intervals = {name: interval(_mean([entry[name] for entry in drawn])) for name in names}
+        return entries[0] | means | ({"interval": intervals} if drawn else {})
+
+    figures, draws = zip(*measured, strict=True)
+    draws = [drawn for drawn in draws if drawn["types"]]
     return {
-        "auc_pooled": pooled,
-        "pauc_pooled": partial_pooled,
-        "auc_id_mean": _mean(ids),
-        "pauc_id_mean": _mean(partial_ids),
+        key: [
+            mean([one[key][n] for one in figures], [one[key][n] for one in draws])
+            for n in range(len(figures[0][key]))
+        ]
+        for key in ("ids", "types")
+    } | {"average": mean([one["average"] for one in figures], [one["average"] for one in draws])}
+
+
+def _areas(truth: np.ndarray, value: np.ndarray, weight: np.ndarray | None = None) -> dict[str, Any]:
+    """AUC and pAUC, of each resample where weights (times, n) are given; None without both classes."""
+    if weight is None:
+        return {"auc": auc(truth, value), "pauc": auc(truth, value, MAX_FPR)}
+    if len(np.unique(truth)) < 2:
+        return {"auc": None, "pauc": None}
+    return {
+        "auc": weighted_auc(truth, value, weight),
+        "pauc": weighted_auc(truth, value, weight, MAX_FPR),
+    }
+
+
+def _summary(pooled: dict[str, Any], ids: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A type's figures, or their resamples, from those of its ids pooled and of each."""
+    lowest = [entry["auc"] for entry in ids if entry["auc"] is not None]
+    return {
+        "auc_pooled": pooled["auc"],
+        "pauc_pooled": pooled["pauc"],
+        "auc_id_mean": _mean([entry["auc"] for entry in ids]),
+        "pauc_id_mean": _mean([entry["pauc"] for entry in ids]),
         "mauc": np.min(lowest, axis=0) if lowest and np.ndim(lowest[0]) else min(lowest, default=None),
     }
 
@@ -224,7 +241,8 @@ def _resample(truth: np.ndarray, times: int, random: np.random.Generator) -> np.
     return weight
 
 
-def _interval(values: np.ndarray | None) -> list[float] | None:
+def interval(values: np.ndarray | None) -> list[float] | None:
+    """The middle 95 % of the draws."""
     return None if values is None else [float(bound) for bound in np.quantile(values, (0.025, 0.975))]
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from osscl_min.config import Config, from_dict, to_dict
 from osscl_min.evaluate import evaluate
 from osscl_min.files import UserError, provenance, replacing, write_csv, write_json
-from osscl_min.metrics import NAMES, Score, as_latex, as_text, resampled_averages
+from osscl_min.metrics import NAMES, Resampled, Score, as_latex, as_text, interval, resampled
 from osscl_min.model import OSSCL
 from osscl_min.train import read_log, train
 
@@ -121,15 +121,15 @@ def read_clip_scores(evaluation: Path | str) -> list[Score]:
         ]  # fmt: skip
 
 
-def difference(ours: Sequence[Sequence[Score]], base: Sequence[Sequence[Score]], times: int = 1000) -> dict:
+def difference(ours: Sequence[Resampled], base: Sequence[Resampled], machine_type: str = "") -> dict:
     """What a variant gains over the baseline, with both kinds of noise.
 
     Parameters
     ----------
-    ours, base : sequences of scores, one a seed
-        The same seeds and the same clips in both.
-    times : int
-        Bootstrap resamples of the clips; every variant and seed sees the same ones, so they are paired.
+    ours, base : sequences of (figures, draws), one a seed
+        From `metrics.resampled`, of the same seeds and the same clips in both: the draws are paired.
+    machine_type : str
+        Of which type; on average without.
 
     Returns
     -------
@@ -137,16 +137,24 @@ def difference(ours: Sequence[Sequence[Score]], base: Sequence[Sequence[Score]],
         "mean" of COMPARED's difference (fraction), its "interval" over the clips (95 %), "seeds" (the
         difference of each) and "clear": the interval leaves out 0 and all seeds agree in the sign.
     """
-    drawn, seeds = [], []
-    for one, other in zip(ours, base, strict=True):
-        (a, a_draws), (b, b_draws) = (resampled_averages(scores, times) for scores in (one, other))
-        drawn.append(a_draws[COMPARED] - b_draws[COMPARED])
-        seeds.append(a[COMPARED] - b[COMPARED])
-    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+
+    def compared(measured: Resampled) -> list[Any]:
+        """The figure and its draws."""
+        places = [entry["type"] for entry in measured[0]["types"]]
+        return [
+            (part["types"][places.index(machine_type)] if machine_type else part["average"])[COMPARED]
+            for part in measured
+        ]
+
+    (ours_each, ours_drawn), (base_each, base_drawn) = (
+        zip(*map(compared, measured), strict=True) for measured in (ours, base)
+    )
+    seeds = [a - b for a, b in zip(ours_each, base_each, strict=True)]
+    low, high = interval(np.mean(ours_drawn, axis=0) - np.mean(base_drawn, axis=0))
     agree = all(value > 0 for value in seeds) or all(value < 0 for value in seeds)
     return {
         "mean": float(np.mean(seeds)),
-        "interval": [float(low), float(high)],
+        "interval": [low, high],
         "seeds": seeds,
         "clear": bool(agree and (low > 0 or high < 0)),
     }
@@ -169,6 +177,7 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
     if not base:
         raise UserError(f"{name}: no run of {first} is done, so there is nothing to compare with")
     scores = {run: read_clip_scores(run.folder / "evaluation") for run in runs if run not in failed}
+    resamples = {run: resampled(rows, times) for run, rows in scores.items()}
     rows = []
     for variant, members in done.items():
         if not members:
@@ -194,8 +203,8 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
         }
         shared = [(run, other) for run in members for other in base if run.seed == other.seed]
         if variant != first and shared:
-            ours, theirs = zip(*((scores[run], scores[other]) for run, other in shared), strict=True)
-            row["difference"] = difference(ours, theirs, times)
+            ours, theirs = zip(*((resamples[run], resamples[other]) for run, other in shared), strict=True)
+            row["difference"] = difference(ours, theirs)
         rows.append(row)
     config = json.loads((base[0].folder / "config.json").read_text())
     return {

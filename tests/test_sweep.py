@@ -9,7 +9,7 @@ import pytest
 from osscl_min import experiments, sweep
 from osscl_min.config import PRESETS, AudioConfig, ModelConfig
 from osscl_min.files import UserError
-from osscl_min.metrics import Score, as_latex, evaluate_scores, resampled_averages
+from osscl_min.metrics import Score, as_latex, average, evaluate_scores, resampled
 from osscl_min.synth import SynthConfig, write_dataset
 
 TINY = replace(
@@ -104,24 +104,38 @@ def scores(shift, seed, count=60):
     ]
 
 
+def several(shift, seeds):
+    return [resampled(scores(shift, seed), 200) for seed in seeds]
+
+
 def test_the_draws_are_those_of_the_intervals():
-    rows = scores(1.0, 0)
-    average, draws = resampled_averages(rows, 200)
-    measured = evaluate_scores(rows, 200)["average"]
-    assert average == measured
-    low, high = np.quantile(draws["auc_id_mean"], (0.025, 0.975))
+    figures, draws = resampled(scores(1.0, 0), 200)
+    measured = evaluate_scores(scores(1.0, 0), 200)["average"]
+    low, high = np.quantile(draws["average"]["auc_id_mean"], (0.025, 0.975))
+    assert figures["average"] | {"interval": measured["interval"]} == measured
     assert [low, high] == measured["interval"]["auc_id_mean"]
 
 
+def test_seeds_are_averaged():
+    one, other = (evaluate_scores(scores(1.0, seed), 200) for seed in (0, 1))
+    both = average(several(1.0, (0, 1)))
+    for ours, first, second in zip(both["ids"], one["ids"], other["ids"], strict=True):
+        assert ours["auc"] == pytest.approx((first["auc"] + second["auc"]) / 2)
+    low, high = both["average"]["interval"]["auc_id_mean"]
+    assert low < both["average"]["auc_id_mean"] < high
+    low_one, high_one = one["average"]["interval"]["auc_id_mean"]
+    assert high - low < high_one - low_one  # two seeds' errors partly cancel
+
+
 def test_a_difference_is_clear_only_beyond_both_noises():
-    base = [scores(0.5, seed) for seed in (0, 1)]
-    better = sweep.difference([scores(2.5, seed) for seed in (2, 3)], base, 200)
+    base = several(0.5, (0, 1))
+    better = sweep.difference(several(2.5, (2, 3)), base)
     assert better["clear"] and better["interval"][0] > 0.1 and better["mean"] == np.mean(better["seeds"])
-    alike = sweep.difference([scores(0.5, seed) for seed in (2, 3)], base, 200)
-    assert not alike["clear"]
-    same = sweep.difference(base, base, 200)
+    assert sweep.difference(several(2.5, (2, 3)), base, "fan") == better  # the only type
+    assert not sweep.difference(several(0.5, (2, 3)), base)["clear"]
+    same = sweep.difference(base, base)
     assert same["interval"] == [0, 0] and not same["clear"]
-    split = sweep.difference([scores(2.5, 2), scores(0.1, 3)], base, 200)
+    split = sweep.difference([*several(2.5, (2,)), *several(0.1, (3,))], base)
     assert not split["clear"]
 
 
