@@ -88,6 +88,9 @@ class TrainConfig:
         2e-6  # every such entry of the student times 1 - this, after the EMA (code); 0 is off
     )
     pretrain_epochs: int = 0  # first epochs with SupCon of clean clips alone, then cross-entropy alone (ours)
+    noise: float = (
+        0.0  # share of the training clips that get white or pink noise added, 20 to -10 dB SNR (ours)
+    )
     precision: Precision = "fp32"  # of the network (code); cosines, losses and statistics stay float32
     validation_fraction: float = 0.05  # random split (code)
     seed: int = 2024  # of every random draw (code)

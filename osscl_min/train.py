@@ -27,6 +27,7 @@ from osscl_min.joined import with_others
 from osscl_min.losses import anomaly_score, stage_loss, training_losses
 from osscl_min.model import OSSCL
 from osscl_min.reader import open_data
+from osscl_min.signals import training_noise
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -306,7 +307,9 @@ def train(
             random = np.random.default_rng([config.train.seed, 2, epoch, step])
             mix = float(random.beta(config.loss.mixup_alpha, config.loss.mixup_alpha))
             permutation = torch.from_numpy(random.permutation(len(target))).to(where)
-            history.append(trainer.step(*trainer.front(samples), target, mix, permutation))
+            share, audio = config.train.noise, config.model.audio
+            noise = training_noise(share, audio, random) if share else None
+            history.append(trainer.step(*trainer.front(samples, noise), target, mix, permutation))
             bar.update()
         losses = {name: torch.stack([item[name] for item in history]).tolist() for name in history[0]}
         for step, total in enumerate(losses["total"]):

@@ -23,7 +23,7 @@ ORDER = [
     {"reader", "download", "inspection"},
     {"joined"},
     {"features", "model"},
-    {"losses", "textbook"},
+    {"losses", "signals", "textbook"},
     {"checkpoint"},
     {"train"},
     {"metrics"},
