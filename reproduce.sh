@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to figures: environment -> data -> training -> evaluation -> ablation -> notebooks -> report.
+# Interrupted or killed at any point, the same command goes on.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -11,10 +12,10 @@ Train and evaluate OS-SCL, an anomalous sound detector that learns from normal m
   bash reproduce.sh --test                          the tests
   bash reproduce.sh --data DIR [--preset small]     your folder: TYPE/train/normal_id_00_00000000.wav, TYPE/test/...
   bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2; downloads the data
-                                                    into data/dcase2020 unless DIR has it
+                                                    into data/dcase2020 unless DIR has it, and packs it beside
 
 Options
-  --data DIR       data folder in the DCASE 2020 layout (wav or flac),
+  --data DIR       data folder (wav or flac, in a layout that README.md names) or packed store
   --preset NAME    quick, small (a few hundred clips; the default with --data) or paper (the default with --full)
   --seed N         seed of the training (default: the preset's)
   --out DIR        folder of the run (default: runs/NAME); what is there already is used again
@@ -127,10 +128,18 @@ else
   preset=${preset:-quick} run=${out:-$root/runs/quick}
 fi
 
-if [ "$story" = full ] && [ -z "$data" ]; then
-  say "DCASE 2020 data"
-  data=$root/data/dcase2020
-  osscl download "$data" ${OSSCL_MIRROR:+--mirror "$OSSCL_MIRROR"}
+if [ "$story" = full ]; then
+  if [ -z "$data" ]; then
+    say "DCASE 2020 data"
+    data=$root/data/dcase2020
+    osscl download "$data" ${OSSCL_MIRROR:+--mirror "$OSSCL_MIRROR"}
+  fi
+  if [ ! -e "$data/index.jsonl" ]; then # no packed store yet
+    say "packed store"
+    store=$root/data/$(basename "$data")-$preset
+    osscl pack "$data" "$store" --preset "$preset"
+    data=$store
+  fi
 elif [ -z "$data" ]; then
   say "simulated machines"
   data=$run/data
@@ -162,8 +171,9 @@ if [ -e "$run/evaluation/metrics.json" ]; then
     if ! made "$executed" "$run/best.pt" || ! made "$executed" "$notebook"; then
       # the kernel's remark on loopback TCP is noise here
       OSSCL_RUN=$run OSSCL_DATA=$data "$python" -m nbconvert --log-level WARN --to notebook --execute \
-        --ExecutePreprocessor.startup_timeout=300 --output-dir "$run/notebooks" "$notebook" \
+        --ExecutePreprocessor.startup_timeout=300 --output-dir "$run/notebooks/.part" "$notebook" \
         2> >(grep -v 'IPKernelApp. WARNING . Kernel is running over TCP' >&2)
+      mv "$run/notebooks/.part/$(basename "$notebook")" "$executed"
     fi
   done
 else

@@ -1,0 +1,136 @@
+"""`reproduce.sh --full` on a miniature of the data: killed step after step, it goes on to the end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import soundfile
+from test_download import Zenodo
+
+from osscl_min.dataset import BENCHMARK
+from osscl_min.download import PARTS, TYPES
+from osscl_min.store import read_index
+from osscl_min.train import read_log
+
+ROOT = Path(__file__).parent.parent
+
+
+def zipped(names):
+    """A zip with a second of noise for each name."""
+    content = BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in names:
+            sound = BytesIO()
+            noise = np.random.default_rng(list(name.encode())).integers(-9000, 9000, 16_000, dtype=np.int16)
+            soundfile.write(sound, noise, 16_000, format="WAV", subtype="PCM_16")
+            archive.writestr(name, sound.getvalue())
+    return content.getvalue()
+
+
+@pytest.fixture
+def zenodo():
+    """Zenodo's four records with two machines of every type: one of each set, a clip of a kind."""
+    server, labels = Zenodo(), []
+    server.files = {}
+    for name in TYPES:
+        development, evaluation = [number for machine_type, number in BENCHMARK if machine_type == name][:2]
+        names = {
+            "dev": [f"{name}/train/normal_id_{development}_00000000.wav"]
+            + [f"{name}/test/{truth}_id_{development}_00000000.wav" for truth in ("normal", "anomaly")],
+            "eval-train": [f"{name}/train/normal_id_{evaluation}_00000000.wav"],
+            "eval-test": [f"{name}/test/id_{evaluation}_{k:08d}.wav" for k in range(2)],
+        }
+        for part, (record, pattern) in PARTS.items():
+            if part in names:
+                server.files[record, pattern.format(name)] = zipped(names[part])
+        labels += [name, *(f"id_{evaluation}_{k:08d}.wav,x_{k}.wav,{k}" for k in range(2))]
+    record, name = PARTS["labels"]
+    server.files[record, name] = "\n".join([*labels, ""]).encode()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The project in a folder of its own, with one short notebook, since data/ lies in the project."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    shutil.copy(ROOT / "reproduce.sh", root)
+    for name in ("osscl_min", "kernels"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "notebooks").mkdir()
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("import os; os.environ['OSSCL_DATA']")]
+    )
+    nbformat.write(notebook, root / "notebooks" / "01_short.ipynb")
+    return root
+
+
+def start(checkout, zenodo):
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OSSCL_MIRROR": zenodo.url,
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        ["bash", "reproduce.sh", "--full", "--preset", "quick", "--device", "cpu"],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_when(process, reached):
+    """Kill -9 the script and everything that it started as soon as `reached()`."""
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_at_any_step_it_goes_on(checkout, zenodo):
+    data, store, run = checkout / "data/dcase2020", checkout / "data/dcase2020-quick", checkout / "runs/full"
+    zenodo.faults["dev_data_slider.zip"] = ["stall"]
+    kill_when(start(checkout, zenodo), zenodo.stalled.is_set)
+    zenodo.resume.set()
+    assert (data / "fan").is_dir() and not store.exists()
+    kill_when(start(checkout, zenodo), store.exists)
+    assert len(list(data.rglob("*.wav"))) == 6 * 6 and not run.exists()
+    kill_when(start(checkout, zenodo), (run / "last.pt").exists)
+    assert 0 < len(read_log(run)) < 12 and read_index(store)[0]["files"] == 36
+
+    process = start(checkout, zenodo)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    for step in ("DCASE 2020 data", "packed store", "training", "evaluation", "ablation", "report"):
+        assert step in text
+    assert "files: 0 decoded, 36 kept" in text and len(read_log(run)) == 12
+    assert max(count for name, count in zenodo.asked.items() if name.endswith("zip")) == 2
+    assert sum(count for name, count in zenodo.asked.items() if name.endswith("zip")) <= 18 + 2
+    summary = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert (summary["clips"], summary["unlabelled"], summary["data"]) == (24, 0, "dcase2020")
+    assert (run / "evaluation" / "evaluation_set" / "metrics.json").is_file()
+    assert str(store) in (run / "notebooks" / "01_short.ipynb").read_text()
+    assert (run / "report.html").is_file()
