@@ -20,15 +20,17 @@ import numpy as np
 import soundfile
 import torch
 
+from osscl_min.batches import load_batches
 from osscl_min.bench import fresh, interleaved, write_rows
 from osscl_min.config import PRESETS, Config
 from osscl_min.dataset import decode, label_table
+from osscl_min.device import choose_device, prepare
 from osscl_min.features import LogMel, to_wave
 from osscl_min.files import peak_memory_mb
 from osscl_min.losses import training_losses
 from osscl_min.reader import open_data
 from osscl_min.textbook import TextbookOSSCL
-from osscl_min.train import Trainer, choose_device, load_batches, prepare
+from osscl_min.trainer import Trainer
 
 PAPER_CLIPS, PAPER_EPOCHS = 36_270 - 1_814, 300  # training clips less the validation split; passes over them
 MACHINES = [("fan", f"{k:02d}") for k in range(0, 7, 2)] + [("pump", f"{k:02d}") for k in range(0, 7, 2)]

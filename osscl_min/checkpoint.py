@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,10 @@ class Checkpoint:
 def save(path: Path | str, content: dict[str, Any], config: Config, classes: tuple, synthetic: bool) -> None:
     """Write tensors and plain values with their configuration, replacing the file as a whole."""
     header = {"format": FORMAT, "config": to_dict(config), "classes": [list(machine) for machine in classes]}
+    whole = io.BytesIO()  # a full disk makes torch.save itself fail without a reason
+    torch.save(header | {"synthetic": synthetic} | content, whole)
     with replacing(path, "wb") as file:
-        torch.save(header | {"synthetic": synthetic} | content, file)
+        file.write(whole.getbuffer())
 
 
 def read(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:

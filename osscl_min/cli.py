@@ -118,6 +118,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         others: Annotated[str | None, tyro.conf.arg(name="with", metavar="DIR|simulated")] = None,
         device: Device = "auto",
         strict: bool = False,
+        resume: bool = False,
     ) -> None:
         """Train a detector on the normal clips of a data folder; a run that was cut short goes on.
 
@@ -128,10 +129,12 @@ def commands(preset: Config) -> dict[str, Callable]:
             others: Data folder of other machines to tell yours from, needed where there is only one.
             device: Where to compute.
             strict: Stop if any file cannot be used.
+            resume: Stop where there is no run to go on with.
         """
         from osscl_min.train import train as run
 
-        print(run(data, out, config, others=others, device=device, strict=strict))
+        where = {"device": device, "strict": strict, "resume": resume}
+        print(run(data, out, config, others=others, **where))
 
     def evaluate(
         checkpoint: Path,

@@ -80,7 +80,7 @@ class TrainConfig:
     """The optimisation."""
 
     epochs: int = 300  # passes over the training clips (code)
-    batch_size: int = 64  # clips (code)
+    batch_size: int = 64  # clips, of all processes together (code)
     learning_rate: float = 1e-4  # AdamW, default betas, eps and weight decay 0.01 (code)
     final_learning_rate: float = 1e-5  # cosine annealing over the epochs (code)
     ema_decay: float = 0.9999  # after every step, over every float entry of the state (code)
@@ -94,6 +94,17 @@ class TrainConfig:
     precision: Precision = "fp32"  # of the network (code); cosines, losses and statistics stay float32
     validation_fraction: float = 0.05  # random split (code)
     seed: int = 2024  # of every random draw (code)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a run is carried out; a run may go on under other settings of these (all ours)."""
+
+    checkpoint_seconds: float = 300.0  # between two checkpoints within an epoch; each epoch ends with one
+    log_steps: int = 20  # steps between two looks at the losses
+    resident: Literal["auto", "yes", "no"] = "auto"  # keep all samples in GPU memory; auto: where they fit
+    compile: bool = False  # torch.compile the network
+    cuda_graph: Literal["auto", "no"] = "auto"  # auto: replay steps on one GPU; not with several processes
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 

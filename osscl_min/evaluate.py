@@ -14,15 +14,16 @@ import torch
 from tqdm import tqdm
 
 from osscl_min import checkpoint
+from osscl_min.batches import load_batches
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig, to_dict
 from osscl_min.dataset import Clip
+from osscl_min.device import autocast, choose_device, prepare
 from osscl_min.features import FrontEnd
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
 from osscl_min.reader import FolderReader, open_data
-from osscl_min.train import autocast, choose_device, load_batches, prepare
 
 
 @dataclass

@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from osscl_min import checkpoint, sweep
 from osscl_min.config import Config, EvaluateConfig
+from osscl_min.device import choose_device, prepare
 from osscl_min.evaluate import known_machines, score_clips
 from osscl_min.features import ZeroPhaseFilter
 from osscl_min.files import UserError, provenance, write_csv, write_json
 from osscl_min.metrics import NAMES, evaluate_scores
 from osscl_min.reader import open_data
 from osscl_min.sweep import BASELINE, Changes
-from osscl_min.train import choose_device, prepare
 
 TRAINED = ("components", "inputs", "training", "high-frequency-training")  # experiments that train
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz

@@ -42,6 +42,7 @@ def os_scl_loss(
     mix: float | torch.Tensor,
     config: LossConfig = LossConfig(),
     group=None,
+    share: float = 1.0,
     clean: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """lambda CE(logits, y_a) + (1 - lambda) CE(logits, y_b) + w SupCon(z, y_a); paper, section 2.
@@ -62,6 +63,8 @@ def os_scl_loss(
     config : LossConfig
     group : torch.distributed.ProcessGroup, optional
         SupCon over the rows of all its ranks.
+    share : float
+        Of the rows of all ranks that these are: the cross-entropies of all ranks add up to the mean of all.
     clean : (B, D), optional
         Of unit length, of the unmixed clips: what SupCon sees where `config.contrastive` is "clean".
 
@@ -72,6 +75,7 @@ def os_scl_loss(
     """
     own, partner = (logits, logits) if logits.dim() == 2 else logits.unbind(1)
     cross_entropy = mix * F.cross_entropy(own, labels) + (1 - mix) * F.cross_entropy(partner, partner_labels)
+    cross_entropy = share * cross_entropy
 
     def supcon(features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         scale = {"temperature": config.temperature, "base_temperature": config.base_temperature}
@@ -96,6 +100,7 @@ def training_losses(
     permutation: torch.Tensor,
     config: LossConfig = LossConfig(),
     group=None,
+    share: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """A training batch's losses: mix the clips, run the network, compare.
 
@@ -112,6 +117,7 @@ def training_losses(
         Position of each clip's partner.
     config : LossConfig
     group : torch.distributed.ProcessGroup, optional
+    share : float
         See `os_scl_loss`.
 
     Returns
@@ -128,7 +134,7 @@ def training_losses(
     logits, embedding = network(*mixed, margins)
     if config.mixup and config.contrastive == "clean":
         clean = network(wave, log_mel, labels)[1]
-    return os_scl_loss(logits, embedding, labels, partners, mix, config, group, clean)
+    return os_scl_loss(logits, embedding, labels, partners, mix, config, group, share, clean)
 
 
 def stage_loss(config: Config, epoch: int) -> LossConfig:

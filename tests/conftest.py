@@ -10,6 +10,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
+from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig  # noqa: E402
+
+# a whole training in seconds
+TINY = replace(
+    PRESETS["quick"],
+    model=ModelConfig(audio=AudioConfig(seconds=1.0)),
+    train=replace(PRESETS["quick"].train, epochs=3, batch_size=5),
+)
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
@@ -30,13 +38,31 @@ def real_data() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory) -> pathlib.Path:
+    """Eighteen training clips of one second, six simulated machines."""
+    from osscl_min.synth import SynthConfig, write_dataset
+
+    config = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=1, test_anomaly=1)
+    return write_dataset(tmp_path_factory.mktemp("machines") / "data", config)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data, tmp_path_factory) -> pathlib.Path:
+    """The folder of a run of TINY on `data`; tests leave it as it is."""
+    from osscl_min.train import train
+
+    out = tmp_path_factory.mktemp("uninterrupted")
+    train(data, out, TINY, device="cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> pathlib.Path:
     """A whole run of twelve simulated machines, one-second clips and two epochs, with its data in data/.
 
     Its network has learned next to nothing. Tests that change it work on a copy.
     """
     from osscl_min import figures, report
-    from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig
     from osscl_min.evaluate import evaluate
     from osscl_min.experiments import high_frequency
     from osscl_min.synth import SynthConfig, write_dataset

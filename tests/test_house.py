@@ -13,7 +13,7 @@ from osscl_min.results import fill
 ROOT = Path(__file__).parent.parent
 # A module may import only from modules of its own or an earlier line.
 ORDER = [
-    {"files"},
+    {"files", "device", "ranks", "batches"},
     {"bench"},
     {"config"},
     {"layouts", "synth"},
@@ -25,6 +25,7 @@ ORDER = [
     {"features", "model"},
     {"losses", "signals", "textbook"},
     {"checkpoint"},
+    {"trainer"},
     {"train"},
     {"metrics"},
     {"evaluate"},

@@ -8,10 +8,11 @@ from osscl_kernels import supcon_loss_ref
 from torch.nn import functional as F
 
 from osscl_min.config import PRESETS, AudioConfig, LossConfig, ModelConfig, TrainConfig
+from osscl_min.device import prepare
 from osscl_min.files import UserError
 from osscl_min.losses import stage_loss, training_losses
 from osscl_min.model import OSSCL
-from osscl_min.train import Trainer, prepare
+from osscl_min.trainer import Trainer
 
 SHORT = AudioConfig(seconds=1.0)
 MIX = 0.3

@@ -19,7 +19,7 @@ from osscl_min.model import (
     load_upstream_state,
     upstream_state_shapes,
 )
-from osscl_min.train import Trainer
+from osscl_min.trainer import Trainer
 
 GOLD = np.load(GOLDEN / "upstream_float64.npz")
 INPUTS = {"tfst": ("log_mel", "tgram", "tfgram"), "mel": ("log_mel",)}

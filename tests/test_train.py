@@ -6,32 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 
 from osscl_min import checkpoint, train
-from osscl_min.config import PRESETS, AudioConfig, ModelConfig, TrainConfig
+from osscl_min.batches import batches_of, split_validation
+from osscl_min.config import PRESETS, ModelConfig, TrainConfig
 from osscl_min.evaluate import evaluate
 from osscl_min.files import UserError
 from osscl_min.synth import SynthConfig, write_dataset
-
-TINY = replace(
-    PRESETS["quick"],
-    model=ModelConfig(audio=AudioConfig(seconds=1.0)),
-    train=replace(PRESETS["quick"].train, epochs=3, batch_size=5),
-)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Eighteen training clips of one second, six machines."""
-    config = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=1, test_anomaly=1)
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", config)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted")
-    train.train(data, out, TINY)
-    return out
 
 
 def state(path):
@@ -80,11 +62,11 @@ def test_the_same_seed_gives_bit_identical_losses(data, uninterrupted, tmp_path)
 def test_a_run_cut_short_goes_on_as_if_it_had_not_been(data, uninterrupted, tmp_path, monkeypatch):
     step, calls = train.Trainer.step, []
 
-    def interrupted(self, *arguments):
+    def interrupted(self, *arguments, **keywords):
         calls.append(1)
         if len(calls) == 6:  # in the second epoch
             raise KeyboardInterrupt
-        return step(self, *arguments)
+        return step(self, *arguments, **keywords)
 
     monkeypatch.setattr(train.Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -122,6 +104,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_is_there(data, tmp_path,
         train.train(data, tmp_path, TINY)
     assert state(tmp_path / "last.pt")["epoch"] == 1
     assert all(value.isfinite().all() for value in state(tmp_path / "best.pt")["ema"].values())
+    assert state(tmp_path / "failed.pt")["student"]["arcface.weight"].isnan().any()
 
 
 def test_one_machine_alone_is_refused(data, tmp_path):
@@ -146,16 +129,16 @@ def test_learning_rate_is_pytorchs_cosine_annealing():
     ("count", "sizes"), [(10, [4, 4, 2]), (9, [4, 5]), (8, [4, 4]), (5, [5]), (3, [3]), (1, [1])]
 )
 def test_a_last_batch_of_one_joins_the_one_before(count, sizes):
-    batches = train.batches_of(np.arange(count)[::-1], 4)
+    batches = batches_of(np.arange(count)[::-1], 4)
     assert [len(batch) for batch in batches] == sizes
     assert np.concatenate(batches).tolist() == list(range(count))[::-1]
 
 
 def test_validation_split():
-    training, held_out = train.split_validation(200, 0.05, 3)
+    training, held_out = split_validation(200, 0.05, 3)
     assert len(held_out) == 10 and sorted([*training, *held_out]) == list(range(200))
-    assert not np.array_equal(train.split_validation(200, 0.05, 4)[1], held_out)
-    assert [len(part) for part in train.split_validation(4, 0.01, 0)] == [3, 1]
+    assert not np.array_equal(split_validation(200, 0.05, 4)[1], held_out)
+    assert [len(part) for part in split_validation(4, 0.01, 0)] == [3, 1]
 
 
 def test_training_teaches(tmp_path):

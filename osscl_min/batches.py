@@ -1,0 +1,156 @@
+"""From clips to batches on the device: which clips, in what order, with whom they mix, and their samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+RESIDENT_SHARE = 0.5  # of a GPU's free memory that samples may take; a step needs the rest
+
+
+def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and to validate on: a random split; at least one clip is held out.
+
+    Returns
+    -------
+    train, validation : sorted int64 arrays
+    """
+    order = np.random.default_rng([seed, 0]).permutation(count)
+    held_out = min(max(1, round(fraction * count)), count - 2)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def shuffled(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch; it follows from seed and epoch alone."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(positions)
+
+
+def draw_mixing(
+    seed: int, epoch: int, step: int, alpha: float, sizes: Sequence[int]
+) -> tuple[float, list[np.ndarray]]:
+    """A step's lambda, one for all ranks, and for each rank the partners within its own block.
+
+    Parameters
+    ----------
+    seed, epoch, step : int
+        The draws follow from these alone.
+    alpha : float
+        lambda ~ Beta(alpha, alpha).
+    sizes : sequence of int
+        Rows of each rank.
+    """
+    random = np.random.default_rng([seed, 2, epoch, step])
+    mix = float(random.beta(alpha, alpha))
+    return mix, [random.permutation(size) for size in sizes]
+
+
+def batches_of(order: Sequence[int], size: int, least: int = 2) -> list[np.ndarray]:
+    """Cut an order into batches; a last batch of fewer than `least` clips joins the one before.
+
+    BatchNorm needs two clips on every rank.
+    """
+    cuts = list(range(size, len(order), size))
+    if cuts and len(order) - cuts[-1] < least:
+        cuts.pop()
+    return np.split(np.asarray(order), cuts)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A small array on the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Resident:
+    """All samples of a reader in the device's memory.
+
+    Parameters
+    ----------
+    reader : FolderReader or StoreReader
+    device : torch.device
+    chunk : int
+        Clips read at a time.
+    """
+
+    def __init__(self, reader: Any, device: torch.device, chunk: int = 256):
+        self.samples: torch.Tensor | None = None
+        for start in range(0, len(reader), chunk):
+            part = torch.from_numpy(reader.read(range(start, min(start + chunk, len(reader)))))
+            if self.samples is None:
+                self.samples = torch.empty(len(reader), part.shape[1], dtype=part.dtype, device=device)
+            self.samples[start : start + len(part)] = part
+
+
+def resident(reader: Any, samples: int, device: torch.device, wanted: str = "auto") -> Any:
+    """The reader, or its samples in GPU memory.
+
+    Parameters
+    ----------
+    reader : FolderReader or StoreReader
+    samples : int
+        Of a clip.
+    device : torch.device
+    wanted : {"auto", "yes", "no"}
+        "auto": where RESIDENT_SHARE of the GPU's free memory holds them.
+    """
+    if device.type != "cuda" or wanted == "no":
+        return reader
+    needed = 2 * samples * len(reader)
+    fits = needed <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    return Resident(reader, device) if fits or wanted == "yes" else reader
+
+
+def load_batches(
+    source: Any, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Samples (B, samples) int16 and labels (B,) batch by batch; the next is read while one is worked on.
+
+    Two buffers take turns, pinned for a GPU, which copies on a stream of its own. On a CPU the samples are
+    a buffer's: they last until the next batch is asked for.
+
+    Parameters
+    ----------
+    source : FolderReader, StoreReader or Resident
+    labels : (clips,) int64
+    batches : sequence of int arrays
+        Positions of clips.
+    device : torch.device
+    """
+    if isinstance(source, Resident):
+        for batch in batches:
+            yield source.samples[to_device(batch, device)], to_device(labels[batch], device)
+        return
+    on_gpu = device.type == "cuda"
+    copies = torch.cuda.Stream(device) if on_gpu else None
+    buffers: list[torch.Tensor | None] = [None, None]
+    copied = [torch.cuda.Event() for _ in buffers] if on_gpu else []
+
+    def read(number: int) -> torch.Tensor:
+        batch, turn = batches[number], number % 2
+        buffer = buffers[turn]
+        if buffer is None or len(buffer) < len(batch):
+            buffer = torch.from_numpy(source.read(batch))
+            buffers[turn] = buffer.pin_memory() if on_gpu else buffer
+            return buffers[turn]
+        if on_gpu:
+            copied[turn].synchronize()  # the copy out of this buffer, two batches ago
+        source.read(batch, buffer[: len(batch)].numpy())
+        return buffer[: len(batch)]
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, 0) if batches else None
+        for number, batch in enumerate(batches):
+            samples = ahead.result()
+            if number + 1 < len(batches):
+                ahead = pool.submit(read, number + 1)
+            if on_gpu:
+                with torch.cuda.stream(copies):
+                    samples = samples.to(device, non_blocking=True)
+                copied[number % 2].record(copies)
+                torch.cuda.current_stream(device).wait_stream(copies)
+                samples.record_stream(torch.cuda.current_stream(device))
+            yield samples, to_device(labels[batch], device)

@@ -1,0 +1,253 @@
+"""The training engine: runs go on bit for bit from any moment, and nothing bad replaces a checkpoint."""
+
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from test_train import equal, state
+
+from osscl_min import checkpoint, train
+from osscl_min.batches import Resident, draw_mixing, load_batches
+from osscl_min.config import EngineConfig
+from osscl_min.files import UserError
+from osscl_min.model import OSSCL
+from osscl_min.ranks import Ranks
+from osscl_min.trainer import Trainer
+
+ROOT = Path(__file__).parent.parent
+EVERY_STEP = replace(TINY, engine=EngineConfig(checkpoint_seconds=0))
+CPU = torch.device("cpu")
+
+
+def command(folder, out, *more):
+    """The same run as EVERY_STEP, as a process of its own."""
+    settings = ["--preset", "quick", "--model.audio.seconds", "1", "--train.epochs", "3"]
+    settings += ["--train.batch-size", "5", "--engine.checkpoint-seconds", "0", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "osscl_min", "train", "--data", str(folder), "--out", str(out)]
+    return subprocess.Popen(
+        [*arguments, *settings, *more],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_checkpoint(out, process):
+    while not (out / "last.pt").is_file():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def same_run(one, other):
+    assert equal(state(one / "last.pt")["student"], state(other / "last.pt")["student"])
+    assert equal(state(one / "last.pt")["optimizer"]["state"], state(other / "last.pt")["optimizer"]["state"])
+    assert equal(state(one / "best.pt")["ema"], state(other / "best.pt")["ema"])
+    for a, b in zip(train.read_log(one), train.read_log(other), strict=True):
+        timed = {"seconds", "clips_per_second", "peak_memory_mb"}
+        assert {key: a[key] for key in a.keys() - timed} == {key: b[key] for key in b.keys() - timed}
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights(data, uninterrupted, tmp_path):
+    for _ in range(2):
+        process = command(data, tmp_path)
+        wait_for_checkpoint(tmp_path, process)
+        time.sleep(random.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+    at = state(tmp_path / "last.pt")["position"]
+    train.train(data, tmp_path, EVERY_STEP, resume=True)
+    assert (at["epoch"], at["step"]) <= (3, 0)
+    same_run(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_it_goes_on_from_any_step(data, uninterrupted, tmp_path, monkeypatch, step):
+    """Within an epoch, and at its end."""
+    original, calls = Trainer.step, []
+
+    def stopped(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == step + 1:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(data, tmp_path, EVERY_STEP)
+    at = state(tmp_path / "last.pt")["position"]
+    assert (at["epoch"], at["step"], len(at["losses"])) == (step // 3, step % 3, step % 3)
+    train.train(data, tmp_path, TINY)  # how a run is carried out may change
+    assert len(calls) == 9 + 1
+    same_run(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(data, tmp_path, number):
+    process = command(data, tmp_path, "--engine.checkpoint-seconds", "1000", "--train.epochs", "1000")
+    while not (tmp_path / "log.jsonl").is_file():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    name = signal.Signals(number).name
+    found = re.search(rf"osscl: stopped by {name} at epoch (\d+), step (\d) of 3; saved", said)
+    at = state(tmp_path / "last.pt")["position"]
+    assert (int(found[1]), int(found[2])) == (at["epoch"] + 1, at["step"])
+    assert "Traceback" not in said
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_resume_needs_a_run(data, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train.train(data, tmp_path, TINY, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data, uninterrupted, tmp_path):
+    before = (uninterrupted / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(before)
+    content = state(tmp_path / "last.pt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*last\.pt: File too large"):
+            checkpoint.save(tmp_path / "last.pt", content, TINY, (), True)
+        with pytest.raises(UserError, match=r"cannot write .*initial\.pt: File too large"):
+            train.train(data, tmp_path / "new", TINY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".part"]
+
+
+def test_a_folder_that_cannot_be_written(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*config.json: Not a directory"):
+        train.train(data, tmp_path / "file" / "run", TINY)
+
+
+def test_a_state_that_is_not_finite_replaces_nothing(data, tmp_path, monkeypatch):
+    step, calls = Trainer.step, []
+
+    def poisoned(self, *arguments, **keywords):
+        losses = step(self, *arguments, **keywords)
+        calls.append(1)
+        if len(calls) == 5:  # the loss is still a number
+            with torch.no_grad():
+                next(iter(self.optimizer.state.values()))["exp_avg"].view(-1)[3] = torch.inf
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(
+        UserError, match=r"epoch 2, step 2: the state after it is not finite; its clips: norm"
+    ):
+        train.train(data, tmp_path, EVERY_STEP)
+    at, failed = state(tmp_path / "last.pt"), state(tmp_path / "failed.pt")
+    assert (at["position"]["epoch"], at["position"]["step"]) == (1, 1)
+    assert failed["position"]["step"] == 2
+    monkeypatch.setattr(Trainer, "step", step)
+    train.train(data, tmp_path, TINY)
+
+
+def test_a_bad_loss_is_noticed_at_the_next_look(data, tmp_path, monkeypatch):
+    step, calls = Trainer.step, []
+
+    def poisoned(self, *arguments, **keywords):
+        calls.append(1)
+        losses = step(self, *arguments, **keywords)
+        return losses if len(calls) != 1 else {name: loss * torch.nan for name, loss in losses.items()}
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    config = replace(TINY, engine=EngineConfig(log_steps=2))
+    with pytest.raises(UserError, match=r"epoch 1, step 1: the loss is nan; its clips: normal_id_"):
+        train.train(data, tmp_path, config)
+    assert len(calls) == 2 and not (tmp_path / "last.pt").exists()
+
+
+class Counting:
+    """Clip k holds the value k."""
+
+    def __len__(self):
+        return 11
+
+    def read(self, positions, out=None):
+        rows = np.repeat(np.asarray(positions, np.int16)[:, None], 4, 1)
+        if out is None:
+            return rows
+        out[:] = rows
+        return out
+
+
+def test_batches_arrive_in_order_from_two_buffers():
+    batches = [np.array(batch) for batch in ([3, 1, 2], [0, 4, 5], [6, 7], [8, 9, 10, 3], [1, 2])]
+    labels = np.arange(11) * 10
+    for source in (Counting(), Resident(Counting(), CPU, chunk=4)):
+        seen, places = [], set()
+        for samples, target in load_batches(source, labels, batches, CPU):
+            assert samples.shape == (len(target), 4) and samples.dtype == torch.int16
+            assert target.tolist() == [10 * value for value in samples[:, 0].tolist()]
+            seen.append(samples[:, 3].tolist())
+            places.add(samples.data_ptr())
+        assert seen == [batch.tolist() for batch in batches]
+        assert len(places) <= 4 or isinstance(source, Resident)  # two buffers, one of them grown once
+    assert list(load_batches(Counting(), labels, [], CPU)) == []
+
+
+def test_blocks_and_partners():
+    whole = draw_mixing(7, 2, 3, 0.5, [5])
+    mix, partners = draw_mixing(7, 2, 3, 0.5, [3, 2])
+    assert mix == whole[0] and [sorted(one) for one in partners] == [[0, 1, 2], [0, 1]]
+    assert draw_mixing(7, 2, 4, 0.5, [5])[0] != mix
+    blocks = Ranks(1, 3).blocks(np.arange(7))
+    assert [len(block) for block in blocks] == [3, 2, 2] and np.concatenate(blocks).tolist() == [*range(7)]
+
+
+def steps(trainer, mix, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(-9000, 9000, (6, trainer.config.model.audio.samples), generator=generator)
+    wave, log_mel = (value.to(dtype) for value in trainer.front(samples.to(torch.int16)))
+    batch = torch.arange(6) % 4, mix, torch.randperm(6, generator=generator)
+    return torch.stack([trainer.step(wave, log_mel, *batch)["total"] for _ in range(2)])
+
+
+def test_lambda_and_learning_rate_as_tensors_give_the_same_step():
+    """What a CUDA graph needs."""
+    torch.manual_seed(0)
+    plain, tensors = (Trainer(TINY, CPU, OSSCL(TINY.model).double()) for _ in range(2))
+    tensors.load(plain.state())
+    for group in tensors.optimizer.param_groups:
+        group["lr"] = torch.tensor(float("nan"))
+    for trainer in (plain, tensors):
+        trainer.start_epoch(1)
+    ours = steps(plain, 0.3, torch.float64)
+    theirs = steps(tensors, torch.tensor(0.3, dtype=torch.float64), torch.float64)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    for a, b in zip(plain.model.parameters(), tensors.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert plain.is_finite()
+
+
+def test_a_compiler_that_fails_leaves_the_network_as_it_is(monkeypatch, capsys):
+    torch.manual_seed(0)
+    config = replace(TINY, model=replace(TINY.model, inputs=("log_mel",)))
+    plain = Trainer(config, CPU)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    compiled = Trainer(replace(config, engine=EngineConfig(compile=True)), CPU, Trainer(config, CPU).model)
+    assert compiled._network is compiled.model
+    assert "runs uncompiled" in capsys.readouterr().out
+    compiled.load(plain.state())
+    assert torch.equal(steps(plain, 0.3), steps(compiled, 0.3))
