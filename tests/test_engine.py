@@ -235,9 +235,9 @@ def test_lambda_and_learning_rate_as_tensors_give_the_same_step():
         trainer.start_epoch(1)
     ours = steps(plain, 0.3, torch.float64)
     theirs = steps(tensors, torch.tensor(0.3, dtype=torch.float64), torch.float64)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     for a, b in zip(plain.model.parameters(), tensors.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert plain.is_finite()
 
 
