@@ -67,10 +67,10 @@ def commands(preset: Config) -> dict[str, Callable]:
         print(run(directory, parts=parts.split(","), types=types.split(","), jobs=jobs, mirror=mirror))
 
     def inspect(data: Positional[Path], out: Path | None = None) -> None:
-        """Show what a data folder holds: counts, lengths, rates, levels, doubles, conflicts.
+        """Show what a data set holds: counts, lengths, rates, levels, doubles, conflicts.
 
         Args:
-            data: Data folder or manifest.
+            data: Data folder, manifest or packed store.
             out: Folder for inspect.json, inspect.csv and inspect.png.
         """
         from osscl_min import figures, inspection

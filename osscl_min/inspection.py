@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from osscl_min.dataset import Clip, Dataset, scan
 from osscl_min.files import UserError, write_csv, write_json
+from osscl_min.store import is_store, read_store
 
 FULL_SCALE = 32767 / 32768  # a sample this large is taken for clipped
 
@@ -69,7 +70,8 @@ def inspect(path: Path | str) -> dict[str, Any]:
     Parameters
     ----------
     path : Path or str
-        A data folder in any layout that `dataset.scan` knows, or a manifest.
+        A data folder in any layout that `dataset.scan` knows, a manifest, or a packed store, of whose files
+        the index tells; levels and clipped samples are then those of the packed clips.
 
     Returns
     -------
@@ -84,17 +86,12 @@ def inspect(path: Path | str) -> dict[str, Any]:
     UserError
         If there is no usable file.
     """
-    dataset = scan(path)
-
-    def one(clip: Clip) -> Sound | str:
-        try:
-            return listen(clip.path)
-        except UserError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        heard = pool.map(one, dataset.clips)
-        heard = list(tqdm(heard, "inspecting", len(dataset.clips), unit="clip", disable=None, leave=False))
+    if is_store(path):
+        _, dataset, lines = read_store(path)
+        heard = list(map(_packed, lines))
+    else:
+        dataset = scan(path)
+        heard = _listen_to_all(dataset.clips)
     sounds = {
         clip: sound for clip, sound in zip(dataset.clips, heard, strict=True) if isinstance(sound, Sound)
     }
@@ -127,6 +124,27 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "problems": problems,
         "files": [_file(dataset, clip, sound) for clip, sound in sounds.items()],
     }
+
+
+def _listen_to_all(clips: list[Clip]) -> list[Sound | str]:
+    def one(clip: Clip) -> Sound | str:
+        try:
+            return listen(clip.path)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        heard = pool.map(one, clips)
+        return list(tqdm(heard, "inspecting", len(clips), unit="clip", disable=None, leave=False))
+
+
+def _packed(line: dict[str, Any]) -> Sound | str:
+    silent = line["problem"] == "silent"
+    if line["problem"] and not silent:
+        return line["problem"]
+    found = {name: line[name] for name in ("channels", "encoding", "level", "clipped")}
+    content = (line["sha256"] if silent else line["content"])[:16]
+    return Sound(line["frames"] / line["rate"], line["rate"], **found, silent=silent, content=content)
 
 
 def _file(dataset: Dataset, clip: Clip, sound: Sound) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from osscl_min.config import AudioConfig
 from osscl_min.dataset import Clip, Dataset, decode, scan
 from osscl_min.files import UserError
-from osscl_min.store import ARRAY, CLIP_NAMES, SAMPLE, describe, is_store, read_index
+from osscl_min.store import ARRAY, SAMPLE, describe, is_store, read_store
 
 
 class FolderReader:
@@ -215,7 +215,7 @@ def open_data(
 def _open_store(
     path: Path, audio: AudioConfig, splits: Sequence[str], channel: int | None
 ) -> tuple[Dataset, dict[str, StoreReader]]:
-    header, lines = read_index(path)
+    header, dataset, lines = read_store(path)
     wanted = {"sample_rate": audio.sample_rate, "seconds": audio.seconds}
     wanted |= {} if channel is None else {"channel": channel}
     if any(header[name] != value for name, value in wanted.items()):
@@ -223,10 +223,7 @@ def _open_store(
             f"{path} holds {describe(header)}; make another store: python -m osscl_min pack {header['data']} "
             "OTHER " + " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in wanted.items())
         )
-    root = Path(header["root"])
-    clips = [Clip(root / line["file"], **{name: line[name] for name in CLIP_NAMES}) for line in lines]
-    kept = {name: header[name] for name in ("problems", "synthetic", "layout", "channel")}
-    dataset = Dataset(root, list(clips), **kept)
+    clips = list(dataset.clips)
     readers = {}
     for split in splits:
         chosen = [k for k, clip in enumerate(clips) if clip.split == split]

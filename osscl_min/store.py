@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 
 from osscl_min.config import AudioConfig
-from osscl_min.dataset import Clip, decode
+from osscl_min.dataset import Clip, Dataset, decode
 from osscl_min.files import UserError
 
 INDEX, JOURNAL, ARRAY = "index.jsonl", "journal.jsonl", "{}.int16"
@@ -38,6 +38,7 @@ class Entry:
     rate: int | None = None  # Hz, of the file; None where it is no sound file
     channels: int | None = None
     frames: int | None = None  # samples of a channel
+    encoding: str = ""  # "PCM_16", ...
     problem: str = ""  # why it is not used
     remarks: tuple[str, ...] = ()  # what was done to it
     length: int = 0  # samples of the decoded clip
@@ -72,7 +73,13 @@ def examine(task: tuple[Path, str, str], audio: AudioConfig, channel: int | None
     entry = Entry(file, split, *stamp(path), file_hash(path))
     try:
         info = soundfile.info(path)
-        entry = replace(entry, rate=info.samplerate, channels=info.channels, frames=info.frames)
+        entry = replace(
+            entry,
+            rate=info.samplerate,
+            channels=info.channels,
+            frames=info.frames,
+            encoding=info.subtype,
+        )
     except RuntimeError:
         pass  # `decode` says why
     try:
@@ -137,6 +144,28 @@ def read_index(store: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]
                 f"{array} is damaged: {size_of(array)} bytes, not {needed}; run the same `pack` again"
             )
     return header, lines
+
+
+def read_store(store: Path | str) -> tuple[dict[str, Any], Dataset, list[dict[str, Any]]]:
+    """The index of a store, with every file's clip, usable or not, as `dataset.scan` found it.
+
+    Returns
+    -------
+    header : dict
+    dataset : Dataset
+    lines : list of dict
+        One for each of the data set's clips.
+
+    Raises
+    ------
+    UserError
+        If the store is not finished or damaged.
+    """
+    header, lines = read_index(store)
+    root = Path(header["root"])
+    clips = [Clip(root / line["file"], **{name: line[name] for name in CLIP_NAMES}) for line in lines]
+    kept = {name: header[name] for name in ("problems", "synthetic", "layout", "channel")}
+    return header, Dataset(root, clips, **kept), lines
 
 
 def size_of(path: Path) -> int:

@@ -10,7 +10,9 @@ import soundfile
 from test_cli import osscl
 
 from osscl_min import figures, inspection
+from osscl_min.config import AudioConfig
 from osscl_min.files import UserError
+from osscl_min.pack import pack
 
 
 @pytest.fixture
@@ -73,6 +75,16 @@ def test_doubles_are_found_by_content_whatever_the_container(folder):
     assert [sorted(files) for files in result["conflicts"]] == [same]
     text = inspection.remarks(result)
     assert "in train and in test" in text and "two truths" in text and "1 files cannot be used" in text
+
+
+def test_a_store_tells_the_same(folder, tmp_path):
+    pack(folder, tmp_path / "store", AudioConfig(seconds=1.0), jobs=1)
+    here, there = inspection.inspect(folder), inspection.inspect(tmp_path / "store")
+    for row in (*here["files"], *there["files"]):
+        del row["level"], row["content"]  # of the whole file, of the clip as it is packed
+    assert here["problems"].keys() == there["problems"].keys() and len(here["problems"]) == 1
+    del here["problems"], there["problems"]
+    assert here == there
 
 
 def test_the_level_is_the_root_mean_square(tmp_path):
