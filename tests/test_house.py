@@ -27,7 +27,7 @@ ORDER = [
     {"checkpoint"},
     {"trainer"},
     {"train"},
-    {"metrics"},
+    {"metrics", "calibration"},
     {"evaluate"},
     {"sweep"},
     {"experiments"},
