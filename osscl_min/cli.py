@@ -165,6 +165,61 @@ def commands(preset: Config) -> dict[str, Callable]:
         else:
             print(as_text(table(result["metrics"])))
 
+    def score(
+        checkpoint: Positional[Path],
+        files: Positional[tuple[str, ...]],
+        machine: str | None = None,
+        id: str | None = None,
+        false_alarm_rate: float = 0.05,
+        threshold: Literal["empirical", "gamma"] = "empirical",
+        calibrate: tuple[str, ...] = (),
+        window_step: float | None = None,
+        csv: Path | None = None,
+        json: Path | None = None,
+        batch_size: int | None = None,
+        channel: int | None = None,
+        device: Device = "auto",
+    ) -> None:
+        """Score recordings of a machine and say which are anomalous.
+
+        Exit status: 0 if every file was scored, 1 if some were skipped (they are listed), 2 for an error.
+
+        Args:
+            checkpoint: A run's best.pt.
+            files: Sound files, folders of them, manifests (.csv), or - for names on standard input.
+            machine: Machine type of all files; left out, their folders and names say it (fan/id_00/...).
+            id: Machine id of all files; one that was never trained on is scored against every id of its type.
+            false_alarm_rate: Share of normal clips that may be called anomalous.
+            threshold: From the ranks of held-out normal clips, or from a gamma distribution fitted to them.
+            calibrate: More normal recordings, files or folders, never trained on, to set the threshold by.
+            window_step: Seconds between the windows of a long recording; half a window if left out.
+            csv: File for the results, a row a file.
+            json: File for the results, with the time lines of long recordings.
+            batch_size: Windows at once.
+            channel: The channel to take of files with several.
+            device: Where to compute.
+        """
+        from osscl_min.score import score as run
+
+        scorer, summary = run(
+            checkpoint,
+            files,
+            machine_type=machine,
+            machine_id=id,
+            rate=false_alarm_rate,
+            method=threshold,
+            calibrate_with=calibrate,
+            step=window_step,
+            batch_size=batch_size,
+            channel=channel,
+            csv_path=csv,
+            json_path=json,
+            device=device,
+        )
+        print(summary.text(scorer))
+        if summary.skipped:
+            sys.exit(1)
+
     def metrics(
         scores: Positional[Path],
         out: Path | None = None,
@@ -290,7 +345,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         print(written.read_text(), end="")
 
     functions = (
-        synth, download, inspect, pack, train, evaluate, metrics, ablate, report, keep, readme, bench,
+        synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, keep, readme, bench,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
 

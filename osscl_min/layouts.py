@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from osscl_min.files import UserError
 
@@ -79,6 +79,17 @@ def recognise(names: Iterable[PurePosixPath]) -> Layout:
     """The layout that explains most of the sound files; DCASE 2020 where none explains any."""
     stems = [str(name.with_suffix("")) for name in names]
     return max(LAYOUTS, key=lambda layout: sum(bool(layout.pattern.fullmatch(stem)) for stem in stems))
+
+
+def readings(path: PurePath) -> Iterator[tuple[Layout, dict[str, str | None]]]:
+    """What the end of one file's path may mean, in the order of LAYOUTS; without its data set, which is
+    right must be told by whether such a machine exists."""
+    parts = path.with_suffix("").parts
+    for layout in LAYOUTS:
+        for depth in range(3, min(len(parts), 6) + 1):
+            match = layout.pattern.fullmatch("/".join(parts[-depth:]))
+            if match:
+                yield layout, match.groupdict()
 
 
 def interpret(

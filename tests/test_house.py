@@ -28,7 +28,7 @@ ORDER = [
     {"trainer"},
     {"train"},
     {"metrics", "calibration"},
-    {"evaluate"},
+    {"evaluate", "score"},
     {"sweep"},
     {"experiments"},
     {"figures"},
