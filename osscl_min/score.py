@@ -28,12 +28,12 @@ from osscl_min.calibration import Calibration, Method, Threshold
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig
 from osscl_min.dataset import MANIFEST, SUFFIXES, decode, duration, scan
+from osscl_min.device import autocast, choose_device, prepare
 from osscl_min.features import FrontEnd
 from osscl_min.files import UserError, replacing
 from osscl_min.layouts import readings
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import as_text
-from osscl_min.train import autocast, choose_device, prepare
 
 COLUMNS = (
     "file", "machine_type", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value",
