@@ -8,107 +8,24 @@ Three things make it faster than the plain modules:
 * the backward pass keeps one tensor a layer (the raw convolution output); BN + ReLU are recomputed.
 
 Tensors are (clips, channels, 1, time) in channels_last memory format. Source: the same equations as
-`tfgram_train_ref`; batch statistics combined by Chan, Golub and LeVeque (1983).
+`tfgram_train_ref`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
 
+from .clipwise import BatchNorm, SideBySide, aten, combine_moments, moments
 from .tfgram_infer import LAYERS, frames
 
 GROUP_ROWS = 32_000  # time steps of the first layers in one group of clips: one clip of 10 s
-STATISTICS_BLOCK = 2_000  # rows summed in float32 before float64 takes over; four times that in bfloat16
 GRADIENT_BLOCK = 250  # time steps of a weight-gradient block: inputs and gradients fit the L2 cache
 FIRST = LAYERS[0]
-aten = torch.ops.aten
-
-
-def combine_moments(
-    counts: torch.Tensor, means: torch.Tensor, squares: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Join counts (n,), means (n, ...) and centred sums of squares (n, ...) of n parts, in float64.
-
-    Returns
-    -------
-    count, mean, square : torch.Tensor
-        Of the union of the parts.
-    """
-    weights = counts.double().view(-1, *[1] * (means.dim() - 1))
-    means = means.double()
-    mean = (weights * means).sum(0) / weights.sum()
-    square = squares.double().sum(0) + (weights * (means - mean).square()).sum(0)
-    return counts.sum(), mean, square
-
-
-def _each(function: Callable, count: int) -> list:
-    """[function(0), ..., function(count - 1)], side by side on single threads where there are enough of them.
-
-    Groups of clips need not wait for each other, the threads of one operation do, after every operation.
-    """
-    threads = torch.get_num_threads()
-    if threads == 1 or count < threads:
-        return [function(i) for i in range(count)]
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(torch.no_grad()(function), range(count)))
-    finally:
-        torch.set_num_threads(threads)  # the setting is shared by all threads
-
-
-def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(n, C, 1, T) in channels_last as (1, C, 1, rows) blocks of its n T rows, without a copy."""
-    rows = x.permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1]).permute(0, 3, 1, 2)
-    return rows.split(STATISTICS_BLOCK * (4 if x.dtype == torch.bfloat16 else 1), dim=-1)
-
-
-def _moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    blocks = _blocks(y)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    unused = torch.zeros(2, y.shape[1], dtype=wide)  # running buffers, only to fix the result's dtype
-    parts = [torch.batch_norm_update_stats(b, *unused.unbind(), 0.0) for b in blocks]
-    counts = torch.tensor([b.shape[-1] for b in blocks])
-    means, variances = (torch.stack(p) for p in zip(*parts, strict=True))
-    return combine_moments(counts, means, variances * counts[:, None])
 
 
 def _regroup(parts: list[torch.Tensor], size: int) -> list[torch.Tensor]:
     return list(torch.cat(parts).split(size))
-
-
-class _BatchNorm:
-    """One layer's affine with its batch statistics, and the same statistics' part in the backward pass."""
-
-    def __init__(self, mean, variance, gamma, beta, eps, dtype):
-        self.mean, self.variance, self.gamma, self.beta = (
-            t.to(torch.promote_types(dtype, torch.float32)) for t in (mean, variance, gamma, beta)
-        )
-        self.eps = eps
-        self.rstd = (self.variance + eps).rsqrt()
-
-    def __call__(self, y):
-        return F.batch_norm(y, self.mean, self.variance, self.gamma, self.beta, False, 0.0, self.eps)
-
-    def sums(self, dz, y):
-        """Sums over the rows of dz xhat and of dz, in float64."""
-        total = 0.0
-        for d, x in zip(_blocks(dz), _blocks(y), strict=True):
-            one, m, v = torch.ones_like(self.mean), self.mean, self.variance
-            mask = (False, True, True)
-            part = aten.native_batch_norm_backward(d, x, one, m, v, m, v, False, self.eps, mask)[1:]
-            total = total + torch.stack(part).double()
-        return total
-
-    def centred(self, dz, y, dgamma, dbeta, rows):
-        """dy / (gamma rstd) = dz - mean(dz) - xhat mean(dz xhat)."""
-        scale = (-dgamma / rows * self.rstd).to(self.mean.dtype)
-        shift = (-dbeta / rows).to(self.mean.dtype)
-        dy = F.batch_norm(y, self.mean, torch.ones_like(self.mean), scale, shift, False, 0.0, 0.0)
-        return dy.add_(dz)
 
 
 class _Pool:
@@ -178,6 +95,11 @@ class ClipwiseTFgram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, wave, eps, hop, dtype, *parameters):
+        with SideBySide() as each:
+            return ClipwiseTFgram._forward(ctx, each, wave, eps, hop, dtype, parameters)
+
+    @staticmethod
+    def _forward(ctx, each, wave, eps, hop, dtype, parameters):
         weights, gammas, betas = parameters[:7], parameters[7:14], parameters[14:]
         wide = torch.promote_types(dtype, torch.float32)
         frame_count = frames(wave.shape[1], hop)
@@ -201,20 +123,20 @@ class ClipwiseTFgram(torch.autograd.Function):
             def convolve(group, index=index, layer=layer, weight=weight):
                 a = state.activation(index - 1, group)
                 y = F.conv2d(a, weight, padding=(0, layer.padding), dilation=(1, layer.dilation))
-                return y, _moments(y)
+                return y, moments(y)
 
-            raw, moments = zip(*_each(convolve, state.groups(index - 1)), strict=True)
+            raw, parts = zip(*each(convolve, state.groups(index - 1)), strict=True)
             raw = list(raw)
-            count, mean, square = combine_moments(*(torch.stack(m) for m in zip(*moments, strict=True)))
+            count, mean, square = combine_moments(*(torch.stack(m) for m in zip(*parts, strict=True)))
             state.raw[index] = raw
             state.counts[index] = int(count)
-            state.norms[index] = _BatchNorm(mean, square / count, gammas[index], betas[index], eps, dtype)
+            state.norms[index] = BatchNorm(mean, square / count, gammas[index], betas[index], eps, dtype)
             means.append(mean.to(wide))
             variances.append((square / count).to(wide))
             if layer.pool:
                 pool = state.pools[index] = _Pool(layer.pool, raw[0].shape[3], frame_count)
                 norm = state.norms[index]
-                results = _each(lambda g, p=pool, n=norm, y=raw: p.forward(n(y[g])), len(raw))
+                results = each(lambda g, p=pool, n=norm, y=raw: p.forward(n(y[g])), len(raw))
                 state.pooled[index] = [p.relu_() for p, _ in results]
                 state.indices[index] = [i for _, i in results]
         output = torch.cat(state.pooled[6])[:, :, 0].to(wide).contiguous()
@@ -228,8 +150,8 @@ class ClipwiseTFgram(torch.autograd.Function):
         state, ctx.state = ctx.state, None
         if state is None:
             raise RuntimeError("tfgram_train: the backward pass ran a second time; its buffers are freed")
-        with torch.autocast("cpu", enabled=False):
-            wave, weights, gammas, betas = state.backward(grad_output, ctx.needs_input_grad[0])
+        with torch.autocast("cpu", enabled=False), SideBySide() as each:
+            wave, weights, gammas, betas = state.backward(each, grad_output, ctx.needs_input_grad[0])
         if wave is not None:
             wave = wave.reshape(ctx.wave_shape)
         gradients = [
@@ -246,7 +168,7 @@ class _State:
         self.gammas, self.betas = gammas, betas
         self.wide = torch.promote_types(dtype, torch.float32)
         self.raw, self.pooled, self.indices, self.pools = {}, {}, {}, {}
-        self.norms: dict[int, _BatchNorm] = {}
+        self.norms: dict[int, BatchNorm] = {}
         self.counts: dict[int, int] = {}
 
     def groups(self, index):
@@ -269,7 +191,7 @@ class _State:
         weight = self.weights[0][:, 0].double()
         self.counts[0], self.window_mean, self.covariance = count, mean, square / count
         centred, variance = weight @ mean, ((weight @ self.covariance) * weight).sum(1)
-        self.norms[0] = _BatchNorm(centred, variance, self.gammas[0], self.betas[0], self.eps, self.dtype)
+        self.norms[0] = BatchNorm(centred, variance, self.gammas[0], self.betas[0], self.eps, self.dtype)
         return [(centred + weight.sum(1) * offset).to(self.wide)], [variance.to(self.wide)]
 
     def normalised(self, index, group):
@@ -287,7 +209,7 @@ class _State:
         """The layer's output (n, C, 1, T): after BN, ReLU and pool."""
         return self.pooled[index][group] if index in self.pooled else self.normalised(index, group).relu_()
 
-    def backward(self, grad_output, wave_needed):
+    def backward(self, each, grad_output, wave_needed):
         weights, gammas, betas = [None] * 7, [None] * 7, [None] * 7
         sizes = [len(p) for p in self.pooled[6]]
         da = [g.to(self.dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
@@ -305,7 +227,7 @@ class _State:
                     d = self.pools[index].backward(d, self.indices[index][group], raw[group])
                     return d, norm.sums(d, raw[group])
 
-                dz, sums = zip(*_each(route, len(raw)), strict=True)
+                dz, sums = zip(*each(route, len(raw)), strict=True)
                 dz, sums = list(dz), sum(sums)
             gammas[index], betas[index] = sums[0], sums[1]
             scale = (norm.gamma.double() * norm.rstd)[:, None, None]
@@ -326,7 +248,7 @@ class _State:
                     return part, d, self.norms[index - 1].sums(d, self.raw[index - 1][group])
                 return part, d if wave_needed else None, self.first_products(d, group)
 
-            total, da, sums = zip(*_each(step, len(raw)), strict=True)
+            total, da, sums = zip(*each(step, len(raw)), strict=True)
             dz, total = list(da), sum(total)
             sums = None if sums[0] is None else sum(sums)
             weights[index] = total.double() * scale

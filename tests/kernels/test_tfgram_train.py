@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from osscl_kernels import backend, tfgram_train_cpu
+from osscl_kernels import backend, clipwise, tfgram_train_cpu
 from osscl_kernels import tfgram_train_triton as fused
 from osscl_kernels.tfgram_infer import LAYERS, frames
 from osscl_kernels.tfgram_train import rows, tfgram_train, tfgram_train_ref, update_running_statistics
@@ -171,7 +171,7 @@ def test_low_tone_with_an_offset(choice):
 def test_cpu_path_in_float64_is_exact(clips, samples, monkeypatch, poisoned):
     """Small groups and blocks, so that clips, statistics and weight gradients are cut in several places."""
     monkeypatch.setattr(tfgram_train_cpu, "GROUP_ROWS", 300)
-    monkeypatch.setattr(tfgram_train_cpu, "STATISTICS_BLOCK", 100)
+    monkeypatch.setattr(clipwise, "STATISTICS_BLOCK", 100)
     monkeypatch.setattr(tfgram_train_cpu, "GRADIENT_BLOCK", 30)
     wave, exact, _ = truth(clips, samples)
     results = run(tfgram_train, wave, torch.float64, backend="torch")

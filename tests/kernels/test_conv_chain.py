@@ -1,0 +1,113 @@
+"""The chain of convolutions on a CPU against plain modules in float64, where each fast path stands in."""
+
+import sys
+
+import pytest
+import torch
+from osscl_kernels import ChainLayer, conv_chain
+from torch.nn import functional as F
+
+# outputs, kernel, layer: every kind of convolution of the encoder, and a dilated-free dense one
+LAYERS = (
+    (8, (3, 3), ChainLayer(2, 1)),
+    (8, (3, 3), ChainLayer(1, 1, 8)),
+    (12, (1, 1), ChainLayer()),
+    (12, (3, 3), ChainLayer(2, 1, 12)),
+    (6, (1, 1), ChainLayer(prelu=False)),
+    (12, (1, 1), ChainLayer()),
+    (12, (3, 3), ChainLayer(1, 1, 12)),
+    (6, (1, 1), ChainLayer(prelu=False, shortcut=3)),
+    (10, (1, 1), ChainLayer()),
+    (10, (4, 3), ChainLayer(1, 0, 10, prelu=False)),
+    (5, (1, 1), ChainLayer(prelu=False)),
+)
+SIZE = (13, 10)  # odd and even, so that strides end differently
+
+
+def parameters(dtype=torch.float64):
+    torch.manual_seed(3)
+    weights, gammas, betas, slopes, inputs = [], [], [], [], 3
+    for outputs, kernel, layer in LAYERS:
+        weights.append(torch.randn(outputs, inputs // layer.groups, *kernel, dtype=dtype) / kernel[0])
+        gammas.append(torch.randn(outputs, dtype=dtype))
+        betas.append(torch.randn(outputs, dtype=dtype))
+        if layer.prelu:
+            slopes.append(torch.linspace(-0.5, 1.5, outputs, dtype=dtype))
+        inputs = outputs
+    gammas[2][0] = 0.0
+    lists = [weights, gammas, betas, slopes]
+    return [[p.requires_grad_() for p in part] for part in lists]
+
+
+def plain(x, weights, gammas, betas, slopes):
+    slopes, outputs, means, variances = iter(slopes), [], [], []
+    for weight, gamma, beta, (_, _, layer) in zip(weights, gammas, betas, LAYERS, strict=True):
+        y = F.conv2d(x, weight, None, layer.stride, layer.padding, 1, layer.groups)
+        variance, mean = torch.var_mean(y.detach(), (0, 2, 3), correction=0)
+        x = F.batch_norm(y, None, None, gamma, beta, training=True)
+        if layer.prelu:
+            x = F.prelu(x, next(slopes))
+        if layer.shortcut:
+            x = x + outputs[-layer.shortcut]
+        outputs.append(x)
+        means.append(mean)
+        variances.append(variance)
+    return x, means, variances
+
+
+def results(function, x, lists, gradient):
+    x = x.clone().requires_grad_()
+    output, means, variances = function(x, *lists)
+    leaves = [x, *(p for part in lists for p in part)]
+    return [output, *means, *variances, *torch.autograd.grad(output, leaves, gradient.to(output.dtype))]
+
+
+def ours(x, *lists):
+    return conv_chain(x, [layer for _, _, layer in LAYERS], *lists)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("clips", [2, 5])
+@pytest.mark.parametrize("values", [1, 600, 10**6])
+def test_everything_is_that_of_plain_layers(clips, values, threads, monkeypatch):
+    monkeypatch.setattr(sys.modules["osscl_kernels.conv_chain"], "GROUP_VALUES", values)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, lists = torch.randn(clips, 3, *SIZE, dtype=torch.float64), parameters()
+        gradient = torch.randn(clips, 5, 1, 1, dtype=torch.float64)
+        # With two clips the last gradients nearly cancel: an absolute tolerance beside the relative one.
+        for a, b in zip(results(ours, x, lists, gradient), results(plain, x, lists, gradient), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("precision", "floor"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_errors_are_those_of_plain_layers(precision, floor):
+    exact = parameters()
+    x, gradient = torch.randn(16, 3, *SIZE), torch.randn(16, 5, 1, 1)
+    truth = [t.detach() for t in results(plain, x.double(), exact, gradient)]
+    lists = [[p.detach().float().requires_grad_() for p in part] for part in exact]
+    found = []
+    for function in (ours, plain):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            found.append(results(function, x, lists, gradient))
+    scale = [t.norm().clamp(min=1e-3) for t in truth]
+    errors = torch.tensor(
+        [
+            [(a.detach().double() - t).norm() / s for a, t, s in zip(f, truth, scale, strict=True)]
+            for f in found
+        ]
+    )
+    assert found[0][0].dtype == torch.float32
+    assert (errors[0] <= 2 * errors[1] + floor).all(), errors
+
+
+def test_a_second_backward_is_refused():
+    x, lists = torch.randn(2, 3, *SIZE), parameters(torch.float32)
+    output = ours(x, *lists)[0].sum()
+    output.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        output.backward()
