@@ -134,7 +134,9 @@ def commands(preset: Config) -> dict[str, Callable]:
         from osscl_min.train import train as run
 
         where = {"device": device, "strict": strict, "resume": resume}
-        print(run(data, out, config, others=others, **where))
+        best = run(data, out, config, others=others, **where)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first prints
+            print(best)
 
     def evaluate(
         checkpoint: Path,
@@ -160,6 +162,8 @@ def commands(preset: Config) -> dict[str, Callable]:
         from osscl_min.metrics import as_text, table
 
         result = run(checkpoint, data, out, config=config, device=device, strict=strict)
+        if not result:
+            return  # the first of several processes prints
         if result["metrics"] is None:
             print(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
         else:

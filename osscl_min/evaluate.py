@@ -23,6 +23,7 @@ from osscl_min.features import FrontEnd
 from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
+from osscl_min.ranks import Ranks, current, joined
 from osscl_min.reader import FolderReader, open_data
 
 
@@ -62,7 +63,7 @@ def score_clips(
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     description: str = "scoring",
 ) -> Scored:
-    """Score clips against their own machine.
+    """Score clips against their own machine; processes that work together share them, and all get the result.
 
     Parameters
     ----------
@@ -86,10 +87,13 @@ def score_clips(
         raise UserError("a clip of a machine that was never trained on cannot be scored against itself")
     front = FrontEnd(trained.config.model.audio).to(device)
     model = trained.model.eval()
+    ranks = current() if len(positions) >= current().size else Ranks()
+    own = ranks.blocks(positions)[ranks.rank]
     scores, predicted, embeddings = [], [], []
     began = time.perf_counter()
-    with tqdm(total=len(positions), desc=description, unit="clip", disable=None, leave=False) as bar:
-        batches = np.array_split(positions, range(config.batch_size, len(positions), config.batch_size))
+    hidden = None if ranks.first else True
+    with tqdm(total=len(own), desc=description, unit="clip", disable=hidden, leave=False) as bar:
+        batches = np.array_split(own, range(config.batch_size, len(own), config.batch_size))
         for samples, target in load_batches(reader, labels, batches, device):
             with autocast(device, config.precision):
                 _, embedding = model(*front(samples, transform))
@@ -97,12 +101,11 @@ def score_clips(
             predicted.append(model.arcface(embedding).argmax(1).cpu())
             embeddings.append(embedding.cpu())
             bar.update(len(target))
+    parts = ranks.gather([torch.cat(values).numpy() for values in (scores, predicted, embeddings)])
     return Scored(
         [reader.clips[position] for position in positions],
         labels[positions],
-        torch.cat(scores).numpy(),
-        torch.cat(predicted).numpy(),
-        torch.cat(embeddings).numpy(),
+        *(np.concatenate(part) for part in zip(*parts, strict=True)),
         time.perf_counter() - began,
     )
 
@@ -156,18 +159,23 @@ def evaluate(
     -------
     dict
         The content of evaluation.json, with "metrics" of the development set (of the evaluation set, where
-        only that has a known truth; None where no clip has).
+        only that has a known truth; None where no clip has). Empty on torchrun's processes but the first.
     """
     out, where = Path(out), choose_device(device)
     running = prepare(where, config.precision)
     trained = checkpoint.load(checkpoint_path, where)
-    opened = open_data(data, trained.config.model.audio, splits=["test"], strict=strict)
-    if not len(opened.test):
-        raise UserError(f"{data}: no test clips; expected TYPE/test/normal_id_00_00000000.wav and the like")
-    positions, left_out = known_machines(trained, opened.test)
-    for message in filter(None, (opened.report(), left_out)):
-        tqdm.write(message)
-    scored = score_clips(trained, opened.test, config=config, positions=positions)
+    with joined(where) as ranks:
+        opened = open_data(data, trained.config.model.audio, splits=["test"], strict=strict)
+        if not len(opened.test):
+            raise UserError(
+                f"{data}: no test clips; expected TYPE/test/normal_id_00_00000000.wav and the like"
+            )
+        positions, left_out = known_machines(trained, opened.test)
+        for message in filter(None, (opened.report(), left_out)) if ranks.first else ():
+            tqdm.write(message)
+        scored = score_clips(trained, opened.test, config=config, positions=positions)
+    if not ranks.first:
+        return {}
     rows = scored.rows
     write_csv(
         out / "scores.csv",

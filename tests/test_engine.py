@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -245,7 +246,11 @@ def test_a_compiler_that_fails_leaves_the_network_as_it_is(monkeypatch, capsys):
     torch.manual_seed(0)
     config = replace(TINY, model=replace(TINY.model, inputs=("log_mel",)))
     plain = Trainer(config, CPU)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     compiled = Trainer(replace(config, engine=EngineConfig(compile=True)), CPU, Trainer(config, CPU).model)
     assert compiled._network is compiled.model
     assert "runs uncompiled" in capsys.readouterr().out
