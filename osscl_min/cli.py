@@ -180,6 +180,8 @@ def commands(preset: Config) -> dict[str, Callable]:
         window_step: float | None = None,
         csv: Path | None = None,
         json: Path | None = None,
+        plot: Path | None = None,
+        explain: Path | None = None,
         batch_size: int | None = None,
         channel: int | None = None,
         device: Device = "auto",
@@ -199,6 +201,8 @@ def commands(preset: Config) -> dict[str, Callable]:
             window_step: Seconds between the windows of a long recording; half a window if left out.
             csv: File for the results, a row a file.
             json: File for the results, with the time lines of long recordings.
+            plot: Picture (.png) of the most anomalous recording: scores over time and spectrogram.
+            explain: Picture (.png) of its highest window: which frequencies and times raised the score.
             batch_size: Windows at once.
             channel: The channel to take of files with several.
             device: Where to compute.
@@ -221,6 +225,10 @@ def commands(preset: Config) -> dict[str, Callable]:
             device=device,
         )
         print(summary.text(scorer))
+        if plot or explain:
+            from osscl_min import score_figures
+
+            score_figures.write(scorer, summary, plot, explain, calibrate)
         if summary.skipped:
             sys.exit(1)
 

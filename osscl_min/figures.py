@@ -22,6 +22,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
 from osscl_min import checkpoint
+from osscl_min.config import AudioConfig
 from osscl_min.dataset import Clip
 from osscl_min.features import LogMel, hertz_to_mel, to_wave
 from osscl_min.files import UserError, replacing
@@ -100,6 +101,13 @@ def normal_and_anomalous(clips: Sequence[Clip], machine_type: str | None = None)
     raise UserError("no machine has both a normal and an anomalous test clip")
 
 
+def mel_ticks(audio: AudioConfig) -> tuple[np.ndarray, list[int]]:
+    """Where round frequencies lie on an axis that counts mel bands, and these frequencies (Hz)."""
+    hertz = [f for f in (250, 500, 1000, 2000, 4000) if audio.f_min < f < audio.f_max]
+    low, *mel, high = hertz_to_mel(np.array([audio.f_min, *hertz, audio.f_max]))
+    return (np.array(mel) - low) / (high - low) * (audio.mels + 1) - 0.5, hertz  # band k's centre: k + 0.5
+
+
 def input_maps(
     trained: checkpoint.Checkpoint, reader: FolderReader, positions: Sequence[int], synthetic: bool
 ) -> Figure:
@@ -121,9 +129,6 @@ def input_maps(
     }
     names = [f"{look[name][1]}: {head}" for name in inputs for head in heads]
     figure, axes = _panels("The encoder's input maps", synthetic, names, len(clips), (5, 2.5), sharex=True)
-    hertz = [f for f in (250, 500, 1000, 2000, 4000) if audio.f_min < f < audio.f_max]
-    low, *mel, high = hertz_to_mel(np.array([audio.f_min, *hertz, audio.f_max]))
-    place = (np.array(mel) - low) / (high - low) * (audio.mels + 1) - 0.5  # band k's centre is at k + 0.5
     frame = audio.hop / audio.sample_rate  # s; a frame is centred on its time
     extent = (-frame / 2, (audio.frames - 0.5) * frame, 0, audio.mels)
     for row, name in enumerate(inputs):
@@ -137,7 +142,7 @@ def input_maps(
             ax.grid(False)
             ax.set(xlim=(0, audio.seconds), ylim=(0, audio.mels))
             if name == "log_mel":
-                ax.set_yticks(place, hertz)
+                ax.set_yticks(*mel_ticks(audio))
         across[0].set_ylabel(look[name][2])
         figure.colorbar(image, ax=across, label=look[name][3], pad=0.015, extend="both")
     for ax in across:

@@ -382,6 +382,8 @@ class Summary:
     ----------
     scored, anomalous, windowed, skipped : int
         Files: scored, called anomalous, of several windows, with a problem.
+    strangest : tuple
+        How far the most anomalous file is above its threshold (a ratio), the file, and that threshold.
     """
 
     scored: int = 0
@@ -392,7 +394,7 @@ class Summary:
     thresholds: dict[str, Threshold] = field(default_factory=dict)  # by their group
     first: list[dict[str, Any]] = field(default_factory=list)
     highest: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)  # not called normal
-    strangest: tuple[float, Recording | None] = (-1.0, None)
+    strangest: tuple[float, Recording | None, Threshold | None] = (-1.0, None, None)
 
     def add(self, recording: Recording, row: dict[str, Any], threshold: Threshold | None) -> None:
         """Take a file into account; only some are kept."""
@@ -408,7 +410,7 @@ class Summary:
         if threshold is not None:
             self.thresholds[threshold.group] = threshold
         if excess > self.strangest[0]:
-            self.strangest = excess, recording
+            self.strangest = excess, recording, threshold
         row = {name: row[name] for name in COLUMNS}
         if len(self.first) < SHOWN:
             self.first.append(row)

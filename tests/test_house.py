@@ -32,6 +32,7 @@ ORDER = [
     {"sweep"},
     {"experiments"},
     {"figures"},
+    {"score_figures"},
     {"report"},
     {"results"},
     {"bench_model", "bench_train", "bench_data"},
