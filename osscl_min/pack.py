@@ -163,7 +163,7 @@ def _update(
             journal.flush()
             entries[entry.split, entry.file] = entry
     entries = {key: entries[key] for key in clips}  # in the order of the folder
-    _commit(store, header, arrays, clips, entries)
+    write_index(store, header, clips, entries)
 
     dataset.problems |= {entry.file: entry.problem for entry in entries.values() if entry.problem}
     dataset.remarks.update(remark for entry in entries.values() for remark in entry.remarks)
@@ -225,14 +225,20 @@ def _read_entries(store: Path, name: str, header: dict) -> tuple[dict[Key, Entry
     return entries, whole
 
 
-def _commit(
-    store: Path, header: dict, arrays: dict[str, Path], clips: dict[Key, Clip], entries: dict[Key, Entry]
-) -> None:
-    """Write the index when the rows are on the disk."""
-    for array in arrays.values():
-        if array.is_file():
-            with open(array, "rb") as file:
-                os.fsync(file.fileno())
+def write_index(store: Path, header: dict, clips: dict[Key, Clip], entries: dict[Key, Entry]) -> None:
+    """Finish a store: its rows must reach the disk, then the index is written.
+
+    Parameters
+    ----------
+    store : Path
+    header : dict
+        What `store.read_index` gives, but the number of files.
+    clips, entries : dict
+        (split, file) -> the clip, and what is known of its file; equal keys in equal order.
+    """
+    for array in store.glob(ARRAY.format("*")):
+        with open(array, "rb") as file:
+            os.fsync(file.fileno())
     try:
         classes = label_table(
             clips[key] for key, entry in entries.items() if key[0] == "train" and not entry.problem
@@ -246,7 +252,7 @@ def _commit(
             clip = asdict(clips[key])
             del clip["path"]
             file.write(json.dumps({**clip, "label": numbers.get(clips[key].machine), **asdict(entry)}) + "\n")
-    (store / JOURNAL).unlink()
+    (store / JOURNAL).unlink(missing_ok=True)
 
 
 def _decode_into(task: tuple[Path, str, str, Path, int], audio: AudioConfig, channel: int | None) -> Entry:

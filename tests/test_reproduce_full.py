@@ -118,7 +118,7 @@ def test_killed_at_any_step_it_goes_on(checkout, zenodo):
     assert (data / "fan").is_dir() and not store.exists()
     kill_when(start(checkout, zenodo), store.exists)
     assert len(list(data.rglob("*.wav"))) == 6 * 6 and not run.exists()
-    kill_when(start(checkout, zenodo), (run / "last.pt").exists)
+    kill_when(start(checkout, zenodo), (run / "log.jsonl").exists)
     assert 0 < len(read_log(run)) < 12 and read_index(store)[0]["files"] == 36
 
     process = start(checkout, zenodo)
