@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -119,6 +119,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         device: Device = "auto",
         strict: bool = False,
         resume: bool = False,
+        seeds: Annotated[str, tyro.conf.arg(metavar="0,1,2")] = "",
     ) -> None:
         """Train a detector on the normal clips of a data folder; a run that was cut short goes on.
 
@@ -130,9 +131,16 @@ def commands(preset: Config) -> dict[str, Callable]:
             device: Where to compute.
             strict: Stop if any file cannot be used.
             resume: Stop where there is no run to go on with.
+            seeds: Train and evaluate once for each of these, into OUT/runs, and average.
         """
         from osscl_min.train import train as run
 
+        if seeds:
+            if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+                raise UserError(f"--seeds takes whole numbers with commas between them, not {seeds!r}")
+            if others or strict or resume or "RANK" in os.environ:
+                raise UserError("--seeds does without --with, --strict, --resume and torchrun")
+            compare("seeds", data, out, config, seeds=[int(seed) for seed in seeds.split(",")], device=device)
         where = {"device": device, "strict": strict, "resume": resume}
         best = run(data, out, config, others=others, **where)
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first prints
@@ -283,8 +291,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             config: Settings; --preset chooses their defaults.
             device: Where to compute.
         """
-        from osscl_min import experiments, sweep
-        from osscl_min.metrics import as_text
+        from osscl_min import experiments
 
         if name == "high-frequency":
             if checkpoint is None:
@@ -294,13 +301,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             experiments.high_frequency(checkpoint, data, out, cutoffs=cutoffs, config=scoring, device=device)
             print(out / "high_frequency.json")
             return
-        result = experiments.compare(
-            name, data, out, config, seeds=seeds, only=variants, device=device, jobs=jobs
-        )
-        print(f"{as_text(sweep.table(result))}\n\n{sweep.NOTE}\n\n{sweep.origin(result)}")
-        for run, said in result["failed"].items():
-            print(f"failed: {run}: {said}", file=sys.stderr)
-        sys.exit(bool(result["failed"]))
+        compare(name, data, out, config, seeds=seeds, only=variants, device=device, jobs=jobs)
 
     def report(run: Positional[Path], data: Path | None = None) -> None:
         """Draw a run's figures and write its report, one HTML page that needs nothing else.
@@ -360,6 +361,18 @@ def commands(preset: Config) -> dict[str, Callable]:
         synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, keep, readme, bench,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
+
+
+def compare(name: str, *arguments: Any, **settings: Any) -> NoReturn:
+    """Run an experiment that trains, and print its table; exit status 1 where a run failed."""
+    from osscl_min import experiments, sweep
+    from osscl_min.metrics import as_text
+
+    result = experiments.compare(name, *arguments, **settings)
+    print(f"{as_text(sweep.table(result))}\n\n{sweep.NOTE}\n\n{sweep.origin(result)}")
+    for run, said in result["failed"].items():
+        print(f"failed: {run}: {said}", file=sys.stderr)
+    sys.exit(bool(result["failed"]))
 
 
 def main() -> None:

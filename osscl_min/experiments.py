@@ -28,10 +28,12 @@ def variants(name: str, config: Config) -> dict[str, Changes]:
     Parameters
     ----------
     name : str
-        One of TRAINED.
+        One of TRAINED, or "seeds": the baseline alone.
     config : Config
         What they differ from; two-stage training needs its epochs.
     """
+    if name == "seeds":
+        return {BASELINE: {}}
     plain = {"loss.mixup": False, "loss.contrastive": "none"}
     if name == "components":
         return {
@@ -90,7 +92,7 @@ def compare(
     Parameters
     ----------
     name : str
-        One of TRAINED.
+        As in `variants`.
     data : Path or str
     out : Path or str
         Gets runs/VARIANT-seedN (a folder a run, shared by all experiments in `out`), and NAME.json, NAME.csv,

@@ -320,8 +320,8 @@ class Run:
         end = datetime.now() + timedelta(seconds=(bar.total - bar.n) / rate)
         total, cross_entropy, contrastive = position.losses[-1]
         bar.set_postfix_str(
-            f"epoch {position.epoch + 1} of {train.epochs}, {rate * train.batch_size:.0f} clips/s, loss "
-            f"{total:.3f} = {cross_entropy:.3f} + {contrastive:.3f}, rate "
+            f"epoch {position.epoch + 1}/{train.epochs}, {rate * train.batch_size:.0f} clips/s, loss "
+            f"{total:.3f} = {cross_entropy:.3f} + {contrastive:.3f}, lr "
             f"{self.trainer.learning_rate(position.epoch):.1e}, ends {end:%a %H:%M}"
         )
 

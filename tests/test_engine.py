@@ -1,5 +1,6 @@
 """The training engine: runs go on bit for bit from any moment, and nothing bad replaces a checkpoint."""
 
+import io
 import os
 import random
 import re
@@ -177,6 +178,15 @@ def test_a_bad_loss_is_noticed_at_the_next_look(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"epoch 1, step 1: the loss is nan; its clips: normal_id_"):
         train.train(data, tmp_path, config)
     assert len(calls) == 2 and not (tmp_path / "last.pt").exists()
+
+
+def test_the_progress_line(data, tmp_path, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    train.train(data, tmp_path, replace(TINY, train=replace(TINY.train, epochs=1)))
+    line = r"3/3 .*step/s, epoch 1/1, \d+ clips/s, loss [\d.]+ = [\d.]+ \+ [\d.]+, lr 1.0e-03, ends \w+ \d\d:"
+    assert re.search(line, screen.getvalue())
 
 
 class Counting:

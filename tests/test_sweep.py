@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from osscl_min import experiments, sweep
+from osscl_min.cli import main
 from osscl_min.config import PRESETS, AudioConfig, ModelConfig
 from osscl_min.files import UserError
 from osscl_min.metrics import Score, as_latex, average, evaluate_scores, resampled
@@ -29,6 +30,25 @@ def swept(tmp_path_factory):
     table = {"os-scl": {}, "no mixup": {"loss.mixup": False}, "broken": {"model.frozen": ["tgram"]}}
     runs = sweep.plan(table, (0, 1), TINY, folder / "out")
     return data, folder / "out", runs, sweep.run_all(runs, data, device="cpu", jobs=2)
+
+
+def test_train_takes_several_seeds(swept, monkeypatch, capsys):
+    """The runs are there already: nothing is trained, and their average is shown."""
+    data, out, runs, _ = swept
+    monkeypatch.setitem(PRESETS, "small", TINY)
+    arguments = ["--data", str(data), "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["osscl", "train", *arguments, "--seeds", "0,1"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    averages = [json.loads((runs[k].folder / "evaluation" / "metrics.json").read_text()) for k in (0, 3)]
+    mean = 100 * np.mean([one["average"]["auc_id_mean"] for one in averages])
+    assert f" {mean:.1f} ± " in capsys.readouterr().out
+    assert json.loads((out / "seeds.json").read_text())["variants"][0]["seeds"] == [0, 1]
+    monkeypatch.setattr("sys.argv", ["osscl", "train", *arguments, "--seeds", "0,x"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "--seeds takes whole numbers" in capsys.readouterr().err
 
 
 def test_settings_are_changed_by_their_path():
