@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 
+from . import native
+
 STATISTICS_BLOCK = 2_000  # rows summed in float32 before float64 takes over; four times that in bfloat16
 aten = torch.ops.aten
 
@@ -64,6 +66,11 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def dense(x: torch.Tensor | None) -> torch.Tensor | None:
+    """In channels_last memory, as the compiled functions take it; a copy only where it is not."""
+    return x if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
 def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rows as (1, C, 1, rows) blocks, without a copy."""
     block = STATISTICS_BLOCK * (4 if x.dtype == torch.bfloat16 else 1)
@@ -72,6 +79,15 @@ def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Count, mean and centred sum of squares of every channel, in float64."""
+    if native.fits(y):
+        y = dense(y)
+        x = rows(y)
+        about = x[:64].float().mean(0)  # near the mean, so that nothing cancels
+        sums = torch.zeros(2, len(about), dtype=torch.float64)
+        native.call("moments", y.dtype, y, about, sums, *x.shape)
+        first, second = sums
+        square = (second - first.square() / len(x)).clamp_(min=0)
+        return torch.tensor(len(x)), about.double() + first / len(x), square
     blocks = _blocks(y)
     wide = torch.promote_types(y.dtype, torch.float32)
     unused = torch.zeros(2, y.shape[1], dtype=wide)  # running buffers, only to fix the result's dtype
@@ -81,8 +97,14 @@ def moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return combine_moments(counts, means, variances * counts[:, None])
 
 
-class BatchNorm:
-    """One layer's affine with its batch statistics, and the same statistics' part in the backward pass.
+class Normalisation:
+    """Between two convolutions: batch statistics' affine, then ReLU, PReLU or nothing; and its gradient.
+
+    Every method makes one pass over the activations where `native` fits, and several by PyTorch elsewhere.
+    With z = gamma xhat + beta, f(z) = z above 0 and slope z below, d the gradient behind f and P = d where
+    z > 0, the latter takes, from the sums S0 over the rows and S1 of products with xhat that BatchNorm needs,
+
+        dz = P + slope (d - P),    dslope = sum (d - P) z = gamma (S1 d - S1 P) + beta (S0 d - S0 P).
 
     Parameters
     ----------
@@ -91,17 +113,61 @@ class BatchNorm:
     eps : float
     dtype : torch.dtype
         Of the activations; statistics are float32 at least.
+    slope : torch.Tensor or float
+        (C,), or 0 for ReLU, 1 for nothing.
     """
 
-    def __init__(self, mean, variance, gamma, beta, eps, dtype):
+    def __init__(self, mean, variance, gamma, beta, eps, dtype, slope):
+        wide = torch.promote_types(dtype, torch.float32)
         self.mean, self.variance, self.gamma, self.beta = (
-            t.to(torch.promote_types(dtype, torch.float32)) for t in (mean, variance, gamma, beta)
+            t.detach().to(wide).contiguous() for t in (mean, variance, gamma, beta)
         )
-        self.eps = eps
+        self.eps, self.dtype, self.linear = eps, dtype, isinstance(slope, float) and slope == 1.0
         self.rstd = (self.variance + eps).rsqrt()
+        self.scale = self.gamma * self.rstd
+        self.shift = self.beta - self.mean * self.scale
+        if not isinstance(slope, torch.Tensor):
+            slope = torch.full_like(self.mean, slope)
+        self.slope = slope.detach().to(wide).contiguous()
 
-    def __call__(self, y):
+    def normalise(self, y):
+        """z, before the activation."""
         return F.batch_norm(y, self.mean, self.variance, self.gamma, self.beta, False, 0.0, self.eps)
+
+    def __call__(self, y, other=None):
+        """f(z), plus `other` where given."""
+        if native.fits(y):
+            y, out = dense(y), torch.empty_like(y, memory_format=torch.channels_last)
+            parameters = self.scale, self.shift, self.slope
+            native.call("activate", y.dtype, y, *parameters, dense(other), out, *rows(y).shape)
+            return out
+        z = self.normalise(y)
+        z = z if self.linear else self._activate(z)
+        return z if other is None else z.add_(other)
+
+    def _activate(self, z):
+        return F.prelu(z, self.slope.to(z.dtype))
+
+    def backward(self, d, y, keep):
+        """d, which may be overwritten -> dz, f(z) if `keep`, (sum dz xhat, sum dz), dslope; in float64."""
+        if native.fits(y):
+            d, y = dense(d), dense(y)
+            a = torch.empty_like(y, memory_format=torch.channels_last) if keep else None
+            sums = torch.zeros(3, y.shape[1], dtype=torch.float64)
+            parameters = self.mean, self.scale, self.shift, self.slope
+            native.call("activate_backward", y.dtype, d, y, *parameters, a, sums, *rows(y).shape)
+            sums[0] *= self.rstd
+            return d, a, sums[:2], sums[2]
+        z = self.normalise(y) if keep or not self.linear else None
+        if self.linear:
+            return d, z, self.sums(d, y), None
+        positive = aten.threshold_backward(d, z, 0)
+        slope = self.slope.to(z.dtype)
+        all_sums, sums = self.sums(d, y), self.sums(positive, y)
+        negative = all_sums - sums
+        dz = torch.lerp(positive, d, slope.view(-1, 1, 1), out=positive)
+        dslope = self.gamma * negative[0] + self.beta * negative[1]
+        return dz, self._activate(z) if keep else None, sums + slope.double()[None] * negative, dslope
 
     def sums(self, dz, y):
         """Sums over the rows of dz xhat and of dz, in float64."""
@@ -113,9 +179,14 @@ class BatchNorm:
             total = total + torch.stack(part).double()
         return total
 
-    def centred(self, dz, y, dgamma, dbeta, rows):
-        """dy / (gamma rstd) = dz - mean(dz) - xhat mean(dz xhat)."""
-        scale = (-dgamma / rows * self.rstd).to(self.mean.dtype)
-        shift = (-dbeta / rows).to(self.mean.dtype)
-        dy = F.batch_norm(y, self.mean, torch.ones_like(self.mean), scale, shift, False, 0.0, 0.0)
-        return dy.add_(dz)
+    def centred(self, dz, y, dgamma, dbeta, count):
+        """dy / (gamma rstd) = dz - mean(dz) - xhat mean(dz xhat); y may be overwritten."""
+        scale = -dgamma / count * self.rstd
+        shift = (-dbeta / count - self.mean * scale).to(self.mean.dtype)
+        scale = scale.to(self.mean.dtype)
+        if native.fits(y):
+            dz, y = dense(dz), dense(y)
+            native.call("centre", y.dtype, dz, y, scale, shift, y, *rows(y).shape)
+            return y
+        one, zero = torch.ones_like(scale), torch.zeros_like(scale)
+        return F.batch_norm(y, zero, one, scale, shift, False, 0.0, 0.0).add_(dz)

@@ -3,12 +3,6 @@
 The same steps as `tfgram_train_cpu`, for two-dimensional layers: the raw output of every convolution is kept,
 and the output of layers without a PReLU; what follows from these is computed again in the backward pass,
 where it is in the cache. Batch statistics are the only thing that groups of clips wait for.
-
-Backward, with z = gamma xhat + beta before a PReLU of slope a, da the gradient behind it, P = da where z > 0:
-
-    dz = P + a (da - P),    da_slope = sum (da - P) z = gamma (S1 da - S1 P) + beta (S0 da - S0 P),
-
-where S0 sums over the rows and S1 sums products with xhat; so the sums of BatchNorm serve the slope too.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clipwise import BatchNorm, SideBySide, aten, combine_moments, moments, rows
+from .clipwise import Normalisation, SideBySide, aten, combine_moments, moments, rows
 
 GROUP_VALUES = 1 << 21  # of a layer's input or output in one group of clips
 
@@ -180,12 +174,12 @@ class _State:
             parameters[2 * n : 3 * n],
         )
         slopes = iter(parameters[3 * n :])
-        self.slopes = [next(slopes).to(dtype) if layer.prelu else None for layer in layers]
+        self.slopes = [next(slopes) if layer.prelu else 1.0 for layer in layers]
         self.clips = len(x)
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         self.inputs = _Groups([x], self.clips)
         self.convolutions: list[_Convolution] = []
-        self.norms: list[BatchNorm] = []
+        self.norms: list[Normalisation] = []
         self.raw: list[_Groups | None] = []
         self.outputs: dict[int, _Groups] = {}  # of layers without a PReLU
         self.sizes: list[int] = []  # clips in a group of each layer
@@ -198,20 +192,15 @@ class _State:
         spans = self.spans(size)
         return each(lambda g: function(*spans[g]), len(spans))
 
-    def normalised(self, index, start, stop):
-        """Layer `index` before its PReLU; index -1 is the input."""
-        return self.norms[index](self.raw[index].take(start, stop))
-
     def output(self, index, start, stop):
         """What layer `index` gives to the next one."""
         if index < 0:
             return self.inputs.take(start, stop)
         if index in self.outputs:
             return self.outputs[index].take(start, stop)
-        z, layer = self.normalised(index, start, stop), self.layers[index]
-        if layer.prelu:
-            return F.prelu(z, self.slopes[index])
-        return z.add_(self.output(index - layer.shortcut, start, stop)) if layer.shortcut else z
+        back = self.layers[index].shortcut
+        other = self.output(index - back, start, stop) if back else None
+        return self.norms[index](self.raw[index].take(start, stop), other)
 
     def forward(self, each):
         size = tuple(self.inputs.parts[0].shape[2:])
@@ -239,35 +228,25 @@ class _State:
             self.convolutions.append(conv)
             self.sizes.append(group)
             self.counts.append(int(count))
-            self.norms.append(
-                BatchNorm(mean, variance, self.gammas[index], self.betas[index], self.eps, self.dtype)
-            )
+            affine = self.gammas[index], self.betas[index], self.eps, self.dtype
+            self.norms.append(Normalisation(mean, variance, *affine, self.slopes[index]))
             means.append(mean.to(_wide(self.dtype)))
             variances.append(variance.to(_wide(self.dtype)))
         last = self._each(each, lambda i, j: self.output(len(self.layers) - 1, i, j), group)
         return torch.cat(last).to(_wide(self.dtype)), means, variances
 
-    def through(self, index, d, y, z):
-        """Gradient behind layer `index`'s activation -> before it, BatchNorm's sums, the slope's gradient."""
-        norm, slope = self.norms[index], self.slopes[index]
-        if slope is None:
-            return d, norm.sums(d, y), None
-        positive = aten.threshold_backward(d, z, 0)
-        all_sums, sums = norm.sums(d, y), norm.sums(positive, y)
-        negative = all_sums - sums
-        dz = torch.lerp(positive, d, slope.view(-1, 1, 1), out=positive)
-        return dz, sums + slope.double() * negative, norm.gamma * negative[0] + norm.beta * negative[1]
-
     def backward(self, each, gradient, input_needed):
         n = len(self.layers)
         weights, gammas, betas, slopes = ([None] * n for _ in range(4))
-        gradient = gradient.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        gradient = gradient.to(self.dtype).clone(memory_format=torch.channels_last)
         sources = {i - layer.shortcut: i for i, layer in enumerate(self.layers) if layer.shortcut}
         shortcuts: dict[int, _Groups] = {}  # gradients that wait for the layer where the shortcut begins
 
         def top(start, stop):
-            y = self.raw[-1].take(start, stop)
-            return self.through(n - 1, gradient[start:stop], y, self.norms[-1](y))
+            dz, _, *rest = self.norms[-1].backward(
+                gradient[start:stop], self.raw[-1].take(start, stop), False
+            )
+            return dz, *rest
 
         size, results, inputs = self.sizes[-1], self._each(each, top, self.sizes[-1]), None
         for index in range(n - 1, -1, -1):
@@ -285,22 +264,16 @@ class _State:
 
             def step(start, stop, index=index, below=below, conv=conv, norm=norm, dz=dz, sums=sums):
                 y = self.raw[index].take(start, stop)
-                dy = norm.centred(dz.take(start, stop), y, sums[0], sums[1], self.counts[index])
-                z = y = None
-                if index and self.layers[below].prelu:
-                    y = self.raw[below].take(start, stop)
-                    z = self.norms[below](y)
-                    a = F.prelu(z, self.slopes[below])
-                else:
-                    a = self.output(below, start, stop)
-                part = conv.weight_gradient(dy, a)
+                dy = norm.centred(dz.take(start, stop), y, *sums, self.counts[index])
+                d = conv.input_gradient(dy) if index or input_needed else None
                 if not index:
-                    return part, conv.input_gradient(dy) if input_needed else None
-                d = conv.input_gradient(dy)
+                    return conv.weight_gradient(dy, self.inputs.take(start, stop)), d
                 if below in sources:
                     d.add_(shortcuts[sources[below]].take(start, stop))
-                y = self.raw[below].take(start, stop) if y is None else y
-                return part, self.through(below, d, y, z)
+                prelu = self.layers[below].prelu
+                dz, a, *rest = self.norms[below].backward(d, self.raw[below].take(start, stop), prelu)
+                a = a if prelu else self.output(below, start, stop)
+                return conv.weight_gradient(dy, a), (dz, *rest)
 
             parts, results = zip(*self._each(each, step, size), strict=True)
             weights[index] = sum(p.double() for p in parts) * scale.view(-1, 1, 1, 1)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .clipwise import BatchNorm, SideBySide, aten, combine_moments, moments
+from . import native
+from .clipwise import Normalisation, SideBySide, aten, combine_moments, dense, moments
 from .tfgram_infer import LAYERS, frames
 
 GROUP_ROWS = 32_000  # time steps of the first layers in one group of clips: one clip of 10 s
@@ -29,38 +30,66 @@ def _regroup(parts: list[torch.Tensor], size: int) -> list[torch.Tensor]:
 
 
 class _Pool:
-    """The maximum pool of a layer; where values tie the first one wins, as in torch."""
+    """ReLU and the maximum pool of a layer; where values tie the first one wins, as in torch."""
 
     def __init__(self, kind: str, length: int, frame_count: int):
         self.length = length
         self.width = {"max4": 4, "frames": 2}.get(kind)  # "frames" goes from 2 T to T
-        if self.width is None:  # adaptive windows of unequal width: the shorter ones repeat their last row
-            out = torch.arange(2 * frame_count)
-            start, end = out * length // len(out), -((out + 1) * -length // len(out))
-            steps = torch.arange(int((end - start).max()))
-            self.rows = torch.minimum(start + steps[:, None], end - 1)
-
-    def forward(self, z):
-        """z (n, C, 1, T) -> maxima (n, C, 1, pooled) and where they were."""
+        count = length // self.width if self.width else 2 * frame_count
+        out = torch.arange(count)
         if self.width:
-            return F.max_pool2d(z, (1, self.width), return_indices=True)
+            self.start, self.end = out * self.width, (out + 1) * self.width
+        else:  # adaptive windows of unequal width, which overlap
+            self.start, self.end = out * length // count, -((out + 1) * -length // count)
+
+    def windows(self, clips: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """First row and the row after the last of every window of so many clips."""
+        offset = torch.arange(clips)[:, None] * self.length
+        return tuple((offset + edge).flatten().int() for edge in (self.start, self.end))
+
+    def forward(self, norm: Normalisation, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y (n, C, 1, T) -> maxima (n, C, 1, pooled) and where they were, if that is worth keeping."""
+        if native.fits(y):
+            start, end = self.windows(len(y))
+            pooled = y.new_empty(len(y), 1, len(self.start), y.shape[1]).permute(0, 3, 1, 2)
+            arguments = dense(y), norm.scale, norm.shift, pooled, start, end
+            native.call("pool", y.dtype, *arguments, len(start), y.shape[1])
+            return pooled, None
+        z = norm.normalise(y)
+        if self.width:
+            pooled, index = F.max_pool2d(z, (1, self.width), return_indices=True)
+            return pooled.relu_(), index
         z = z.permute(0, 2, 3, 1)[:, 0]
-        best = z.index_select(1, self.rows[0])
+        steps = torch.arange(int((self.end - self.start).max()))
+        taps = torch.minimum(self.start + steps[:, None], self.end - 1)  # the shorter repeat their last row
+        best = z.index_select(1, taps[0])
         place = torch.zeros(best.shape, dtype=torch.int16)
-        for step, row in enumerate(self.rows[1:], 1):
-            candidate = z.index_select(1, row)
+        for step, tap in enumerate(taps[1:], 1):
+            candidate = z.index_select(1, tap)
             place.masked_fill_(candidate > best, step)
             best = torch.maximum(best, candidate)
-        return best[:, None].permute(0, 3, 1, 2), place + self.rows[0][:, None]
+        return best[:, None].permute(0, 3, 1, 2).relu_(), place + taps[0][:, None]
 
-    def backward(self, dp, index, y):
-        """Route dp (n, C, 1, pooled) to the rows that won, in a tensor like y (n, C, 1, T)."""
-        if not self.width:
+    def backward(self, norm, dp, y, pooled, index):
+        """dp (n, C, 1, pooled) -> dz (n, C, 1, T) of the rows that won, and BatchNorm's sums."""
+        if index is None:
+            start, end = self.windows(len(y))
+            dp, y = dense(dp), dense(y)
+            dz = torch.zeros_like(y, memory_format=torch.channels_last)
+            sums = torch.zeros(2, y.shape[1], dtype=torch.float64)
+            arguments = dp, y, norm.mean, norm.scale, norm.shift, dz, sums, start, end
+            native.call("pool_backward", y.dtype, *arguments, len(start), y.shape[1])
+            sums[0] *= norm.rstd
+            return dz, sums
+        dp = aten.threshold_backward(dp, pooled, 0)
+        if self.width:
+            size = (1, self.width)
+            dz = aten.max_pool2d_with_indices_backward(dp, y, size, size, (0, 0), (1, 1), False, index)
+        else:
             dz = dp.new_zeros(len(y), self.length, y.shape[1])
             dz.scatter_add_(1, index, dp[:, :, 0].transpose(1, 2))
-            return dz[:, None].permute(0, 3, 1, 2)
-        size = (1, self.width)
-        return aten.max_pool2d_with_indices_backward(dp, y, size, size, (0, 0), (1, 1), False, index)
+            dz = dz[:, None].permute(0, 3, 1, 2)
+        return dz, norm.sums(dz, y)
 
 
 def _weight_gradient(a: torch.Tensor, dy: torch.Tensor, dilation: int) -> torch.Tensor:
@@ -130,14 +159,16 @@ class ClipwiseTFgram(torch.autograd.Function):
             count, mean, square = combine_moments(*(torch.stack(m) for m in zip(*parts, strict=True)))
             state.raw[index] = raw
             state.counts[index] = int(count)
-            state.norms[index] = BatchNorm(mean, square / count, gammas[index], betas[index], eps, dtype)
+            state.norms[index] = Normalisation(
+                mean, square / count, gammas[index], betas[index], eps, dtype, 0.0
+            )
             means.append(mean.to(wide))
             variances.append((square / count).to(wide))
             if layer.pool:
                 pool = state.pools[index] = _Pool(layer.pool, raw[0].shape[3], frame_count)
                 norm = state.norms[index]
-                results = each(lambda g, p=pool, n=norm, y=raw: p.forward(n(y[g])), len(raw))
-                state.pooled[index] = [p.relu_() for p, _ in results]
+                results = each(lambda g, p=pool, n=norm, y=raw: p.forward(n, y[g]), len(raw))
+                state.pooled[index] = [p for p, _ in results]
                 state.indices[index] = [i for _, i in results]
         output = torch.cat(state.pooled[6])[:, :, 0].to(wide).contiguous()
         ctx.state, ctx.parameters_like, ctx.wave_shape = state, parameters, wave.shape
@@ -168,7 +199,7 @@ class _State:
         self.gammas, self.betas = gammas, betas
         self.wide = torch.promote_types(dtype, torch.float32)
         self.raw, self.pooled, self.indices, self.pools = {}, {}, {}, {}
-        self.norms: dict[int, BatchNorm] = {}
+        self.norms: dict[int, Normalisation] = {}
         self.counts: dict[int, int] = {}
 
     def groups(self, index):
@@ -191,23 +222,22 @@ class _State:
         weight = self.weights[0][:, 0].double()
         self.counts[0], self.window_mean, self.covariance = count, mean, square / count
         centred, variance = weight @ mean, ((weight @ self.covariance) * weight).sum(1)
-        self.norms[0] = BatchNorm(centred, variance, self.gammas[0], self.betas[0], self.eps, self.dtype)
+        self.norms[0] = Normalisation(
+            centred, variance, self.gammas[0], self.betas[0], self.eps, self.dtype, 0.0
+        )
         return [(centred + weight.sum(1) * offset).to(self.wide)], [variance.to(self.wide)]
-
-    def normalised(self, index, group):
-        """BN of a layer without a pool, before the ReLU."""
-        norm = self.norms[index]
-        if index:
-            return norm(self.raw[index][group])
-        scale = norm.gamma * norm.rstd
-        weight = (self.weights[0][:, 0].to(self.wide) * scale[:, None]).to(self.dtype)
-        shift = (norm.beta - norm.mean * scale).to(self.dtype)
-        x, weight = (t[:, None, :, None].permute(0, 3, 1, 2) for t in (self.x[group].to(self.dtype), weight))
-        return F.conv2d(x, weight, shift, (1, FIRST.stride))
 
     def activation(self, index, group):
         """The layer's output (n, C, 1, T): after BN, ReLU and pool."""
-        return self.pooled[index][group] if index in self.pooled else self.normalised(index, group).relu_()
+        if index in self.pooled:
+            return self.pooled[index][group]
+        norm = self.norms[index]
+        if index:
+            return norm(self.raw[index][group])
+        weight = (self.weights[0][:, 0].to(self.wide) * norm.scale[:, None]).to(self.dtype)
+        shift = norm.shift.to(self.dtype)
+        x, weight = (t[:, None, :, None].permute(0, 3, 1, 2) for t in (self.x[group].to(self.dtype), weight))
+        return F.conv2d(x, weight, shift, (1, FIRST.stride)).relu_()
 
     def backward(self, each, grad_output, wave_needed):
         weights, gammas, betas = [None] * 7, [None] * 7, [None] * 7
@@ -223,9 +253,8 @@ class _State:
                 pooled = _regroup(self.pooled.pop(index), sizes[0])
 
                 def route(group, index=index, norm=norm, raw=raw, da=da, pooled=pooled):
-                    d = aten.threshold_backward(da[group], pooled[group], 0)
-                    d = self.pools[index].backward(d, self.indices[index][group], raw[group])
-                    return d, norm.sums(d, raw[group])
+                    where = self.indices[index][group]
+                    return self.pools[index].backward(norm, da[group], raw[group], pooled[group], where)
 
                 dz, sums = zip(*each(route, len(raw)), strict=True)
                 dz, sums = list(dz), sum(sums)
@@ -236,17 +265,21 @@ class _State:
             flipped = flipped.contiguous(memory_format=torch.channels_last)
 
             def step(group, index=index, layer=layer, norm=norm, raw=raw, dz=dz, sums=sums, flipped=flipped):
-                dy = norm.centred(dz[group], raw[group], sums[0], sums[1], self.counts[index])
+                dy = norm.centred(dz[group], raw[group], *sums, self.counts[index])
                 dz[group] = raw[group] = None
-                a = self.activation(index - 1, group)
-                part = _weight_gradient(a, dy, layer.dilation)
                 d = F.conv2d(dy, flipped, padding=(0, layer.padding), dilation=(1, layer.dilation))
-                if index - 1 in self.pooled:
-                    return part, d, None
-                d = aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
-                if index > 1:
-                    return part, d, self.norms[index - 1].sums(d, self.raw[index - 1][group])
-                return part, d if wave_needed else None, self.first_products(d, group)
+                below = index - 1
+                if below in self.pooled or not below:
+                    a = self.activation(below, group)
+                    if not below:
+                        d = aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
+                        sums = self.first_products(d, group)
+                        d = d if wave_needed else None
+                    else:
+                        sums = None
+                else:
+                    d, a, sums, _ = self.norms[below].backward(d, self.raw[below][group], True)
+                return _weight_gradient(a, dy, layer.dilation), d, sums
 
             total, da, sums = zip(*each(step, len(raw)), strict=True)
             dz, total = list(da), sum(total)
