@@ -132,7 +132,7 @@ def train(
         if run.take_up() and run.position.epoch >= config.train.epochs:
             say(f"{out}: already trained for {run.position.epoch} epochs, nothing to do")
             return out / "best.pt"
-        with stop_on_signals() as run.stop, run.progress_bar() as run.bar:
+        with stop_on_signals(ranks.size == 1) as run.stop, run.progress_bar() as run.bar:
             while run.position.epoch < config.train.epochs:
                 run.train_epoch()
                 run.finish_epoch()
@@ -280,7 +280,12 @@ class Run:
     def take_up(self) -> bool:
         """Go on from last.pt, where there is one; otherwise begin the folder."""
         last = self.out / "last.pt"
-        if not last.is_file():
+        found, ranks = last.is_file(), self.trainer.ranks
+        if len(set(ranks.gather((found, self.about["data"]["clips"])))) > 1:
+            raise UserError(
+                f"{self.out}: the processes see different data or run folders; they must share one"
+            )
+        if not found:
             if self.trainer.ranks.first:
                 write_json(self.out / "config.json", self.about)
                 self._write("initial.pt", 0)
@@ -337,8 +342,11 @@ class Run:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM instead of ending at once; a second one acts as ever."""
+def stop_on_signals(hurry: bool = True) -> Iterator[Stop]:
+    """Note SIGINT or SIGTERM instead of ending at once.
+
+    With `hurry` a second one acts as ever; torchrun passes on what its processes may have got already.
+    """
     stop, before = Stop(), {}
 
     def restore() -> None:
@@ -347,7 +355,8 @@ def stop_on_signals() -> Iterator[Stop]:
 
     def note(number: int, _frame: Any) -> None:
         stop.signal = number
-        restore()
+        if hurry:
+            restore()
 
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,6 +1,7 @@
 """Several processes that train together do what one does; gloo on a CPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from test_train import equal, state
 from osscl_min import checkpoint
 from osscl_min.config import EngineConfig, ModelConfig
 from osscl_min.evaluate import evaluate, score_clips
+from osscl_min.files import UserError
 from osscl_min.model import OSSCL
 from osscl_min.ranks import Ranks, current
 from osscl_min.reader import open_data
@@ -83,18 +85,17 @@ def together(rank, folder):
     data, step, calls = Path(folder) / "data", Trainer.step, []
     train(data, f"{folder}/whole", SHORT, device="cpu")
 
-    def stopped(self, *arguments, **keywords):
+    def asked_to_stop(self, *arguments, **keywords):
         calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
+        if len(calls) == 5 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *arguments, **keywords)
 
-    Trainer.step = stopped
-    look = replace(SHORT, engine=EngineConfig(checkpoint_seconds=0, log_steps=1))
-    with pytest.raises(KeyboardInterrupt):
+    Trainer.step = asked_to_stop
+    look = replace(SHORT, engine=EngineConfig(log_steps=1))
+    with pytest.raises(UserError, match="stopped by SIGTERM at epoch 2, step 2 of 3") as stopped:
         train(data, f"{folder}/stopped", look, device="cpu")
-    dist.barrier()
-    assert state(Path(folder) / "stopped" / "last.pt")["position"]["step"] == 1
+    assert stopped.value.exit_status == 143
     train(data, f"{folder}/stopped", look, device="cpu")
     trained = checkpoint.load(f"{folder}/whole/best.pt")
     scored = score_clips(trained, open_data(data, trained.config.model.audio, splits=["test"]).test)
