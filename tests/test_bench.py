@@ -2,10 +2,11 @@
 
 import csv
 
+import numpy as np
 import pytest
 
 from osscl_min.bench import fresh, interleaved, measure, write_rows
-from osscl_min.files import UserError
+from osscl_min.files import UserError, peak_memory_mb
 
 
 def test_fresh_calls_in_another_process_and_reports_errors():
@@ -14,6 +15,13 @@ def test_fresh_calls_in_another_process_and_reports_errors():
     assert fresh("os:getenv", "OMP_NUM_THREADS", threads=1) == "1"
     with pytest.raises(UserError, match=r"operator:truediv\(1, 0\) failed: ZeroDivisionError"):
         fresh("operator:truediv", 1, 0)
+
+
+def test_memory_is_the_processes_own_and_not_its_parents():
+    held = np.ones(40_000_000)  # 320 MB here
+    assert peak_memory_mb() > 320
+    assert fresh("osscl_min.files:peak_memory_mb") < 200
+    del held
 
 
 def test_measure_and_medians():
