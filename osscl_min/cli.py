@@ -340,11 +340,11 @@ def commands(preset: Config) -> dict[str, Callable]:
             print(document)
 
     def bench(
-        name: Positional[Literal["model", "train", "data"]],
+        name: Positional[Literal["model", "train", "data", "score"]],
         out: Path = Path("results"),
         data: Path | None = None,
     ) -> None:
-        """Measure how fast the model, a training run or the reading of data is on this machine.
+        """Measure how fast the model, training, the reading of data or scoring is on this machine.
 
         Args:
             name: What to measure.

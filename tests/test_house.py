@@ -35,7 +35,7 @@ ORDER = [
     {"score_figures"},
     {"report"},
     {"results"},
-    {"bench_model", "bench_train", "bench_data"},
+    {"bench_model", "bench_train", "bench_data", "bench_score"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,0 +1,197 @@
+"""Scoring many files and a long one: clips a second, memory; and the false alarms that thresholds promise."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import soundfile
+
+from osscl_min import checkpoint
+from osscl_min.bench import fresh, write_rows
+from osscl_min.calibration import Calibration, Threshold
+from osscl_min.config import PRESETS
+from osscl_min.device import choose_device
+from osscl_min.files import peak_memory_mb
+from osscl_min.reader import open_data
+from osscl_min.score import Scorer, score
+from osscl_min.synth import SynthConfig, write_dataset
+from osscl_min.train import train
+
+FILES = (250, 2000)
+MINUTES = (3, 20)  # of a long recording
+EPOCHS = 5  # fewer than the preset's: enough to tell the machines apart
+RATES = (0.05, 0.1)
+
+
+def case(best: str, folder: str, device: str) -> dict[str, float]:
+    """Score a folder: windows a second, processor time, and the largest memory of this process."""
+    warm = next(Path(folder).rglob("*.wav"))
+    next(Scorer(checkpoint.load(best, choose_device(device)))([str(warm)]))
+    with tempfile.TemporaryDirectory() as out:
+        wall, processor = time.perf_counter(), time.process_time()
+        _, summary = score(best, [folder], csv_path=Path(out) / "scores.csv", device=device)
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    recording = summary.strangest[1]
+    windows = max(summary.scored, len(recording.windows))  # many files of one window, or one file of many
+    return {
+        "windows": windows,
+        "windows_per_second": windows / wall,
+        "processor_ms_per_window": 1e3 * processor / windows,
+        "peak_mb": peak_memory_mb(),
+    }
+
+
+def false_alarms(best: Path, data: Path, device: str) -> list[dict[str, Any]]:
+    """Thresholds against normal test clips: the share called anomalous, and what chance allows."""
+    trained = checkpoint.load(best, choose_device(device))
+    test = open_data(data, trained.config.model.audio, splits=["test"]).test.clips
+    recordings = list(Scorer(trained)(str(clip.path) for clip in test))
+    scores = np.array([recording.timeline()[1].max() for recording in recordings])
+    truth = np.array([clip.anomaly for clip in test])
+    machines = [clip.machine for clip in test]
+    held_out = trained.calibration
+    own = [trained.classes[label] for label in held_out["labels"].tolist()]
+    # each machine's first half of normal clips, counted from 0
+    half = np.array(
+        [label == 0 and int(clip.path.stem[-1]) % 2 == 0 for clip, label in zip(test, truth, strict=True)]
+    )
+    every = np.zeros(len(test), bool)
+    rows = []
+    for name, more in (("validation split", every), ("and half of the test normals", half)):
+        for method, rate in itertools.product(("empirical", "gamma"), RATES):
+            known = [*own, *(m for m, chosen in zip(machines, more, strict=True) if chosen)]
+            calibration = Calibration(known, [*held_out["scores"].tolist(), *scores[more]], rate, method)
+            thresholds = [calibration.group(machine)[1] for machine in machines]
+            called = np.array([one > t.value for one, t in zip(scores, thresholds, strict=True)])
+            normal = (truth == 0) & ~more
+            alarms, count = int(called[normal].sum()), int(normal.sum())
+            interval = scipy.stats.binomtest(alarms, count).proportion_ci()
+            used = [threshold for threshold, one in zip(thresholds, normal, strict=True) if one]
+            ranked = all(threshold.method == "empirical" for threshold in used)
+            low, high = chance(used) if ranked else (None, None)
+            rows.append(
+                {
+                    "held_out_clips": f"{name}, {len(known)}",
+                    "threshold_from": _range({threshold.clips for threshold in used}),
+                    "threshold": method,
+                    "rate_asked": rate,
+                    "normal_clips": count,
+                    "false_alarms": alarms,
+                    "rate_found": alarms / count,
+                    "binomial_low": interval.low,
+                    "binomial_high": interval.high,
+                    "chance_low": low,
+                    "chance_high": high,
+                }
+            )
+    return rows
+
+
+def chance(thresholds: Sequence[Threshold], draws: int = 20_000, seed: int = 0) -> tuple[float, float]:
+    """The central 95 % of the share of false alarms, if all normal clips of a group are alike.
+
+    The share of clips above the r-th of n held-out scores has a Beta(n + 1 - r, r) distribution, one for the
+    clips of a group together; given it, alarms are binomial.
+
+    Parameters
+    ----------
+    thresholds : sequence of Threshold
+        An empirical one for each normal clip.
+    """
+    random = np.random.default_rng(seed)
+    alarms = np.zeros(draws)
+    for threshold, count in Counter(thresholds).items():
+        rank = int(np.ceil((threshold.clips + 1) * (1 - threshold.rate) - 1e-9))
+        shares = random.beta(threshold.clips + 1 - rank, rank, draws)
+        alarms += random.binomial(count, shares)
+    low, high = np.quantile(alarms, (0.025, 0.975)) / len(thresholds)
+    return float(low), float(high)
+
+
+def _range(counts: set[int]) -> str:
+    return f"{min(counts)} to {max(counts)} clips" if len(counts) > 1 else f"{min(counts)} clips"
+
+
+def _many(folder: Path, files: Sequence[Path], count: int) -> Path:
+    """A folder of `count` clips: links to `files`, again and again."""
+    for number, file in zip(range(count), itertools.cycle(files), strict=False):
+        place = folder / str(number // len(files)) / Path(*file.parts[-3:])
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(file, place)
+    return folder
+
+
+def _long(folder: Path, files: Sequence[Path], seconds: float) -> Path:
+    """A folder with one recording: normal clips of one machine, one after the other, again and again."""
+    path = folder / "fan" / "id_00" / "long.wav"
+    path.parent.mkdir(parents=True)
+    with soundfile.SoundFile(path, "w", 16_000, 1, "PCM_16") as out:
+        for file in itertools.cycle(files):
+            out.write(soundfile.read(file, dtype="int16")[0])
+            if out.frames >= seconds * 16_000:
+                return folder
+
+
+def bench_score(out: Path, *, data: Path | None = None, device: str = "auto") -> Path:
+    """Measure scoring and write OUT/score_cpu.csv and .md, and OUT/score_false_alarms.csv and .md.
+
+    Parameters
+    ----------
+    out : Path
+    data : Path, optional
+        A data folder with test clips, of preset quick's form; simulated machines without.
+    device : str
+
+    Returns
+    -------
+    Path
+        The table.
+    """
+    where = choose_device(device)
+    config = PRESETS["quick"]
+    config = replace(config, train=replace(config.train, epochs=EPOCHS))
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        data = write_dataset(work / "data", SynthConfig()) if data is None else Path(data).resolve()
+        best = train(data, work / "run", config, device=str(where))
+        clips = sorted(data.glob("*/test/*.wav"))
+        normal = [clip for clip in clips if clip.parts[-3] == "fan" and clip.stem.startswith("normal_id_00")]
+        cases = [(f"{count} files", _many(work / f"many{count}", clips, count)) for count in FILES]
+        cases += [(f"one of {m} minutes", _long(work / f"long{m}", normal, 60 * m)) for m in MINUTES]
+        for what, folder in cases:
+            rows.append(
+                {
+                    "recordings": what,
+                    **fresh("osscl_min.bench_score:case", str(best), str(folder), str(where)),
+                }
+            )
+        alarms = false_alarms(best, data, str(where))
+    what = f"Synthetic: simulated machines; preset `quick`, {EPOCHS} epochs."
+    write_rows(
+        out / "score_false_alarms",
+        alarms,
+        title=f"False alarms on normal test clips, which were never trained on. {what}",
+        notes=[
+            "Each machine's clips, its type's or all are taken, whichever are the first to resolve the rate. "
+            "Binomial: the 95 % interval (Clopper-Pearson) of the share found, for the clips counted alone. "
+            "Chance: the central 95 % of what is to be expected where clips are like those held out, "
+            "which counts in that few held-out clips place a threshold."
+        ],
+    )
+    return write_rows(
+        out / f"score_{where.type}",
+        rows,
+        title=f"Scoring with `python -m osscl_min score`, windows of 2 s, CSV written. {what}",
+        notes=["Each row is a process of its own; its memory includes PyTorch and the network."],
+    )

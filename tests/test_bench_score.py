@@ -1,0 +1,37 @@
+"""The benchmark of scoring, in its smallest form."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from osscl_min import bench_score
+from osscl_min.bench_score import case, chance, false_alarms
+from osscl_min.calibration import Threshold
+
+
+def test_false_alarms_are_counted_on_clips_that_set_no_threshold(tiny_run):
+    rows = false_alarms(tiny_run / "best.pt", tiny_run / "data", "cpu")
+    assert [row["normal_clips"] for row in rows] == [24] * 4 + [12] * 4
+    assert rows[0]["held_out_clips"] == "validation split, 4"
+    assert rows[4]["held_out_clips"] == "and half of the test normals, 16"
+    for row in rows:
+        assert row["rate_found"] == row["false_alarms"] / row["normal_clips"]
+        assert row["binomial_low"] <= row["rate_found"] <= row["binomial_high"]
+
+
+def test_chance_is_beta_binomial():
+    one = Threshold(1.0, "empirical", 1.0, None, 43, "all machines", 0.05)
+    expected = np.array(scipy.stats.betabinom(180, 2, 42).interval(0.95)) / 180
+    assert chance([one] * 180) == pytest.approx(expected, abs=0.012)
+    two = Threshold(2.0, "empirical", 2.0, None, 43, "fan", 0.05)
+    low, high = chance([one] * 90 + [two] * 90)  # two independent halves vary less
+    assert expected[0] <= low and high < expected[1]
+
+
+def test_many_files_and_a_long_one(tiny_run, tmp_path, monkeypatch):
+    clips = sorted((tiny_run / "data").glob("*/test/*.wav"))
+    many = bench_score._many(tmp_path / "many", clips, 50)
+    assert case(str(tiny_run / "best.pt"), str(many), "cpu")["windows"] == 50
+    long = bench_score._long(tmp_path / "long", clips[:3], 5)
+    figures = case(str(tiny_run / "best.pt"), str(long), "cpu")
+    assert figures["windows"] == 9 and figures["peak_mb"] > 0 and figures["windows_per_second"] > 0
