@@ -140,7 +140,8 @@ def commands(preset: Config) -> dict[str, Callable]:
                 raise UserError(f"--seeds takes whole numbers with commas between them, not {seeds!r}")
             if others or strict or resume or "RANK" in os.environ:
                 raise UserError("--seeds does without --with, --strict, --resume and torchrun")
-            compare("seeds", data, out, config, seeds=[int(seed) for seed in seeds.split(",")], device=device)
+            numbers = [int(seed) for seed in seeds.split(",")]
+            run_experiment("seeds", data, out, config, seeds=numbers, device=device)
         where = {"device": device, "strict": strict, "resume": resume}
         best = run(data, out, config, others=others, **where)
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first prints
@@ -263,7 +264,17 @@ def commands(preset: Config) -> dict[str, Callable]:
 
     def ablate(
         name: Positional[
-            Literal["components", "inputs", "training", "high-frequency-training", "high-frequency"]
+            Literal[
+                "components",
+                "inputs",
+                "training",
+                "high-frequency-training",
+                "high-frequency",
+                "bands",
+                "noise",
+                "scores",
+                "embeddings",
+            ]
         ],
         data: Path,
         out: Path,
@@ -275,15 +286,15 @@ def commands(preset: Config) -> dict[str, Callable]:
         config: Annotated[Config, tyro.conf.arg(name="")] = preset,
         device: Device = "auto",
     ) -> None:
-        """Run an experiment: train variants and compare them, or examine a trained detector.
+        """Run an experiment: train its variants and compare them, or examine trained detectors more closely.
 
         What is done is not done again. A run that fails leaves the others be; the exit status is then 1.
 
         Args:
-            name: Which one; all but high-frequency train.
+            name: Which one; the first four compare trainings, the others examine detectors.
             data: Data folder.
             out: Folder for the runs and the result.
-            checkpoint: A run's best.pt, for high-frequency.
+            checkpoint: A run's best.pt to examine; without it, the seeds' detectors, trained where missing.
             seeds: A run of every variant for each.
             variants: Only these, beside the baseline.
             jobs: Runs at a time.
@@ -291,17 +302,10 @@ def commands(preset: Config) -> dict[str, Callable]:
             config: Settings; --preset chooses their defaults.
             device: Where to compute.
         """
-        from osscl_min import experiments
-
-        if name == "high-frequency":
-            if checkpoint is None:
-                raise UserError("high-frequency examines a trained detector: give its --checkpoint")
-            cutoffs = cutoffs or experiments.CUTOFFS
-            scoring = config.evaluate
-            experiments.high_frequency(checkpoint, data, out, cutoffs=cutoffs, config=scoring, device=device)
-            print(out / "high_frequency.json")
-            return
-        compare(name, data, out, config, seeds=seeds, only=variants, device=device, jobs=jobs)
+        run_experiment(
+            name, data, out, config, seeds=seeds, only=variants, checkpoint=checkpoint, cutoffs=cutoffs,
+            device=device, jobs=jobs,
+        )  # fmt: skip
 
     def report(run: Positional[Path], data: Path | None = None) -> None:
         """Draw a run's figures and write its report, one HTML page that needs nothing else.
@@ -363,15 +367,16 @@ def commands(preset: Config) -> dict[str, Callable]:
     return {function.__name__: function for function in functions}
 
 
-def compare(name: str, *arguments: Any, **settings: Any) -> NoReturn:
-    """Run an experiment that trains, and print its table; exit status 1 where a run failed."""
-    from osscl_min import experiments, sweep
-    from osscl_min.metrics import as_text
+def run_experiment(name: str, data: Path, out: Path, config: Config, **settings: Any) -> NoReturn:
+    """Run an experiment and print its table; exit status 1 where a run failed."""
+    from osscl_min.experiments import run
 
-    result = experiments.compare(name, *arguments, **settings)
-    print(f"{as_text(sweep.table(result))}\n\n{sweep.NOTE}\n\n{sweep.origin(result)}")
-    for run, said in result["failed"].items():
-        print(f"failed: {run}: {said}", file=sys.stderr)
+    result = run(name, data, out, config, **settings)
+    stem = out / name.replace("-", "_")
+    print(stem.with_suffix(".md").read_text(encoding="utf-8"))
+    print(stem.with_suffix(".json"))
+    for one, said in result["failed"].items():
+        print(f"failed: {one}: {said}", file=sys.stderr)
     sys.exit(bool(result["failed"]))
 
 

@@ -61,6 +61,7 @@ def score_clips(
     config: EvaluateConfig = EvaluateConfig(),
     positions: Sequence[int] | None = None,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    occlude: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     description: str = "scoring",
 ) -> Scored:
     """Score clips against their own machine; processes that work together share them, and all get the result.
@@ -76,6 +77,8 @@ def score_clips(
         Which of the reader's clips; all without.
     transform : callable, optional
         Applied to each batch of waves (B, samples) first, such as a filter.
+    occlude : callable, optional
+        Applied to each batch of log-mels (B, 1, mels, frames) and labels (B,), see `signals.replace_band`.
     description : str
         For the progress bar.
     """
@@ -95,8 +98,11 @@ def score_clips(
     with tqdm(total=len(own), desc=description, unit="clip", disable=hidden, leave=False) as bar:
         batches = np.array_split(own, range(config.batch_size, len(own), config.batch_size))
         for samples, target in load_batches(reader, labels, batches, device):
+            wave, log_mel = front(samples, transform)
+            if occlude is not None:
+                log_mel = occlude(log_mel, target)
             with autocast(device, config.precision):
-                _, embedding = model(*front(samples, transform))
+                _, embedding = model(wave, log_mel)
             scores.append(anomaly_score(model.arcface(embedding, target), target, config.score).cpu())
             predicted.append(model.arcface(embedding).argmax(1).cpu())
             embeddings.append(embedding.cpu())

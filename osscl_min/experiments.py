@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from osscl_min import checkpoint, sweep
+from osscl_min import embeddings, experiment_figures, probes, sweep
 from osscl_min.config import Config, EvaluateConfig
-from osscl_min.device import choose_device, prepare
-from osscl_min.evaluate import known_machines, score_clips
-from osscl_min.features import ZeroPhaseFilter
-from osscl_min.files import UserError, provenance, write_csv, write_json
-from osscl_min.metrics import NAMES, evaluate_scores
-from osscl_min.reader import open_data
+from osscl_min.files import UserError, replacing
 from osscl_min.sweep import BASELINE, Changes
 
-TRAINED = ("components", "inputs", "training", "high-frequency-training")  # experiments that train
-CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
+TRAINED = ("components", "inputs", "training", "high-frequency-training")  # compare what was trained
+EXAMINED = (*probes.PROBES, "embeddings")  # examine trained detectors more closely
 
 
 def variants(name: str, config: Config) -> dict[str, Changes]:
-    """The variants of an experiment that trains: name -> settings that differ; the first is the baseline.
+    """The variants of an experiment: name -> settings that differ; the first is the baseline.
 
     Parameters
     ----------
     name : str
-        One of TRAINED, or "seeds": the baseline alone.
+        One of TRAINED or EXAMINED, or "seeds": the baseline alone.
     config : Config
         What they differ from; two-stage training needs its epochs.
     """
@@ -64,30 +60,38 @@ def variants(name: str, config: Config) -> dict[str, Changes]:
             "ArcMix": {"loss.contrastive": "none", "loss.margin_on": "each"},
             "Noisy-ArcMix": {"loss.contrastive": "none"},
         }
+    if name == "noise":
+        return {BASELINE: {}, "noise in training": {"train.noise": 0.5}}
+    if name == "embeddings":
+        return {BASELINE: {}, "head: none": {"model.head": "none"}}
+    if name in EXAMINED:
+        return {BASELINE: {}}
     return {
         BASELINE: {},
         **{
             f"{kind} {cutoff / 1000:g} kHz": {"model.audio.filter": kind, "model.audio.cutoff": cutoff}
             for kind in ("low-pass", "high-pass")
-            for cutoff in CUTOFFS
+            for cutoff in probes.CUTOFFS
         },
     }
 
 
-def compare(
+def run(
     name: str,
     data: Path | str,
     out: Path | str,
     config: Config,
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[int] = (),
     only: Sequence[str] = (),
+    checkpoint: Path | str | None = None,
+    cutoffs: Sequence[float] | None = None,
     device: str = "auto",
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """Train an experiment's variants over some seeds and compare them.
+    """Run an experiment: train its variants over some seeds, compare or examine them, write what was found.
 
-    What is done already is not done again; a run that fails leaves the others be.
+    What is trained already is not trained again; a run that fails leaves the others be.
 
     Parameters
     ----------
@@ -95,13 +99,17 @@ def compare(
         As in `variants`.
     data : Path or str
     out : Path or str
-        Gets runs/VARIANT-seedN (a folder a run, shared by all experiments in `out`), and NAME.json, NAME.csv,
-        NAME.md and NAME.tex.
+        Gets runs/VARIANT-seedN (a folder a run, shared by all experiments in `out`), NAME.json, NAME.csv,
+        NAME.md, NAME.tex and figures NAME.png and NAME.pdf, with _ for - in NAME.
     config : Config
         What the variants differ from.
     seeds : sequence of int
     only : sequence of str
         Variants beside the baseline; all without.
+    checkpoint : Path or str, optional
+        A trained detector to examine instead of those of `seeds`; nothing is trained then.
+    cutoffs : sequence of float, optional
+        Hz, of "high-frequency"; `probes.CUTOFFS` without.
     device : str
     jobs : int
         Runs at a time.
@@ -109,7 +117,7 @@ def compare(
     Returns
     -------
     dict
-        See `sweep.summarise`.
+        The content of NAME.json: see `sweep.summarise`, `probes.examine` and `embeddings.compare`.
 
     Raises
     ------
@@ -122,95 +130,51 @@ def compare(
         raise UserError(f"{name} has no variant {', '.join(sorted(unknown))}; it has {', '.join(table)}")
     if only:
         table = {variant: changes for variant, changes in table.items() if variant in {BASELINE, *only}}
+    if checkpoint is not None:
+        if name not in EXAMINED:
+            raise UserError(f"{name} trains its own detectors: leave out --checkpoint")
+        return examine(name, {"given": [Path(checkpoint)]}, data, out, config.evaluate, cutoffs, device)
     runs = sweep.plan(table, seeds, config, out)
     failed = sweep.run_all(runs, data, device=device, jobs=jobs)
-    result = sweep.summarise(name, runs, failed, config.evaluate.bootstrap or 1000)
-    sweep.write(result, out)
-    return result
+    if name not in EXAMINED:
+        result = sweep.summarise(name, runs, failed, config.evaluate.bootstrap or 1000)
+        if name == "high-frequency-training":
+            result["conclusion"] = probes.rely_on_high_frequencies(result["variants"])
+        sweep.write(result, out)
+        experiment_figures.write(result, out)
+        return result
+    checkpoints: dict[str, list[Path]] = {}
+    for one in runs:
+        if one not in failed:
+            checkpoints.setdefault(one.variant, []).append(one.folder / "best.pt")
+    if BASELINE not in checkpoints:
+        raise UserError(f"{name}: no run of {BASELINE} is done: {', '.join(set(failed.values()))}")
+    scoring = replace(config.evaluate, precision=config.train.precision)
+    missing = {f"{one.variant}, seed {one.seed}": said for one, said in failed.items()}
+    return examine(name, checkpoints, data, out, scoring, cutoffs, device, missing)
 
 
-def high_frequency(
-    checkpoint_path: Path | str,
+def examine(
+    name: str,
+    checkpoints: Mapping[str, Sequence[Path]],
     data: Path | str,
     out: Path | str,
-    *,
-    cutoffs: Sequence[float] = CUTOFFS,
-    config: EvaluateConfig = EvaluateConfig(),
+    config: EvaluateConfig,
+    cutoffs: Sequence[float] | None = None,
     device: str = "auto",
+    failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """AUC against cut-off: test clips are low-pass or high-pass filtered, the detector stays as trained.
-
-    If detection did not rely on high frequencies, low-pass filtering would cost little and high-pass
-    filtering much. A filter also takes clips away from what the network was trained on, so a drop bounds
-    the reliance from above.
-
-    Parameters
-    ----------
-    checkpoint_path : Path or str
-    data : Path or str
-    out : Path or str
-        Gets high_frequency.json and high_frequency.csv.
-    cutoffs : sequence of float
-        Hz, each below half the sample rate.
-    config : EvaluateConfig
-    device : str
-
-    Returns
-    -------
-    dict
-        The content of high_frequency.json: "conditions" is a list of {"filter", "cutoff_hz", "metrics"}.
-    """
-    where = choose_device(device)
-    prepare(where, config.precision)
-    trained = checkpoint.load(checkpoint_path, where)
-    audio = trained.config.model.audio
-    conditions = [
-        ("none", None, None),
-        *(
-            (kind, cutoff, ZeroPhaseFilter(kind, cutoff, audio))
-            for kind in ("low-pass", "high-pass")
-            for cutoff in cutoffs
-        ),
-    ]
-    opened = open_data(data, trained.config.model.audio, splits=["test"])
-    positions, _ = known_machines(trained, opened.test)
-    positions = [position for position in positions if opened.test.clips[position].anomaly is not None]
-    results = []
-    for kind, cutoff, transform in tqdm(conditions, "filtering test clips", unit="filter", disable=None):
-        scored = score_clips(
-            trained,
-            opened.test,
-            config=config,
-            positions=positions,
-            transform=transform,
-            description=f"{kind} {cutoff or 0:g} Hz",
-        )
-        results.append(
-            {"filter": kind, "cutoff_hz": cutoff, "metrics": evaluate_scores(scored.rows, config.bootstrap)}
-        )
-    result = {
-        "data": opened.dataset.root.name,
-        "synthetic": opened.dataset.synthetic,
-        "filter": "zero-phase Butterworth, run forwards and backwards",
-        "order": ZeroPhaseFilter.order,
-        "sample_rate": audio.sample_rate,
-        "conditions": results,
-        "provenance": provenance(where),
-    }
+    """Examine trained detectors, variant -> one best.pt a seed, and write what was found."""
     out = Path(out)
-    write_csv(
-        out / "high_frequency.csv",
-        ["filter", "cutoff_hz", "type", *NAMES],
-        [
-            [
-                item["filter"],
-                item["cutoff_hz"],
-                entry.get("type", "average"),
-                *(entry[name] for name in NAMES),
-            ]
-            for item in results
-            for entry in (*item["metrics"]["types"], item["metrics"]["average"])
-        ],
-    )
-    write_json(out / "high_frequency.json", result)
+    if name == "embeddings":
+        result = embeddings.compare(checkpoints, data, out, config=config, device=device)
+    else:
+        cutoffs = cutoffs or probes.CUTOFFS
+        result = probes.examine(name, checkpoints, data, config=config, device=device, cutoffs=cutoffs)
+    result["failed"] = dict(failed or {})
+    if name == "high-frequency":
+        with replacing(out / "high_frequency_filters.npz", "wb") as file:
+            np.savez(file, **probes.responses_before_and_after(next(iter(checkpoints.values()))[0]))
+    (embeddings if name == "embeddings" else probes).write(result, out)
+    experiment_figures.write(result, out)
     return result

@@ -223,9 +223,7 @@ def embedding_map(evaluation: Path | str, seed: int = 0) -> Figure:
         embeddings = file["embeddings"][chosen]
     types = np.array([rows[position]["machine_type"] for position in chosen])
     anomalous = np.array([rows[position]["anomaly"] == "1" for position in chosen])
-    perplexity = min(30, (len(chosen) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed)
-    place = tsne.fit_transform(embeddings)
+    place = in_two_dimensions(embeddings, seed)
     title = f"Embeddings of {len(chosen)} test clips, t-SNE"
     figure, (ax,) = _panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
     for number, name in enumerate(sorted(set(types), key=str.lower)):
@@ -241,13 +239,20 @@ def embedding_map(evaluation: Path | str, seed: int = 0) -> Figure:
     return figure
 
 
-def high_frequency(path: Path | str, measure: str = "auc_id_mean") -> Figure:
+def in_two_dimensions(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
+    """t-SNE of cosine distances: (n, D) -> (n, 2)."""
+    perplexity = min(30, (len(embeddings) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed)
+    return tsne.fit_transform(embeddings)
+
+
+def high_frequency(path: Path | str | dict[str, Any], measure: str = "auc_id_mean") -> Figure:
     """AUC against the cut-off of low-pass and high-pass filters: on average, and of each machine type.
 
-    `path` is high_frequency.json of `experiments.high_frequency`; `measure` is "auc_id_mean" or "auc_pooled",
-    drawn with its bootstrap intervals where the file has them.
+    `path` is high_frequency.json of `probes.examine`, or its content; `measure` is "auc_id_mean" or
+    "auc_pooled", drawn with its bootstrap intervals where the file has them.
     """
-    content = json.loads(Path(path).read_text())
+    content = path if isinstance(path, dict) else json.loads(Path(path).read_text())
     protocol = {"auc_id_mean": "mean over ids", "auc_pooled": "ids pooled"}[measure]
     points: dict[str, dict[str, list]] = {}  # type -> filter -> [cut-off, AUC, its lower and upper bound]
     for condition in content["conditions"]:
@@ -256,7 +261,7 @@ def high_frequency(path: Path | str, measure: str = "auc_id_mean") -> Figure:
             filters = points.setdefault(entry.get("type", "average"), {})
             point = [condition["cutoff_hz"] or 0, entry[measure], *bounds]
             filters.setdefault(condition["filter"], []).append(point)
-    title = f"AUC ({protocol}) of filtered test clips"
+    title = f"AUC ({protocol}) of {content.get('heard', 'filtered test clips')}"
     figure, axes = _panels(title, content["synthetic"], list(points), 4, (2.7, 2.5), sharey=True)
     for ax, filters in zip(axes, points.values(), strict=True):
         ((_, value, low, high),) = 100 * np.array(filters["none"], float)
@@ -327,11 +332,11 @@ def inventory(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path | str) -> None:
+def save(figure: Figure, path: Path | str, **options: Any) -> None:
     """Write a figure, replacing the file as a whole; the name's end says the format."""
     path = Path(path)
     with replacing(path, "wb") as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=130)
+        figure.savefig(file, format=path.suffix[1:], dpi=130, **options)
 
 
 def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from osscl_min.config import Config, from_dict, to_dict
+from osscl_min.config import AudioConfig, Config, from_dict, to_dict
 from osscl_min.evaluate import evaluate
 from osscl_min.files import UserError, provenance, replacing, write_csv, write_json
-from osscl_min.metrics import NAMES, Resampled, Score, as_latex, as_text, interval, resampled
+from osscl_min.metrics import NAMES, Resampled, Score, as_latex, as_text, average, interval, resampled
 from osscl_min.model import OSSCL
 from osscl_min.train import read_log, train
 
@@ -121,7 +121,9 @@ def read_clip_scores(evaluation: Path | str) -> list[Score]:
         ]  # fmt: skip
 
 
-def difference(ours: Sequence[Resampled], base: Sequence[Resampled], machine_type: str = "") -> dict:
+def difference(
+    ours: Sequence[Resampled], base: Sequence[Resampled], machine_type: str = ""
+) -> dict[str, Any] | None:
     """What a variant gains over the baseline, with both kinds of noise.
 
     Parameters
@@ -133,9 +135,10 @@ def difference(ours: Sequence[Resampled], base: Sequence[Resampled], machine_typ
 
     Returns
     -------
-    dict
+    dict or None
         "mean" of COMPARED's difference (fraction), its "interval" over the clips (95 %), "seeds" (the
-        difference of each) and "clear": the interval leaves out 0 and all seeds agree in the sign.
+        difference of each) and "clear": the interval leaves out 0 and all seeds agree in the sign. None where
+        the clips give no figure.
     """
 
     def compared(measured: Resampled) -> list[Any]:
@@ -149,6 +152,8 @@ def difference(ours: Sequence[Resampled], base: Sequence[Resampled], machine_typ
     (ours_each, ours_drawn), (base_each, base_drawn) = (
         zip(*map(compared, measured), strict=True) for measured in (ours, base)
     )
+    if None in ours_each:
+        return None
     seeds = [a - b for a, b in zip(ours_each, base_each, strict=True)]
     low, high = interval(np.mean(ours_drawn, axis=0) - np.mean(base_drawn, axis=0))
     agree = all(value > 0 for value in seeds) or all(value < 0 for value in seeds)
@@ -158,6 +163,11 @@ def difference(ours: Sequence[Resampled], base: Sequence[Resampled], machine_typ
         "seeds": seeds,
         "clear": bool(agree and (low > 0 or high < 0)),
     }
+
+
+def filter_of(audio: AudioConfig) -> dict[str, Any]:
+    """The filter that a detector hears every clip through."""
+    return {"filter": audio.filter, "cutoff_hz": None if audio.filter == "none" else audio.cutoff}
 
 
 def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: int = 1000) -> dict[str, Any]:
@@ -200,6 +210,8 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
             "seconds_per_epoch": float(np.mean([entry["seconds"] for log in logs for entry in log])),
             "best_epoch": float(np.mean([one["epoch"] for one in said])),
             "peak_memory_mb": max(entry["peak_memory_mb"] or 0 for log in logs for entry in log),
+            "metrics": average([resamples[run] for run in members]),
+            **filter_of(members[0].config.model.audio),
         }
         shared = [(run, other) for run in members for other in base if run.seed == other.seed]
         if variant != first and shared:
@@ -226,11 +238,11 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
 def origin(result: Mapping[str, Any]) -> str:
     """One line: on which data, how many seeds and clips, which commits."""
     synthetic = "Synthetic: simulated machines. " if result["synthetic"] else ""
-    seeds = sorted({seed for row in result["variants"] for seed in row["seeds"]})
+    seeds = sorted({seed for row in result.get("variants") or result["conditions"] for seed in row["seeds"]})
     return (
         f"{synthetic}Data {result['data']}, {result['clips']} test clips; preset {result['preset']}, "
         f"{result['epochs']} epochs, {result['precision']}; seeds {', '.join(map(str, seeds))}; trained at "
-        f"commit {', '.join(result['commits'])}, {result['provenance']['time'][:10]}."
+        f"commit {', '.join(result['commits']) or 'unknown'}, {result['provenance']['time'][:10]}."
     )
 
 
@@ -245,13 +257,11 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
             spread = row["spread"][key]
             return f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
 
-        gain = row.get("difference")
         rows.append(
             [
                 row["variant"],
                 *(cell(key) for key in ("auc_id_mean", "auc_pooled", "pauc_id_mean", "pauc_pooled", "mauc")),
-                "" if gain is None else f"{100 * gain['mean']:+.1f} [{100 * gain['interval'][0]:+.1f}, "
-                f"{100 * gain['interval'][1]:+.1f}]" + (" *" if gain["clear"] else ""),
+                gain_text(row.get("difference")),
                 str(len(row["seeds"])),
                 f"{row['trained_parameters']:,} of {row['parameters']:,}",
                 f"{row['seconds_per_epoch']:.0f}",
@@ -268,29 +278,51 @@ NOTE = (
 )
 
 
+def gain_text(gain: Mapping[str, Any] | None) -> str:
+    """A difference with its interval, starred where it is clear."""
+    if gain is None:
+        return ""
+    mean, low, high = (100 * value for value in (gain["mean"], *gain["interval"]))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" + " *" * gain["clear"]
+
+
+def gain_cells(gain: Mapping[str, Any] | None) -> list[Any]:
+    """The same for GAIN_COLUMNS of a CSV file."""
+    return ["", "", "", ""] if gain is None else [gain["mean"], *gain["interval"], gain["clear"]]
+
+
+GAIN_COLUMNS = ["difference", "low", "high", "clear"]
+
+
+def write_tables(
+    out: Path | str, result: Mapping[str, Any], rows: Sequence[Sequence[str]], lines: Sequence[Sequence[Any]]
+) -> None:
+    """Write a result as OUT/NAME.json, its table `rows` as .md and .tex (booktabs), and `lines` as .csv.
+
+    The documents end with the result's conclusion where it has one, with NOTE and with `origin`.
+    """
+    stem = Path(out) / result["experiment"].replace("-", "_")
+    write_json(stem.with_suffix(".json"), result)
+    write_csv(stem.with_suffix(".csv"), lines[0], lines[1:])
+    failed = [f"Failed: {run}: {said}" for run, said in result.get("failed", {}).items()]
+    notes = [note for note in (result.get("conclusion"), result.get("note", NOTE), origin(result)) if note]
+    with replacing(stem.with_suffix(".md")) as file:
+        file.write("\n\n".join([as_text(rows), *notes, *failed]) + "\n")
+    with replacing(stem.with_suffix(".tex")) as file:
+        file.write(as_latex(rows, " ".join(notes)))
+
+
 def write(result: Mapping[str, Any], out: Path | str) -> None:
-    """Write an experiment as OUT/NAME.json, .csv, .md and .tex (booktabs)."""
-    out, name, rows = Path(out), result["experiment"], table(result)
-    nothing = {"mean": "", "interval": ["", ""], "clear": ""}
-    gains = [row.get("difference", nothing) for row in result["variants"]]
-    write_json(out / f"{name}.json", result)
+    """Write the tables of `summarise`'s result."""
     keys = [*NAMES, "machine_recognised", "parameters", "trained_parameters", "seconds_per_epoch",
             "best_epoch", "peak_memory_mb"]  # fmt: skip
-    write_csv(
-        out / f"{name}.csv",
-        ["variant", "seeds", *keys, *(f"{key}_std" for key in NAMES), "difference", "low", "high", "clear"],
-        [
-            [row["variant"], " ".join(map(str, row["seeds"])), *(row[key] for key in keys),
-             *(row["spread"][key] for key in NAMES),
-             gain["mean"], *gain["interval"], gain["clear"]]
-            for row, gain in zip(result["variants"], gains, strict=True)
-        ],
-    )  # fmt: skip
-    failed = "".join(f"\nFailed: {run}: {said}" for run, said in result["failed"].items())
-    with replacing(out / f"{name}.md") as file:
-        file.write(f"{as_text(rows)}\n\n{NOTE}\n\n{origin(result)}\n{failed}")
-    with replacing(out / f"{name}.tex") as file:
-        file.write(as_latex(rows, f"{origin(result)} {NOTE}"))
+    lines = [["variant", "seeds", *keys, *(f"{key}_std" for key in NAMES), *GAIN_COLUMNS]]
+    lines += [
+        [row["variant"], " ".join(map(str, row["seeds"])), *(row[key] for key in keys),
+         *(row["spread"][key] for key in NAMES), *gain_cells(row.get("difference"))]
+        for row in result["variants"]
+    ]  # fmt: skip
+    write_tables(out, result, table(result), lines)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     """
     from osscl_min import figures, report
     from osscl_min.evaluate import evaluate
-    from osscl_min.experiments import high_frequency
+    from osscl_min.experiments import examine
     from osscl_min.synth import SynthConfig, write_dataset
     from osscl_min.train import train
 
@@ -81,7 +81,9 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     best = train(data, run, config, device="cpu")
     evaluate(best, data, run / "evaluation", config=scoring, device="cpu")
     evaluate(run / "initial.pt", data, run / "untrained", config=scoring, device="cpu")
-    high_frequency(best, data, run / "high_frequency", cutoffs=(1000.0, 4000.0), config=scoring, device="cpu")
+    examine(
+        "high-frequency", {"given": [best]}, data, run / "high_frequency", scoring, (1000.0, 4000.0), "cpu"
+    )
     figures.write_all(run, data)
     report.write(run)
     return run

@@ -15,7 +15,7 @@ from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig, Config, EvaluateConfig, ModelConfig
 from osscl_min.dataset import BENCHMARK
 from osscl_min.evaluate import evaluate, score_clips
-from osscl_min.experiments import high_frequency
+from osscl_min.experiments import examine
 from osscl_min.features import ZeroPhaseFilter
 from osscl_min.files import UserError
 from osscl_min.losses import anomaly_score
@@ -201,7 +201,7 @@ def test_the_filter_keeps_and_removes_what_it_should():
 
 def test_high_frequency_ablation(data, weights, tmp_path):
     config = EvaluateConfig(bootstrap=0)
-    result = high_frequency(weights, data, tmp_path, cutoffs=(1000.0, 7900.0), config=config)
+    result = examine("high-frequency", {"given": [weights]}, data, tmp_path, config, (1000.0, 7900.0))
     assert result == json.loads((tmp_path / "high_frequency.json").read_text())
     conditions = {(item["filter"], item["cutoff_hz"]): item["metrics"] for item in result["conditions"]}
     assert len(conditions) == 5
@@ -209,7 +209,7 @@ def test_high_frequency_ablation(data, weights, tmp_path):
     assert conditions["none", None] == plain
     assert conditions["low-pass", 1000.0] != plain != conditions["high-pass", 1000.0]
     with pytest.raises(UserError, match="between 0 and 8000 Hz, got 9000"):
-        high_frequency(weights, data, tmp_path, cutoffs=(9000.0,), config=config)
+        examine("high-frequency", {"given": [weights]}, data, tmp_path, config, (9000.0,))
 
 
 def test_scoring_against_a_machine_that_is_unknown_is_refused(data, weights):

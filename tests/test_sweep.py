@@ -167,4 +167,4 @@ def test_latex_is_escaped():
 
 def test_an_unknown_variant_is_named(tmp_path):
     with pytest.raises(UserError, match="components has no variant nonsense"):
-        experiments.compare("components", tmp_path, tmp_path, TINY, seeds=(0,), only=("nonsense",))
+        experiments.run("components", tmp_path, tmp_path, TINY, seeds=(0,), only=("nonsense",))
