@@ -10,6 +10,8 @@ Train and evaluate OS-SCL, an anomalous sound detector that learns from normal m
 
   bash reproduce.sh                                 simulated machines, a few minutes on two CPU cores
   bash reproduce.sh --test                          the tests
+  bash reproduce.sh --experiments                   every ablation of `osscl ablate`, few epochs and one seed, simulated
+                                                    machines; with --data DIR in full, preset small, two seeds
   bash reproduce.sh --data DIR [--preset small]     your folder: TYPE/train/normal_id_00_00000000.wav, TYPE/test/...
   bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2; downloads the data
                                                     into data/dcase2020 unless DIR has it, and packs it beside
@@ -39,6 +41,7 @@ while [ $# -gt 0 ]; do
     --help | -h) usage; exit 0 ;;
     --test) story=test; shift ;;
     --full) story=full; shift ;;
+    --experiments) story=experiments; shift ;;
     --data) value "$@"; data=$2; shift 2 ;;
     --preset) value "$@"; preset=$2; shift 2 ;;
     --seed) value "$@"; seed=$2; shift 2 ;;
@@ -122,6 +125,9 @@ made() { [ -e "$1" ] && [ ! "$2" -nt "$1" ]; }
 
 if [ "$story" = full ]; then
   preset=${preset:-paper} run=${out:-$root/runs/full}
+elif [ "$story" = experiments ]; then
+  if [ -n "$data" ]; then preset=${preset:-small}; else preset=${preset:-quick}; fi
+  run=${out:-$root/runs/experiments${data:+-$(basename "$data")}}
 elif [ -n "$data" ]; then
   preset=${preset:-small} run=${out:-$root/runs/$(basename "$data")-$preset${seed:+-seed$seed}}
 else
@@ -144,6 +150,24 @@ elif [ -z "$data" ]; then
   say "simulated machines"
   data=$run/data
   osscl synth "$data"
+fi
+
+if [ "$story" = experiments ]; then
+  quick=() failed=0
+  if [ -n "$seed" ]; then seeds=("$seed"); else seeds=(0 1); fi
+  [ "$preset" != quick ] || quick=(--train.epochs 4) seeds=("${seed:-0}")
+  for name in scores high-frequency bands noise embeddings training inputs components high-frequency-training; do
+    say "$name"
+    only=()
+    if [ "$preset" = quick ] && [ "$name" = high-frequency-training ]; then
+      only=(--variants "low-pass 1 kHz" "low-pass 4 kHz" "high-pass 1 kHz" "high-pass 4 kHz")
+    fi
+    osscl ablate "$name" --preset "$preset" --data "$data" --out "$run" --device "$device" --seeds "${seeds[@]}" \
+      ${quick[@]+"${quick[@]}"} ${only[@]+"${only[@]}"} || failed=1
+  done
+  say ""
+  [ -e "$run/timing.csv" ] || echo "$timing" >"$run/timing.csv"
+  exit "$failed"
 fi
 
 say training
