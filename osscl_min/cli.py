@@ -268,6 +268,7 @@ def commands(preset: Config) -> dict[str, Callable]:
                 "components",
                 "inputs",
                 "training",
+                "precision",
                 "high-frequency-training",
                 "high-frequency",
                 "bands",
@@ -291,7 +292,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         What is done is not done again. A run that fails leaves the others be; the exit status is then 1.
 
         Args:
-            name: Which one; the first four compare trainings, the others examine detectors.
+            name: Which one; the first five compare trainings, the others examine detectors.
             data: Data folder.
             out: Folder for the runs and the result.
             checkpoint: A run's best.pt to examine; without it, the seeds' detectors, trained where missing.

@@ -14,7 +14,7 @@ from osscl_min.config import Config, EvaluateConfig
 from osscl_min.files import UserError, replacing
 from osscl_min.sweep import BASELINE, Changes
 
-TRAINED = ("components", "inputs", "training", "high-frequency-training")  # compare what was trained
+TRAINED = ("components", "inputs", "training", "precision", "high-frequency-training")  # compare trainings
 EXAMINED = (*probes.PROBES, "embeddings")  # examine trained detectors more closely
 
 
@@ -60,6 +60,8 @@ def variants(name: str, config: Config) -> dict[str, Changes]:
             "ArcMix": {"loss.contrastive": "none", "loss.margin_on": "each"},
             "Noisy-ArcMix": {"loss.contrastive": "none"},
         }
+    if name == "precision":
+        return {BASELINE: {}, "bfloat16": {"train.precision": "bf16"}, "TF32": {"train.precision": "tf32"}}
     if name == "noise":
         return {BASELINE: {}, "noise in training": {"train.noise": 0.5}}
     if name == "embeddings":
