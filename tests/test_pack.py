@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -171,18 +172,6 @@ def test_several_processes_give_the_same(data, tmp_path):
     same(data, tmp_path / "store")
 
 
-def osscl(*arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "NO_COLOR": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "osscl_min", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
 def alive(group):
     """Processes of a group that have not ended."""
     found = []
@@ -192,7 +181,7 @@ def alive(group):
         except OSError:  # it has ended meanwhile
             continue
         if int(process_group) == group and state not in "ZX":
-            found.append(status.parent.name)
+            found.append(int(status.parent.name))
     return found
 
 
@@ -202,20 +191,24 @@ def test_kill_9_while_packing(data, tmp_path):
             data / "fan/train/normal_id_00_00000000.wav", data / f"fan/train/normal_id_00_{k + 100:08d}.wav"
         )
     store = tmp_path / "store"
-    process = osscl("pack", data, store, "--jobs", 2, "--seconds", 1, start_new_session=True)
+    command = [sys.executable, "-m", "osscl_min", "pack", data, store, "--jobs", "2", "--seconds", "1"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     journal, noted = store / "journal.jsonl", 0
     while process.poll() is None and noted < 60:
         noted = journal.read_bytes().count(b"\n") if journal.is_file() else 0
         time.sleep(0.002)
     process.kill()  # the parent alone: its processes must follow
-    process.communicate()
+    process.wait()
     assert not (store / "index.jsonl").exists(), "it was too fast for this test"
     with pytest.raises(UserError, match="store: its packing was not finished; run the same `pack` again"):
         open_data(store, AUDIO)
     deadline = time.monotonic() + 20
-    while alive(process.pid) and time.monotonic() < deadline:
+    while (left := alive(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not alive(process.pid)
+    for number in left:
+        os.kill(number, signal.SIGKILL)
+    assert not left
     with open(journal, "a") as file:  # the last line may be half there
         file.write('{"file": "fan/tr')
     (store / ".index.jsonl.abc.part").write_text("half an index")
@@ -261,6 +254,11 @@ def test_an_update_cut_short_leaves_the_store_as_it_was(data, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         pack(data, store, AUDIO, jobs=1)
     assert np.array_equal(open_data(store, AUDIO).train.read(range(11)), before)
+    with open(store / "journal.jsonl", "a") as file:  # the last line may be half there
+        file.write('{"file": "fan/tr')
+    write(data / "fan/train/normal_id_00_00000000.wav", noise(99))
+    with pytest.raises(KeyboardInterrupt):
+        pack(data, store, AUDIO, jobs=1)
     monkeypatch.undo()
     assert "1 decoded, 15 kept" in pack(data, store, AUDIO, jobs=1)
     same(data, store)
