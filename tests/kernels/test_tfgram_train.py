@@ -169,10 +169,9 @@ def test_low_tone_with_an_offset(choice):
 @cpu_only
 @pytest.mark.parametrize("clips, samples", [(1, 331), (2, 1237), (5, 700)])
 def test_cpu_path_in_float64_is_exact(clips, samples, monkeypatch, poisoned):
-    """Small groups and blocks, so that clips, statistics and weight gradients are cut in several places."""
+    """Small groups and blocks, so that clips and statistics are cut in several places."""
     monkeypatch.setattr(tfgram_train_cpu, "GROUP_ROWS", 300)
     monkeypatch.setattr(clipwise, "STATISTICS_BLOCK", 100)
-    monkeypatch.setattr(tfgram_train_cpu, "GRADIENT_BLOCK", 30)
     wave, exact, _ = truth(clips, samples)
     results = run(tfgram_train, wave, torch.float64, backend="torch")
     for name in NAMES:
