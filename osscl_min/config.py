@@ -103,7 +103,7 @@ class EngineConfig:
     checkpoint_seconds: float = 300.0  # between two checkpoints within an epoch; each epoch ends with one
     log_steps: int = 20  # steps between two looks at the losses
     resident: Literal["auto", "yes", "no"] = "auto"  # keep all samples in GPU memory; auto: where they fit
-    compile: bool = False  # torch.compile the network
+    compile: bool = False  # torch.compile the network; on a CPU that takes minutes and gains little
     cuda_graph: Literal["auto", "no"] = "auto"  # auto: replay steps on one GPU; not with several processes
 
 
