@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from osscl_min import embeddings, experiment_figures, probes, sweep
+from osscl_min import embeddings, experiment_figures, probe_tables, probes, sweep
 from osscl_min.config import Config, EvaluateConfig
 from osscl_min.files import UserError, replacing
 from osscl_min.sweep import BASELINE, Changes
@@ -141,7 +141,7 @@ def run(
     if name not in EXAMINED:
         result = sweep.summarise(name, runs, failed, config.evaluate.bootstrap or 1000)
         if name == "high-frequency-training":
-            result["conclusion"] = probes.rely_on_high_frequencies(result["variants"])
+            result["conclusion"] = probe_tables.rely_on_high_frequencies(result["variants"])
         sweep.write(result, out)
         experiment_figures.write(result, out)
         return result
@@ -175,8 +175,9 @@ def examine(
         result = probes.examine(name, checkpoints, data, config=config, device=device, cutoffs=cutoffs)
     result["failed"] = dict(failed or {})
     if name == "high-frequency":
+        result["conclusion"] = probe_tables.rely_on_high_frequencies(result["conditions"])
         with replacing(out / "high_frequency_filters.npz", "wb") as file:
             np.savez(file, **probes.responses_before_and_after(next(iter(checkpoints.values()))[0]))
-    (embeddings if name == "embeddings" else probes).write(result, out)
+    (embeddings if name == "embeddings" else probe_tables).write(result, out)
     experiment_figures.write(result, out)
     return result

@@ -198,6 +198,10 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
         with torch.device("meta"):
             parameters = list(OSSCL(members[0].config.model).parameters())
         averages = {key: [one["average"][key] for one in measured] for key in NAMES}
+        to_best = [
+            sum(entry["seconds"] for entry in log if entry["epoch"] <= one["epoch"])
+            for log, one in zip(logs, said, strict=True)
+        ]
         row = {
             "variant": variant,
             "seeds": [run.seed for run in members],
@@ -209,6 +213,7 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "seconds_per_epoch": float(np.mean([entry["seconds"] for log in logs for entry in log])),
             "best_epoch": float(np.mean([one["epoch"] for one in said])),
+            "seconds_to_best": float(np.mean(to_best)),
             "peak_memory_mb": max(entry["peak_memory_mb"] or 0 for log in logs for entry in log),
             "metrics": average([resamples[run] for run in members]),
             **filter_of(members[0].config.model.audio),
@@ -249,7 +254,8 @@ def origin(result: Mapping[str, Any]) -> str:
 def table(result: Mapping[str, Any]) -> list[list[str]]:
     """An experiment's table in percent, first row the header."""
     header = ["variant", "AUC id-mean", "AUC pooled", "pAUC id-mean", "pAUC pooled", "mAUC", "difference",
-              "seeds", "trained parameters", "s an epoch", "best epoch"]  # fmt: skip
+              "seeds", "trained parameters", "s an epoch", "best epoch", "s to it",
+              "memory (GB)"]  # fmt: skip
     rows = [header]
     for row in result["variants"]:
 
@@ -266,6 +272,8 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
                 f"{row['trained_parameters']:,} of {row['parameters']:,}",
                 f"{row['seconds_per_epoch']:.0f}",
                 f"{row['best_epoch']:.0f}",
+                f"{row['seconds_to_best']:.0f}",
+                f"{row['peak_memory_mb'] / 1000:.1f}",
             ]
         )  # fmt: skip
     return rows
@@ -315,7 +323,7 @@ def write_tables(
 def write(result: Mapping[str, Any], out: Path | str) -> None:
     """Write the tables of `summarise`'s result."""
     keys = [*NAMES, "machine_recognised", "parameters", "trained_parameters", "seconds_per_epoch",
-            "best_epoch", "peak_memory_mb"]  # fmt: skip
+            "best_epoch", "seconds_to_best", "peak_memory_mb"]  # fmt: skip
     lines = [["variant", "seeds", *keys, *(f"{key}_std" for key in NAMES), *GAIN_COLUMNS]]
     lines += [
         [row["variant"], " ".join(map(str, row["seeds"])), *(row[key] for key in keys),

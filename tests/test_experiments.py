@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from osscl_min import checkpoint, embeddings, experiment_figures, experiments, probes
+from osscl_min import checkpoint, embeddings, experiment_figures, experiments, probe_tables, probes
 from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig
 from osscl_min.evaluate import evaluate
 from osscl_min.features import LogMel, to_wave
@@ -187,15 +187,15 @@ def gains(low, high):
 
 def test_the_conclusion_follows_the_intervals():
     rows = gains((-0.01, [-0.03, 0.01], False), (-0.2, [-0.3, -0.1], True))
-    text = probes.rely_on_high_frequencies(rows)
+    text = probe_tables.rely_on_high_frequencies(rows)
     assert "above 4 kHz AUC id-mean changes by -1.0 [-3.0, +1.0] points: no need of it is shown" in text
     assert "a loss of up to 3.0 is possible" in text
     assert "below 4 kHz AUC id-mean changes by -20.0 [-30.0, -10.0] points: it is needed here" in text
     rows = gains((0.1, [0.05, 0.2], True), (0.1, [-0.05, 0.2], False))
-    assert "detection is better without it" in probes.rely_on_high_frequencies(rows)
+    assert "detection is better without it" in probe_tables.rely_on_high_frequencies(rows)
     rows[0]["metrics"] = {"average": {"interval": {"auc_id_mean": [0.45, 0.6]}}}
-    assert "cannot be told" in probes.rely_on_high_frequencies(rows)
-    assert probes.rely_on_high_frequencies(rows[:1]) == ""
+    assert "cannot be told" in probe_tables.rely_on_high_frequencies(rows)
+    assert probe_tables.rely_on_high_frequencies(rows[:1]) == ""
 
 
 def test_noise_is_compared_within_and_between_detectors(out):

@@ -32,7 +32,7 @@ ORDER = [
     {"figures"},
     {"score_figures"},
     {"sweep"},
-    {"probes"},
+    {"probes", "probe_tables"},
     {"embeddings"},
     {"experiment_figures"},
     {"experiments"},
