@@ -6,19 +6,17 @@ import itertools
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import soundfile
 
 from osscl_min import checkpoint
 from osscl_min.bench import fresh, write_rows
-from osscl_min.calibration import Calibration, Threshold
+from osscl_min.calibration import Calibration
 from osscl_min.config import PRESETS
 from osscl_min.device import choose_device
 from osscl_min.files import peak_memory_mb
@@ -71,55 +69,14 @@ def false_alarms(best: Path, data: Path, device: str) -> list[dict[str, Any]]:
         for method, rate in itertools.product(("empirical", "gamma"), RATES):
             known = [*own, *(m for m, chosen in zip(machines, more, strict=True) if chosen)]
             calibration = Calibration(known, [*held_out["scores"].tolist(), *scores[more]], rate, method)
-            thresholds = [calibration.group(machine)[1] for machine in machines]
-            called = np.array([one > t.value for one, t in zip(scores, thresholds, strict=True)])
-            normal = (truth == 0) & ~more
-            alarms, count = int(called[normal].sum()), int(normal.sum())
-            interval = scipy.stats.binomtest(alarms, count).proportion_ci()
-            used = [threshold for threshold, one in zip(thresholds, normal, strict=True) if one]
-            ranked = all(threshold.method == "empirical" for threshold in used)
-            low, high = chance(used) if ranked else (None, None)
+            counted = ~more
+            chosen = [machine for machine, one in zip(machines, counted, strict=True) if one]
+            found = calibration.alarms(chosen, scores[counted], truth[counted])
+            first = {"held_out_clips": f"{name}, {len(known)}", "method": method, "rate_asked": rate}
             rows.append(
-                {
-                    "held_out_clips": f"{name}, {len(known)}",
-                    "threshold_from": _range({threshold.clips for threshold in used}),
-                    "threshold": method,
-                    "rate_asked": rate,
-                    "normal_clips": count,
-                    "false_alarms": alarms,
-                    "rate_found": alarms / count,
-                    "binomial_low": interval.low,
-                    "binomial_high": interval.high,
-                    "chance_low": low,
-                    "chance_high": high,
-                }
+                first | {key: found[key] for key in found if key not in ("detected", "anomalous_clips")}
             )
     return rows
-
-
-def chance(thresholds: Sequence[Threshold], draws: int = 20_000, seed: int = 0) -> tuple[float, float]:
-    """The central 95 % of the share of false alarms, if all normal clips of a group are alike.
-
-    The share of clips above the r-th of n held-out scores has a Beta(n + 1 - r, r) distribution, one for the
-    clips of a group together; given it, alarms are binomial.
-
-    Parameters
-    ----------
-    thresholds : sequence of Threshold
-        An empirical one for each normal clip.
-    """
-    random = np.random.default_rng(seed)
-    alarms = np.zeros(draws)
-    for threshold, count in Counter(thresholds).items():
-        rank = int(np.ceil((threshold.clips + 1) * (1 - threshold.rate) - 1e-9))
-        shares = random.beta(threshold.clips + 1 - rank, rank, draws)
-        alarms += random.binomial(count, shares)
-    low, high = np.quantile(alarms, (0.025, 0.975)) / len(thresholds)
-    return float(low), float(high)
-
-
-def _range(counts: set[int]) -> str:
-    return f"{min(counts)} to {max(counts)} clips" if len(counts) > 1 else f"{min(counts)} clips"
 
 
 def _many(folder: Path, files: Sequence[Path], count: int) -> Path:

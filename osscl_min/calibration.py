@@ -8,9 +8,10 @@ the DCASE challenges, reaches rates that few clips cannot resolve, and holds as 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy.stats
@@ -75,6 +76,27 @@ def p_value(scores: np.ndarray, score: float) -> float:
     return (1 + int(np.count_nonzero(scores >= score))) / (len(scores) + 1)
 
 
+def chance(thresholds: Sequence[Threshold], draws: int = 20_000, seed: int = 0) -> tuple[float, float]:
+    """The central 95 % of the share of false alarms, if all normal clips of a group are alike.
+
+    The share of clips above the r-th of n held-out scores has a Beta(n + 1 - r, r) distribution, one for the
+    clips of a group together; given it, alarms are binomial.
+
+    Parameters
+    ----------
+    thresholds : sequence of Threshold
+        An empirical one for each normal clip.
+    """
+    random = np.random.default_rng(seed)
+    alarms = np.zeros(draws)
+    for threshold, count in Counter(thresholds).items():
+        rank = int(np.ceil((threshold.clips + 1) * (1 - threshold.rate) - 1e-9))
+        shares = random.beta(threshold.clips + 1 - rank, rank, draws)
+        alarms += random.binomial(count, shares)
+    low, high = np.quantile(alarms, (0.025, 0.975)) / len(thresholds)
+    return float(low), float(high)
+
+
 class Calibration:
     """Held-out normal scores, and the thresholds they give.
 
@@ -133,3 +155,42 @@ class Calibration:
         if method is None:
             return None
         return Threshold(both[method], method, empirical, gamma, len(scores), name, self.rate)
+
+    def alarms(
+        self, machines: Sequence[tuple[str, str]], scores: np.ndarray, anomaly: np.ndarray
+    ) -> dict[str, Any]:
+        """Count alarms on clips of known truth that set no threshold.
+
+        Parameters
+        ----------
+        machines : sequence of (machine type, machine id)
+        scores : (n,)
+        anomaly : (n,) of 0 and 1
+
+        Returns
+        -------
+        dict
+            "threshold_from" (held-out clips a threshold), "normal_clips", "false_alarms", "rate_found" with
+            its Clopper-Pearson interval "binomial_low" and "binomial_high", "chance_low" and "chance_high"
+            (see `chance`; None where a threshold comes from the gamma fit), "anomalous_clips", "detected".
+        """
+        thresholds = [self.group(machine)[1] for machine in machines]
+        called = np.array([s > t.value for s, t in zip(scores, thresholds, strict=True)], bool)
+        used = [threshold for threshold, truth in zip(thresholds, anomaly, strict=True) if truth == 0]
+        alarms = int(called[anomaly == 0].sum())
+        interval = scipy.stats.binomtest(alarms, len(used)).proportion_ci()
+        ranked = all(threshold.method == "empirical" for threshold in used)
+        low, high = chance(used) if ranked else (None, None)
+        clips = sorted({threshold.clips for threshold in used})
+        return {
+            "threshold_from": f"{clips[0]} to {clips[-1]} clips" if len(clips) > 1 else f"{clips[0]} clips",
+            "normal_clips": len(used),
+            "false_alarms": alarms,
+            "rate_found": alarms / len(used),
+            "binomial_low": float(interval.low),
+            "binomial_high": float(interval.high),
+            "chance_low": low,
+            "chance_high": high,
+            "anomalous_clips": int((anomaly == 1).sum()),
+            "detected": int(called[anomaly == 1].sum()),
+        }

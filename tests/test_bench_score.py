@@ -1,12 +1,7 @@
 """The benchmark of scoring, in its smallest form."""
 
-import numpy as np
-import pytest
-import scipy.stats
-
 from osscl_min import bench_score
-from osscl_min.bench_score import case, chance, false_alarms
-from osscl_min.calibration import Threshold
+from osscl_min.bench_score import case, false_alarms
 
 
 def test_false_alarms_are_counted_on_clips_that_set_no_threshold(tiny_run):
@@ -17,15 +12,6 @@ def test_false_alarms_are_counted_on_clips_that_set_no_threshold(tiny_run):
     for row in rows:
         assert row["rate_found"] == row["false_alarms"] / row["normal_clips"]
         assert row["binomial_low"] <= row["rate_found"] <= row["binomial_high"]
-
-
-def test_chance_is_beta_binomial():
-    one = Threshold(1.0, "empirical", 1.0, None, 43, "all machines", 0.05)
-    expected = np.array(scipy.stats.betabinom(180, 2, 42).interval(0.95)) / 180
-    assert chance([one] * 180) == pytest.approx(expected, abs=0.012)
-    two = Threshold(2.0, "empirical", 2.0, None, 43, "fan", 0.05)
-    low, high = chance([one] * 90 + [two] * 90)  # two independent halves vary less
-    assert expected[0] <= low and high < expected[1]
 
 
 def test_many_files_and_a_long_one(tiny_run, tmp_path, monkeypatch):

@@ -6,6 +6,8 @@ import scipy.stats
 
 from osscl_min.calibration import (
     Calibration,
+    Threshold,
+    chance,
     clips_needed,
     empirical_threshold,
     gamma_threshold,
@@ -83,3 +85,25 @@ def test_too_few_clips_leave_the_gamma_fit_and_none_leave_nothing():
     assert calibration({("fan", "00"): 30}, method="gamma").group(("fan", "00"))[1].method == "gamma"
     assert Calibration([], [], 0.05)(("fan", "00"), 2.0) == (None, None)
     assert Calibration([("fan", "00")], [0.3], 0.05)(("fan", "00"), 2.0) == (None, None)
+
+
+def test_chance_is_beta_binomial():
+    one = Threshold(1.0, "empirical", 1.0, None, 43, "all machines", 0.05)
+    expected = np.array(scipy.stats.betabinom(180, 2, 42).interval(0.95)) / 180
+    assert chance([one] * 180) == pytest.approx(expected, abs=0.012)
+    two = Threshold(2.0, "empirical", 2.0, None, 43, "fan", 0.05)
+    low, high = chance([one] * 90 + [two] * 90)  # two independent halves vary less
+    assert expected[0] <= low and high < expected[1]
+
+
+def test_alarms_are_counted_against_each_machines_threshold():
+    counts = {("fan", "00"): 9, ("pump", "00"): 9}
+    one = calibration(counts)  # thresholds: the largest of each nine
+    low, high = one.group(("fan", "00"))[1].value, one.group(("pump", "00"))[1].value
+    machines = [("fan", "00")] * 3 + [("pump", "00")] * 3
+    scores = np.array([low - 0.01, low + 0.01, low + 0.01, low + 0.01, high + 0.01, high + 0.01])
+    found = one.alarms(machines, scores, np.array([0, 0, 1, 0, 1, 0]))
+    assert (found["normal_clips"], found["false_alarms"]) == (4, 2)
+    assert (found["anomalous_clips"], found["detected"]) == (2, 2)
+    assert found["binomial_low"] < 0.5 < found["binomial_high"] and found["threshold_from"] == "9 clips"
+    assert found["chance_low"] == 0 and 0 < found["chance_high"] < 1
