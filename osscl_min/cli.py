@@ -309,13 +309,13 @@ def commands(preset: Config) -> dict[str, Callable]:
         )  # fmt: skip
 
     def report(run: Positional[Path], data: Path | None = None) -> None:
-        """Draw a run's figures and write its report, one HTML page that needs nothing else.
+        """Draw a run's figures, write its report, one HTML page, and its tables in LaTeX (RUN/paper).
 
         Args:
             run: The run's folder.
             data: Its data folder; without it, the clips' own pictures are left out.
         """
-        from osscl_min import figures
+        from osscl_min import figures, paper
         from osscl_min import report as page
         from osscl_min.metrics import as_text
 
@@ -323,6 +323,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         written = page.write(run)
         print(f"report: {written}")
         if page.is_measured(run):
+            print(f"tables for a paper: {paper.write(run)[0].parent}")
             print(as_text(page.results_table(run)))
 
     def keep(run: Positional[Path], folder: Positional[Path], tests: Path | None = None) -> None:

@@ -340,7 +340,7 @@ def save(figure: Figure, path: Path | str, **options: Any) -> None:
 
 
 def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
-    """Write every figure that a run has the files for into its figures/, as PNG.
+    """Write every figure that a run has the files for into its figures/, as PNG and PDF.
 
     Without `data`, its data folder, the clips' input maps are left out.
     """
@@ -366,5 +366,6 @@ def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
     if ablation.is_file():
         figures["high_frequency"] = high_frequency(ablation)
     for name, figure in figures.items():
-        save(figure, run / "figures" / f"{name}.png")
+        for ending in ("png", "pdf"):
+            save(figure, run / "figures" / f"{name}.{ending}")
     return [run / "figures" / f"{name}.png" for name in figures]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import re
 from collections import Counter
@@ -11,6 +12,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from osscl_min import checkpoint
+from osscl_min.calibration import Calibration
 from osscl_min.files import UserError, replacing
 from osscl_min.metrics import percent, table
 
@@ -52,6 +57,11 @@ PROTOCOLS = """<p>Percent, with 95 % bootstrap intervals over the clips. Pooled:
 the authors measure. Id-mean: the mean over the ids, as the DCASE 2020 challenge does. pAUC: up to a
 false-positive rate of 0.1. mAUC: the lowest AUC of a type's ids. Machine recognised: normal clips taken for
 their own machine.</p>"""
+FALSE_ALARMS = """<p>What <code>score</code> calls anomalous, on these test clips. A threshold comes from
+scores of normal clips that were held out of training: those of the machine, of its type or of all, whichever
+are the first to resolve the rate. Binomial: 95 % interval of the share found. Chance: the central 95 % of
+what is to be expected where test clips are like those held out, which counts in that few of them place a
+threshold.</p>"""
 BESIDE = """<h2>Beside published numbers</h2><p>AUC/pAUC in percent, mAUC in brackets; development test set.
 The six pAUC values of the first published row average 90.26; the paper's abstract says 90.23.</p>"""
 PAGE = """<!DOCTYPE html>
@@ -73,8 +83,10 @@ He, ICASSP 2025, arXiv 2509.13853.</p>
 {banner}
 <h2>Results</h2>{results}
 {published}
+<h2>Thresholds</h2>{thresholds}
 <h2>Figures</h2>{figures}
 <h2>High frequencies</h2>{high_frequency}
+{experiments}{data_set}
 <h2>Files not used</h2>{problems}
 <h2>Configuration</h2>{configuration}
 <h2>Provenance</h2>{provenance}
@@ -120,6 +132,76 @@ def results_table(run: Path | str) -> list[list[str]]:
         accuracy = _read(Path(run) / name / "evaluation.json").get("identity_accuracy")
         recognised[row] = "-" if accuracy is None else f"{100 * accuracy:.1f}"
     return [[*row, recognised.get(row[0], "")] for row in rows]
+
+
+def machines_table(run: Path | str) -> list[list[str]]:
+    """A run's result for each machine, the header first."""
+    return _machines(_metrics(Path(run) / "evaluation"))
+
+
+def thresholds_table(run: Path | str) -> list[list[str]]:
+    """False alarms of a run's thresholds on its test clips; empty where it cannot tell.
+
+    The thresholds are those of `score`: from the scores that best.pt keeps of clips held out of training.
+    """
+    run = Path(run)
+    try:
+        content = checkpoint.read(run / "best.pt")
+        with open(run / "evaluation" / "scores.csv", newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["anomaly"]]
+    except (UserError, OSError):
+        return []
+    held_out, truth = content.get("calibration"), np.array([int(row["anomaly"]) for row in rows])
+    if held_out is None or not (truth == 0).any():
+        return []
+    classes = [tuple(machine) for machine in content["classes"]]
+    own = [classes[label] for label in held_out["labels"].tolist()]
+    machines = [(row["machine_type"], row["machine_id"]) for row in rows]
+    scores = np.array([float(row["score"]) for row in rows])
+    table = [
+        [
+            "threshold",
+            "rate asked",
+            "held out",
+            "false alarms",
+            "rate found",
+            "binomial",
+            "chance",
+            "detected",
+        ]
+    ]
+    for method in ("empirical", "gamma"):
+        for rate in (0.05, 0.1):
+            calibration = Calibration(own, held_out["scores"].tolist(), rate, method)
+            if calibration.group(machines[0])[1] is None:
+                return []
+            found = calibration.alarms(machines, scores, truth)
+            intervals = [
+                "-" if found[f"{name}_low"] is None else
+                f"{100 * found[f'{name}_low']:.1f} to {100 * found[f'{name}_high']:.1f} %"
+                for name in ("binomial", "chance")
+            ]  # fmt: skip
+            alarms = f"{found['false_alarms']} of {found['normal_clips']}"
+            detected = f"{found['detected']} of {found['anomalous_clips']}"
+            share = f"{100 * found['rate_found']:.1f} %"
+            table.append(
+                [method, f"{100 * rate:g} %", found["threshold_from"], alarms, share, *intervals, detected]
+            )
+    return table
+
+
+def origin(run: Path | str) -> str:
+    """One line on where a run's figures come from: data, configuration, commit, day."""
+    run = Path(run)
+    evaluation, training = _read(run / "evaluation" / "evaluation.json"), _read(run / "config.json")
+    config, source = evaluation["config"], evaluation["provenance"]
+    epochs = len((run / "log.jsonl").read_text().splitlines()) if training else "unknown"
+    synthetic = "Synthetic: simulated machines. " if evaluation["synthetic"] else ""
+    return (
+        f"{synthetic}{evaluation['clips']} test clips of {evaluation['machines']} machines; "
+        f"preset `{config['preset']}`, seed {config['train']['seed']}, "
+        f"{epochs} epochs; commit {source['commit']}, {source['time'][:10]}."
+    )
 
 
 def published_table(metrics: dict[str, Any], synthetic: bool) -> list[list[str]]:
@@ -168,7 +250,10 @@ def write(run: Path | str, out: Path | str | None = None) -> Path:
         results=_results(run, evaluation),
         published=BESIDE + _table(published) if published else "",
         figures=_figures(run, synthetic),
+        thresholds=_thresholds(run),
         high_frequency=_high_frequency(ablation),
+        experiments=_experiments(run),
+        data_set=_data_set(run),
         problems=_table([["file", "reason"], *problems.items()]) if problems else "<p>None.</p>",
         configuration=settings or _missing("train --data DATA --out RUN"),
         provenance=_table([["", *origins], *([f, *(o.get(f, "") for o in origins.values())] for f in facts)]),
@@ -191,27 +276,76 @@ def _results(run: Path, evaluation: dict[str, Any]) -> str:
         page += _missing("evaluate --checkpoint RUN/initial.pt --data DATA --out RUN/untrained")
     apart = _read(run / "evaluation" / "evaluation_set" / "metrics.json")
     if apart and apart != metrics:
-        page += "<h3>Evaluation set</h3>" + _table(table(apart)) + _machines(apart)
-    return page + "<h3>Each machine</h3>" + _machines(metrics)
+        page += "<h3>Evaluation set</h3>" + _table(table(apart)) + _table(_machines(apart))
+    return page + "<h3>Each machine</h3>" + _table(_machines(metrics))
 
 
-def _machines(metrics: dict[str, Any]) -> str:
+def _machines(metrics: dict[str, Any]) -> list[list[str]]:
     rows = [["type", "id", "normal", "anomalous", "AUC", "pAUC"]]
     for entry in metrics["ids"]:
-        counts = [entry[name] for name in ("type", "id", "normal", "anomaly")]
+        counts = [str(entry[name]) for name in ("type", "id", "normal", "anomaly")]
         rows.append([*counts, percent(entry, "auc"), percent(entry, "pauc")])
-    return _table(rows)
+    return rows
+
+
+def _thresholds(run: Path) -> str:
+    rows = thresholds_table(run)
+    if rows:
+        return FALSE_ALARMS + _table(rows)
+    return "<p>Not there: it takes a trained best.pt and test clips of known truth.</p>"
 
 
 def _figures(run: Path, synthetic: bool) -> str:
     page = ""
     pictures = {path.stem: path for path in sorted((run / "figures").glob("*.png"))}
     for name in sorted(pictures, key=[*CAPTIONS, *pictures].index):
-        coded = base64.b64encode(pictures[name].read_bytes()).decode()
-        text = escape("Synthetic data. " * synthetic + CAPTIONS.get(name, name))
-        page += f'<figure><img alt="{escape(name)}" src="data:image/png;base64,{coded}">'
-        page += f"<figcaption>{text}</figcaption></figure>\n"
+        page += _picture(pictures[name], "Synthetic data. " * synthetic + CAPTIONS.get(name, name))
     return page or _missing("report RUN --data DATA")
+
+
+def _picture(path: Path, caption: str = "") -> str:
+    coded = base64.b64encode(path.read_bytes()).decode()
+    caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{coded}">{caption}</figure>\n'
+
+
+def _experiments(run: Path) -> str:
+    """Every table (NAME.md) in RUN/experiments with its pictures (NAME*.png), whatever they are."""
+
+    def plain(path: Path) -> str:
+        return path.stem.replace("_", "-")
+
+    folder = run / "experiments"
+    shown: dict[str, list[Path]] = {plain(path): [path] for path in sorted(folder.glob("*.md"))}
+    for picture in sorted(folder.glob("*.png")):
+        owners = [name for name in shown if plain(picture).startswith(name)]
+        shown.setdefault(max(owners, key=len, default=plain(picture)), []).append(picture)
+    page = ""
+    for name, paths in shown.items():
+        page += f"<h3>{escape(name)}</h3>"
+        for path in paths:
+            table = path.suffix == ".md"
+            page += _markdown(path.read_text(encoding="utf-8")) if table else _picture(path)
+    return f"<h2>Experiments</h2>{page}" if page else ""
+
+
+def _data_set(run: Path) -> str:
+    """inspect.png, wherever in the run's folder `inspect --out` put it."""
+    found = [path for path in sorted(run.rglob("inspect.png")) if path.is_file()]
+    return "<h2>Data</h2>" + "".join(map(_picture, found)) if found else ""
+
+
+def _markdown(text: str) -> str:
+    """Tables and paragraphs, all that this package's own .md files have."""
+    page, rows = "", []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        lines = block.splitlines()
+        if lines[0].startswith("|"):
+            rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+            page += _table([row for row in rows if not re.fullmatch(r"[-: ]*", "".join(row))])
+        else:
+            page += f"<p>{escape(block.lstrip('# '))}</p>"
+    return page
 
 
 def _high_frequency(ablation: dict[str, Any]) -> str:

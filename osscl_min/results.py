@@ -7,16 +7,22 @@ import json
 import re
 from pathlib import Path
 
+from osscl_min import paper
 from osscl_min.files import UserError, replacing, write_json
 from osscl_min.metrics import as_text
-from osscl_min.report import results_table
+from osscl_min.report import origin as described
+from osscl_min.report import results_table, thresholds_table
 from osscl_min.train import read_log
 
+KEPT = ("maps.png", "scores.png")  # the README's pictures
 BLOCK = re.compile(r"(<!-- generated from (\S+) by: [^>]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -> None:
-    """Copy what a run measured into a folder of results/: metrics.json, table.md and cost.md.
+    """Copy what a run measured into a folder of results/, and its tables for a paper beside it.
+
+    The folder gets metrics.json, table.md, thresholds.md, cost.md and KEPT; results/paper the run's
+    LaTeX tables, with the folder's name before theirs.
 
     Parameters
     ----------
@@ -43,7 +49,6 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
         raise UserError(
             f"{run} is not a complete run of reproduce.sh: {error.filename} is missing"
         ) from error
-    synthetic = "Synthetic: simulated machines. " if evaluation["synthetic"] else ""
     origin = evaluation["provenance"]
     facts = {name: evaluation[name] for name in ("clips", "machines", "ms_per_clip", "identity_accuracy")}
     write_json(
@@ -57,12 +62,17 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
         },
     )
     with replacing(folder / "table.md") as file:
-        file.write(f"{as_text(results_table(run))}\n\n")
-        file.write(f"{synthetic}{evaluation['clips']} test clips of {evaluation['machines']} machines; ")
-        file.write(
-            f"preset `{evaluation['config']['preset']}`, seed {evaluation['config']['train']['seed']}, "
-        )
-        file.write(f"{len(log)} epochs; commit {origin['commit']}, {origin['time'][:10]}.\n")
+        file.write(f"{as_text(results_table(run))}\n\n{described(run)}\n")
+    if thresholds := thresholds_table(run):
+        with replacing(folder / "thresholds.md") as file:
+            file.write(f"{as_text(thresholds)}\n\n{described(run)}\n")
+    for picture in KEPT:
+        if (run / "figures" / picture).is_file():
+            with replacing(folder / picture, "wb") as file:
+                file.write((run / "figures" / picture).read_bytes())
+    for path in paper.write(run):
+        with replacing(folder.parent / "paper" / f"{folder.name}_{path.name}") as file:
+            file.write(path.read_text(encoding="utf-8"))
     memory = max(evaluation["peak_memory_mb"], *(entry["peak_memory_mb"] for entry in log)) / 1000
     lines = [f"On {origin['processor']}, torch {origin['torch']}, device {origin['device']}:", ""]
     if (run / "timing.csv").is_file():

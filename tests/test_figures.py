@@ -35,7 +35,9 @@ def title(figure):
 
 
 def test_write_all_makes_pictures_and_leaves_nothing_open(tiny_run):
-    assert sorted(path.name for path in (tiny_run / "figures").iterdir()) == sorted(f"{n}.png" for n in EVERY)
+    assert sorted(path.name for path in (tiny_run / "figures").iterdir()) == sorted(
+        f"{name}.{ending}" for name in EVERY for ending in ("png", "pdf")
+    )
     for name in EVERY:
         with Image.open(tiny_run / "figures" / f"{name}.png") as image:
             assert image.width > 700 and image.height > 300

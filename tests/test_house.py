@@ -37,6 +37,7 @@ ORDER = [
     {"experiment_figures"},
     {"experiments"},
     {"report"},
+    {"paper"},
     {"results"},
     {"bench_model", "bench_train", "bench_data", "bench_score"},
     {"cli"},

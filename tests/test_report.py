@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from osscl_min import report
+from osscl_min import paper, report
 from osscl_min.files import UserError
 from osscl_min.metrics import as_text
 
@@ -164,3 +164,58 @@ def test_published_rows_agree_with_their_averages():
             means = [sum(float(pair[k]) for pair in figures) / 6 for k in (0, 1)]
             stated = [float(value) for value in re.match(r"([\d.]+)/([\d.]+)", average).groups()]
             assert means == pytest.approx(stated, abs=0.035 if system == "OS-SCL, TFgram" else 0.0101), system
+
+
+def test_thresholds_are_those_of_the_checkpoint(tiny_run):
+    rows = report.thresholds_table(tiny_run)
+    assert rows[0][0] == "threshold" and [row[0] for row in rows[1:]] == ["empirical"] * 2 + ["gamma"] * 2
+    assert {row[2] for row in rows[1:]} == {"4 clips"}  # held out of training
+    assert all(re.fullmatch(r"\d+ of 24", row[3]) and re.fullmatch(r"\d+ of 24", row[7]) for row in rows[1:])
+    text = Page((tiny_run / "report.html").read_text()).text
+    assert all(cell in text for row in rows for cell in row)
+
+
+def test_what_experiments_wrote_is_shown(copy):
+    folder = copy / "experiments"
+    folder.mkdir()
+    (folder / "noise.md").write_text("| a | b |\n|---|---|\n| 1.25 | x <y> |\n\nA note\non it.\n")
+    (folder / "noise-more.md").write_text("Words alone.\n")
+    picture = (copy / "figures" / "scores.png").read_bytes()
+    for name in ("noise", "noise_more", "noise_filters", "alone"):
+        (folder / f"{name}.png").write_bytes(picture)
+    (copy / "inspection").mkdir()
+    (copy / "inspection" / "inspect.png").write_bytes(picture)
+    text = report.write(copy).read_text()
+    page = Page(text)
+    assert (
+        "1.25" in page.text
+        and "x <y>" in page.text
+        and "A note\non it." in page.text
+        and "---" not in page.text
+    )
+    shown = [dict(attributes)["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert shown[-5:] == ["noise_more", "noise", "noise_filters", "alone", "inspect"]
+
+
+def test_tables_for_a_paper(copy):
+    folder = copy / "experiments"
+    folder.mkdir()
+    (folder / "noise.tex").write_text("% noise\n")
+    written = {path.name: path.read_text() for path in paper.write(copy)}
+    assert written.keys() == {"results.tex", "machines.tex", "thresholds.tex", "experiment_noise.tex"}
+    metrics = json.loads((copy / "evaluation" / "metrics.json").read_text())
+    commit = json.loads((copy / "evaluation" / "evaluation.json").read_text())["provenance"]["commit"]
+    for name in ("results", "machines", "thresholds"):
+        first, *rest = written[f"{name}.tex"].splitlines()
+        assert (
+            first.startswith("% ")
+            and "Synthetic: simulated machines. 48 test clips" in first
+            and commit in first
+        )
+        assert rest[0].startswith(r"\begin{tabular}{l") and rest[-1] == r"\end{tabular}"
+        columns = {line.replace(r"\&", "").count("&") for line in rest if line.endswith(r"\\")}
+        assert len(columns) == 1 and not any(re.search(r"(?<!\\)[%_#]", line) for line in rest)
+    assert f"{100 * metrics['average']['auc_pooled']:.2f}" in written["results.tex"]
+    shutil.rmtree(copy / "evaluation")
+    with pytest.raises(UserError, match="nothing was measured"):
+        paper.write(copy)

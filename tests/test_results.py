@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from osscl_min.files import UserError
-from osscl_min.results import fill, keep
+from osscl_min.results import KEPT, fill, keep
 
 
 def test_a_run_is_kept(tiny_run, tmp_path):
@@ -18,6 +18,11 @@ def test_a_run_is_kept(tiny_run, tmp_path):
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert f"{100 * metrics['average']['auc_pooled']:.2f}" in table and "average, untrained" in table
     assert "Synthetic: simulated machines." in table
+    assert "| empirical | 5 %" in (tmp_path / "kept" / "thresholds.md").read_text()
+    for picture in KEPT:
+        assert (tmp_path / "kept" / picture).read_bytes() == (run / "figures" / picture).read_bytes()
+    paper = {path.name for path in (tmp_path / "paper").iterdir()}
+    assert paper == {"kept_results.tex", "kept_machines.tex", "kept_thresholds.tex"}
     cost = (tmp_path / "kept" / "cost.md").read_text()
     assert "1 min 15 s after the installation\n  (training 70 s, report 5 s)" in cost
     assert "`bash reproduce.sh --test`: 1 min 1 s" in cost
