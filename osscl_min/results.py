@@ -14,7 +14,7 @@ from osscl_min.report import origin as described
 from osscl_min.report import results_table, thresholds_table
 from osscl_min.train import read_log
 
-KEPT = ("maps.png", "scores.png")  # the README's pictures
+KEPT = ("embeddings.png", "scores.png")  # the README's pictures
 BLOCK = re.compile(r"(<!-- generated from (\S+) by: [^>]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
