@@ -12,7 +12,8 @@ NAMES = [path.stem for path in NOTEBOOKS]
 
 
 def test_all_are_there():
-    assert {"01_data", "02_training", "03_evaluation", "04_high_frequency_ablation"} <= set(NAMES)
+    stories = {"01_data", "02_training", "03_evaluation", "04_high_frequency_ablation", "05_kernels"}
+    assert stories == set(NAMES)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
