@@ -144,7 +144,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             run_experiment("seeds", data, out, config, seeds=numbers, device=device)
         where = {"device": device, "strict": strict, "resume": resume}
         best = run(data, out, config, others=others, **where)
-        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first prints
+        if prints():
             print(best)
 
     def evaluate(
@@ -171,8 +171,8 @@ def commands(preset: Config) -> dict[str, Callable]:
         from osscl_min.metrics import as_text, table
 
         result = run(checkpoint, data, out, config=config, device=device, strict=strict)
-        if not result:
-            return  # the first of several processes prints
+        if not prints():
+            return
         if result["metrics"] is None:
             print(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
         else:
@@ -233,8 +233,9 @@ def commands(preset: Config) -> dict[str, Callable]:
             json_path=json,
             device=device,
         )
-        print(summary.text(scorer))
-        if plot or explain:
+        if prints():
+            print(summary.text(scorer))
+        if (plot or explain) and prints():
             from osscl_min import score_figures
 
             score_figures.write(scorer, summary, plot, explain, calibrate)
@@ -367,6 +368,11 @@ def commands(preset: Config) -> dict[str, Callable]:
         synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, keep, readme, bench,
     )  # fmt: skip
     return {function.__name__: function for function in functions}
+
+
+def prints() -> bool:
+    """Whether this process tells the result: of torchrun's, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run_experiment(name: str, data: Path, out: Path, config: Config, **settings: Any) -> NoReturn:

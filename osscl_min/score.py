@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from osscl_min.files import UserError, replacing
 from osscl_min.layouts import readings
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import as_text
+from osscl_min.ranks import Ranks, joined
 
 COLUMNS = (
     "file", "machine_type", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value",
@@ -338,6 +340,18 @@ def expand(names: Iterable[str]) -> Iterator[str | Recording]:
             yield name
 
 
+def shared(scorer: Scorer, files: Iterable[str | Recording], ranks: Ranks) -> Iterator[Recording]:
+    """As `scorer(files)`, shared by processes: the first names the files, all get every recording."""
+    if ranks.size == 1:
+        yield from scorer(files)
+        return
+    files, turn = iter(files), 8 * scorer.batch_size * ranks.size
+    while block := ranks.gather(list(islice(files, turn)) if ranks.first else None)[0]:
+        own = [block[number] for number in ranks.blocks(np.arange(len(block)))[ranks.rank]]
+        for part in ranks.gather(list(scorer(own))):
+            yield from part
+
+
 def calibrate(scorer: Scorer, rate: float, method: Method, files: Iterable[str] = ()) -> Calibration:
     """Thresholds from the checkpoint's held-out scores, and from further normal recordings.
 
@@ -500,7 +514,7 @@ def score(
     json_path: Path | None = None,
     device: str = "auto",
 ) -> tuple[Scorer, Summary]:
-    """Score recordings and decide about them.
+    """Score recordings and decide about them; torchrun's processes share them, and the first one writes.
 
     Parameters
     ----------
@@ -539,13 +553,14 @@ def score(
     )
     calibration = calibrate(scorer, rate, method, calibrate_with)
     summary = Summary()
-    with ExitStack() as stack:
+    with joined(where) as ranks, ExitStack() as stack:
         writers = [
             stack.enter_context(rows(path))
             for rows, path in ((_csv_rows, csv_path), (_json_rows, json_path))
-            if path is not None
+            if path is not None and ranks.first
         ]
-        for recording in tqdm(scorer(expand(files)), "scoring", unit="file", disable=None, leave=False):
+        scored, hidden = shared(scorer, expand(files), ranks), None if ranks.first else True
+        for recording in tqdm(scored, "scoring", unit="file", disable=hidden, leave=False):
             row = recording.row(trained.classes, calibration)
             for write in writers:
                 write(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +84,11 @@ class Trainer:
         )
         self._network: nn.Module = self.compiled() if config.engine.compile else self.model
         if ranks.group is not None:
-            self._network = DistributedDataParallel(
-                self._network, broadcast_buffers=False, process_group=ranks.group
-            )
+            with warnings.catch_warnings():  # of a new name for broadcast_buffers that older versions lack
+                warnings.simplefilter("ignore", FutureWarning)
+                self._network = DistributedDataParallel(
+                    self._network, broadcast_buffers=False, process_group=ranks.group
+                )
         self._graph: _StepGraph | None = None
         self._warm = 0
 

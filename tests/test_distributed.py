@@ -1,5 +1,6 @@
 """Several processes that train together do what one does; gloo on a CPU."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from osscl_min.files import UserError
 from osscl_min.model import OSSCL
 from osscl_min.ranks import Ranks, current
 from osscl_min.reader import open_data
+from osscl_min.score import score
 from osscl_min.train import read_log, train
 from osscl_min.trainer import Trainer
 
@@ -99,7 +101,10 @@ def together(rank, folder):
     train(data, f"{folder}/stopped", look, device="cpu")
     trained = checkpoint.load(f"{folder}/whole/best.pt")
     scored = score_clips(trained, open_data(data, trained.config.model.audio, splits=["test"]).test)
+    table = Path(folder) / "two.csv"
+    summary = score(f"{folder}/whole/best.pt", [str(data)], csv_path=table, batch_size=1)[1]
     if rank == 1:
+        assert summary.scored == 30
         torch.save(scored.scores, f"{folder}/scores.pt")
     assert current().size == 2
     dist.destroy_process_group()
@@ -140,6 +145,16 @@ def test_ranks_share_the_clips_to_score(folder):
     trained = checkpoint.load(folder / "whole" / "best.pt")
     alone = score_clips(trained, open_data(folder / "data", trained.config.model.audio, splits=["test"]).test)
     np.testing.assert_allclose(torch.load(folder / "scores.pt", weights_only=False), alone.scores, rtol=1e-4)
+
+
+def test_ranks_share_recordings(folder):
+    """In rounds of sixteen files, as one process would have them."""
+    score(folder / "whole" / "best.pt", [str(folder / "data")], csv_path=folder / "one.csv")
+    with open(folder / "one.csv", newline="") as one, open(folder / "two.csv", newline="") as two:
+        for alone, both in zip(csv.DictReader(one), csv.DictReader(two), strict=True):
+            assert Path(alone["file"]).name == Path(both["file"]).name
+            assert alone["threshold"] == both["threshold"]
+            assert float(alone["score"]) == pytest.approx(float(both["score"]), rel=1e-4)
 
 
 def torchrun(*arguments):
