@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from osscl_min.sweep import origin
 
 
 def write(result: Mapping[str, Any], out: Path | str) -> list[Path]:
-    """Draw an experiment's figures into OUT, as PNG and PDF, each with its origin below."""
+    """Draw an experiment's figures into OUT, as PNG and PDF, each with its origin below the title."""
     out, name = Path(out), result["experiment"]
     stem = name.replace("-", "_")
     draw = {
@@ -48,20 +49,20 @@ def write(result: Mapping[str, Any], out: Path | str) -> list[Path]:
         drawn[f"{stem}_filters"] = first_filters(result, out / f"{stem}_filters.npz")
     written = []
     for stem, figure in drawn.items():
-        figure.text(0.01, -0.01, _wrapped(origin(result), figure), fontsize=6.5, color=GREY, va="top")
+        _with_origin(figure, origin(result))
         for ending in ("png", "pdf"):
-            save(figure, out / f"{stem}.{ending}", bbox_inches="tight")
+            save(figure, out / f"{stem}.{ending}")
             written.append(out / f"{stem}.{ending}")
     return written
 
 
-def _wrapped(text: str, figure: Figure) -> str:
-    width, lines = int(figure.get_figwidth() * 21), [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += word + " "
-    return "\n".join(lines)
+def _with_origin(figure: Figure, text: str) -> None:
+    """Small lines below the title, which make it taller so that the layout leaves room for them."""
+    lines = textwrap.wrap(text, int(figure.get_figwidth() * 20))
+    title = figure.suptitle(figure.get_suptitle() + "\n" * len(lines), fontsize=13)
+    figure.draw_without_rendering()
+    low = title.get_window_extent().ymin / figure.bbox.height
+    figure.text(0.5, low, "\n".join(lines), fontsize=7, color=GREY, ha="center", va="bottom", linespacing=1.5)
 
 
 def differences(result: Mapping[str, Any]) -> Figure:

@@ -332,11 +332,11 @@ def inventory(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path | str, **options: Any) -> None:
+def save(figure: Figure, path: Path | str) -> None:
     """Write a figure, replacing the file as a whole; the name's end says the format."""
     path = Path(path)
     with replacing(path, "wb") as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=130, **options)
+        figure.savefig(file, format=path.suffix[1:], dpi=130)
 
 
 def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:

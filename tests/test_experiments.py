@@ -15,6 +15,7 @@ from osscl_min.features import LogMel, to_wave
 from osscl_min.files import UserError
 from osscl_min.metrics import evaluate_scores
 from osscl_min.reader import open_data
+from osscl_min.sweep import origin
 from osscl_min.synth import SynthConfig, write_dataset
 
 AUDIO = AudioConfig(seconds=1.0)
@@ -251,3 +252,13 @@ def test_filtered_training_shares_the_baseline_and_has_its_figure(out, data):
     assert [line.get_ydata()[0] / 100 for line in drawn[:2]] == pytest.approx(
         [row["auc_id_mean"] for row in result["variants"]]
     )
+
+
+def test_a_figure_says_where_it_comes_from(out):
+    result = read(out, "noise")
+    figure = experiment_figures.noise(result)
+    experiment_figures._with_origin(figure, origin(result))
+    (text,) = (text for text in figure.texts if "Synthetic" in text.get_text())
+    below = text.get_window_extent().ymin
+    assert all(ax.get_tightbbox().ymax < below for ax in figure.axes)
+    assert "(synthetic data)" in figure.get_suptitle()
