@@ -10,8 +10,8 @@ Train and evaluate OS-SCL, an anomalous sound detector that learns from normal m
 
   bash reproduce.sh                                 simulated machines, a few minutes on two CPU cores
   bash reproduce.sh --test                          the tests
-  bash reproduce.sh --experiments                   every ablation of `osscl ablate`, few epochs and one seed, simulated
-                                                    machines; with --data DIR in full, preset small, two seeds
+  bash reproduce.sh --experiments                   every experiment of `python -m osscl_min ablate`: simulated machines,
+                                                    4 epochs, one seed; with --data DIR preset small and two seeds, hours
   bash reproduce.sh --data DIR [--preset small]     your folder: TYPE/train/normal_id_00_00000000.wav, TYPE/test/...
   bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2; downloads the data
                                                     into data/dcase2020 unless DIR has it, and packs it beside
