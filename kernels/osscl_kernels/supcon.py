@@ -192,10 +192,11 @@ def _forward(
     elif rows:
         tile = _tile("forward", in_tile, rows, precision, z)
         single = rows <= tile["BM"]
-        _forward_kernel[(triton.cdiv(rows, tile["BM"]),)](
-            z, labels, mean_positive, count, losses, lse, total, len(z), start, rows, z.shape[1],
-            math.log2(math.e) / temperature, math.log(2) * scale, UPCAST=INTERPRETED, **tile,
-        )  # fmt: skip
+        with torch.cuda.device_of(z):  # Triton launches on the current device
+            _forward_kernel[(triton.cdiv(rows, tile["BM"]),)](
+                z, labels, mean_positive, count, losses, lse, total, len(z), start, rows, z.shape[1],
+                math.log2(math.e) / temperature, math.log(2) * scale, UPCAST=INTERPRETED, **tile,
+            )  # fmt: skip
     if mean:
         losses = total if single else losses.sum() / max(rows, 1)
     return losses, lse, count, order, first
@@ -240,10 +241,11 @@ def _backward(
             dz[a:b].addmm_(s, z, beta=-1)  # in place: autocast leaves it alone
     elif rows:
         tile = _tile("backward", not len(order), rows, precision, z)
-        _backward_kernel[(triton.cdiv(rows, tile["BM"]), triton.cdiv(z.shape[1], tile["BD"]))](
-            z, labels, lse, count, gradient, dz, len(z), start, rows, z.shape[1], 0 if mean else 1,
-            math.log2(math.e) / temperature, factor, UPCAST=INTERPRETED, **tile,
-        )  # fmt: skip
+        with torch.cuda.device_of(z):  # Triton launches on the current device
+            _backward_kernel[(triton.cdiv(rows, tile["BM"]), triton.cdiv(z.shape[1], tile["BD"]))](
+                z, labels, lse, count, gradient, dz, len(z), start, rows, z.shape[1], 0 if mean else 1,
+                math.log2(math.e) / temperature, factor, UPCAST=INTERPRETED, **tile,
+            )  # fmt: skip
     return dz[:, : features.shape[1]].to(features.dtype).contiguous()
 
 
@@ -349,8 +351,9 @@ def _class_sums(z: Tensor, weight: Tensor | None, classes: tuple[Tensor, ...], c
     shape = {"SEGMENT": SEGMENT, "DEPTH": _depth(width), "WEIGHTED": weight is not None}
     weight = partial if weight is None else weight
     shape |= {"num_warps": SUM_WARPS, "num_stages": 2}
-    _segment_kernel[(len(partial),)](z, weight, order, first, partial, n, width, **shape)
-    _class_kernel[(n,)](z, weight, order, first, count, partial, sums, n, width, **shape)
+    with torch.cuda.device_of(z):  # Triton launches on the current device
+        _segment_kernel[(len(partial),)](z, weight, order, first, partial, n, width, **shape)
+        _class_kernel[(n,)](z, weight, order, first, count, partial, sums, n, width, **shape)
     return sums
 
 

@@ -449,6 +449,11 @@ def forward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Output, means and variances of all layers in a row, and what the backward pass reads (see `_saved`)."""
+    with torch.cuda.device_of(wave):  # Triton launches on the current device; autograd sets its own
+        return _forward(wave, weights, gammas, betas, eps, hop, precision)
+
+
+def _forward(wave, weights, gammas, betas, eps, hop, precision):
     x = wave.float().contiguous()
     clips, samples = x.shape
     size, capability = lengths(samples, hop), _capability(x.device)
