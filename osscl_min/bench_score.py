@@ -21,7 +21,8 @@ from osscl_min.config import PRESETS
 from osscl_min.device import choose_device
 from osscl_min.files import peak_memory_mb
 from osscl_min.reader import open_data
-from osscl_min.score import Scorer, score
+from osscl_min.recordings import Scorer
+from osscl_min.score import score
 from osscl_min.synth import SynthConfig, write_dataset
 from osscl_min.train import train
 

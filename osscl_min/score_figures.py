@@ -15,7 +15,8 @@ from osscl_min.dataset import decode, duration
 from osscl_min.features import hertz_to_mel, mel_to_hertz, to_wave
 from osscl_min.figures import BLUE, GREY, VERMILLION, _legend_below, _panels, mel_ticks
 from osscl_min.files import UserError, replacing
-from osscl_min.score import Recording, Scorer, Summary, expand
+from osscl_min.recordings import Recording, Scorer, expand
+from osscl_min.score import Summary
 
 COLUMNS = 1500  # of a spectrogram at most; a longer recording's frames are averaged
 BANDS, PARTS = 16, 10  # patches of an explanation, over frequency and over time

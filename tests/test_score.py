@@ -16,7 +16,8 @@ import torch
 
 from osscl_min import checkpoint, cli
 from osscl_min.files import UserError
-from osscl_min.score import Scorer, calibrate, expand, score
+from osscl_min.recordings import Scorer, expand
+from osscl_min.score import calibrate, score
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import soundfile
 
 from osscl_min import checkpoint, score_figures
 from osscl_min.features import hertz_to_mel
-from osscl_min.score import Recording, Scorer, score
+from osscl_min.recordings import Recording, Scorer
+from osscl_min.score import score
 
 
 @pytest.fixture(scope="module")
