@@ -11,14 +11,16 @@ import copy
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import soundfile
 import torch
+from matplotlib.figure import Figure
 
 from osscl_min.batches import load_batches
 from osscl_min.bench import fresh, interleaved, write_rows
@@ -26,6 +28,7 @@ from osscl_min.config import PRESETS, Config
 from osscl_min.dataset import decode, label_table
 from osscl_min.device import choose_device, prepare
 from osscl_min.features import LogMel, to_wave
+from osscl_min.figures import COLOURS, STYLE, save
 from osscl_min.files import peak_memory_mb
 from osscl_min.losses import training_losses
 from osscl_min.reader import open_data
@@ -174,6 +177,28 @@ def case(way: str, precision: str, batch_size: int, device: str, steps: int, dat
     }
 
 
+def picture(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Milliseconds a clip of every case, by part of the step."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((9, 0.45 * len(rows) + 1.6), layout="constrained")
+        ax = figure.subplots()
+    left = np.zeros(len(rows))
+    for part, colour in zip(PARTS, COLOURS, strict=False):
+        width = np.array([row[f"{part}_ms"] / row["batch"] for row in rows])
+        ax.barh(range(len(rows)), width, left=left, color=colour, label=part.replace("_", "-"))
+        left = left + width
+    for place, (row, end) in enumerate(zip(rows, left, strict=True)):
+        ax.text(end, place, f"  {row['times_plain']:.1f} times", va="center", fontsize=9)
+    names = [f"{row['way']}, {row['precision']}, batch {row['batch']}" for row in rows]
+    ax.set_yticks(range(len(rows)), names)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="ms a clip", title="training steps on synthetic clips of 10 s, by part")
+    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
+    return figure
+
+
 def bench_train(out: Path, *, device: str = "auto", batches: tuple[int, ...] | None = None) -> Path:
     """Measure training steps, plain and with the engine, and write OUT/train_DEVICE.csv and .md.
 
@@ -222,6 +247,7 @@ def bench_train(out: Path, *, device: str = "auto", batches: tuple[int, ...] | N
         f"EMA over 81 M entries; {steps['plain']} steps. engine: `python -m osscl_min train`; "
         f"{steps['engine']} steps. paper_hours: {PAPER_EPOCHS} epochs of {PAPER_CLIPS:,} clips at this rate."
     )
+    save(picture(rows), Path(out) / f"train_{where.type}.png")
     return write_rows(
         Path(out) / f"train_{where.type}", rows, title="Training steps, ms a step by part.", notes=[note]
     )
