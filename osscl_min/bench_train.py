@@ -188,11 +188,12 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
         ax.barh(range(len(rows)), width, left=left, color=colour, label=part.replace("_", "-"))
         left = left + width
     for place, (row, end) in enumerate(zip(rows, left, strict=True)):
-        ax.text(end, place, f"  {row['times_plain']:.1f} times", va="center", fontsize=9)
+        ax.text(end, place, f"  {row['times_plain']:.1f} × plain", va="center", fontsize=9)
     names = [f"{row['way']}, {row['precision']}, batch {row['batch']}" for row in rows]
     ax.set_yticks(range(len(rows)), names)
     ax.invert_yaxis()
     ax.margins(x=0.12)
+    ax.set_axisbelow(True)
     ax.grid(axis="y", visible=False)
     ax.set(xlabel="ms a clip", title="training steps on synthetic clips of 10 s, by part")
     figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
