@@ -39,12 +39,11 @@ def library() -> ctypes.CDLL | None:
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _processor())).encode()).hexdigest()[
         :16
     ]
-    for folder in (_cache(), pathlib.Path(tempfile.gettempdir()) / f"osscl_kernels-{_user()}"):
-        path = folder / f"clipwise-{key}.so"
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            if not path.exists():
-                _compile(compiler, path)
-            return _typed(ctypes.CDLL(str(path)))
+    path = _cache() / f"clipwise-{key}.so"  # never a folder that others can write: it is loaded as code
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if not path.exists():
+            _compile(compiler, path)
+        return _typed(ctypes.CDLL(str(path)))
     return None
 
 
@@ -96,7 +95,3 @@ def _processor() -> str:
 
 def _cache() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "osscl_kernels"
-
-
-def _user() -> str:
-    return str(os.getuid()) if hasattr(os, "getuid") else "user"
