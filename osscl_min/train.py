@@ -54,7 +54,8 @@ def train(
 
     A run that was cut short goes on where its last checkpoint stands, within an epoch too; a finished one is
     left as it is. Every random draw follows from (seed, epoch, step), so a continued run equals an
-    uninterrupted one. Under torchrun, processes train together, each on its block of every batch.
+    uninterrupted one, on a CPU with as many threads to the last bit. Under torchrun, processes train
+    together, each on its block of every batch.
 
     Parameters
     ----------
@@ -307,6 +308,10 @@ class Run:
                 )
         self.trainer.load(content)
         self.position = Position(**content["position"])
+        before, now = content.get("running"), self.about["running"]
+        if before and before != now and self.trainer.ranks.first:
+            # sums are taken in another order
+            tqdm.write(f"goes on in {now} after {before}: the last bits will differ from one run in one go")
         return True
 
     def progress_bar(self) -> tqdm:
@@ -331,8 +336,10 @@ class Run:
         )
 
     def _write_last(self, name: str) -> None:
-        everything = {"position": asdict(self.position), "clips": self.about["data"]["clips"]}
-        self._write(name, self.position.epoch, **self.trainer.state(), **everything)
+        about = {"clips": self.about["data"]["clips"], "running": self.about["running"]}
+        self._write(
+            name, self.position.epoch, position=asdict(self.position), **self.trainer.state(), **about
+        )
 
     def _write(self, name: str, epoch: int, **content: Any) -> None:
         content = {"ema": self.trainer.ema.state_dict(), "epoch": epoch} | content
