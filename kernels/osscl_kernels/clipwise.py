@@ -1,4 +1,4 @@
-"""What training on a CPU shares: groups of clips side by side, and batch statistics by blocks.
+"""What training on a CPU shares: groups of clips side by side, batch statistics by blocks, weight gradients.
 
 Tensors are (clips, channels, height, width) in channels_last memory format. A group of clips is small enough
 for its activations to stay in a core's cache, and runs on one thread: groups need not wait for each other,
@@ -41,7 +41,8 @@ def combine_moments(
 class SideBySide:
     """[function(0), ..., function(count - 1)], each on a single thread where they are enough for all.
 
-    A context manager: the threads live as long as it does.
+    A context manager: the threads live as long as it does. Meanwhile the caller computes on one thread too,
+    because the other threads of an operation go on waiting for its next one, busily, in the groups' way.
     """
 
     def __enter__(self) -> SideBySide:
@@ -52,13 +53,23 @@ class SideBySide:
         if self.threads == 1 or count < self.threads:
             return [function(i) for i in range(count)]
         if self.pool is None:
-            self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
+            torch.set_num_threads(1)
+            self.pool = ThreadPoolExecutor(self.threads)
         return list(self.pool.map(torch.no_grad()(function), range(count)))
+
+    def share(self, clips: int, most: int) -> int:
+        """How many clips, at most `most`, to put into a group so that all threads have equally much to do."""
+
+        def longest(size: int) -> int:  # what one thread has to do, in clips
+            groups = -(-clips // size)
+            return -(-groups // self.threads) * size
+
+        return min(range(max(1, min(most, clips)), 0, -1), key=longest)
 
     def __exit__(self, *_) -> None:
         if self.pool is not None:
             self.pool.shutdown()
-            torch.set_num_threads(self.threads)  # the setting is shared by all threads
+            torch.set_num_threads(self.threads)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -95,6 +106,37 @@ def moments(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     counts = torch.tensor([b.shape[-1] for b in blocks])
     means, variances = (torch.stack(p) for p in zip(*parts, strict=True))
     return combine_moments(counts, means, variances * counts[:, None])
+
+
+def weight_gradient(a: torch.Tensor, dy: torch.Tensor, taps: int = 1, dilation: int = 1) -> torch.Tensor:
+    """Gradient (outputs, inputs, taps), float32 at least, of a convolution along the rows of every clip.
+
+    Parameters
+    ----------
+    a, dy : torch.Tensor
+        The layer's input (n, inputs, H, W) and its output's gradient (n, outputs, H, W).
+    taps : {1, 3}
+        With three, tap k sees H W rows from (k - 1) dilation before on, and zeros outside.
+    dilation : int
+    """
+    wide, inputs, outputs = torch.promote_types(a.dtype, torch.float32), a.shape[1], dy.shape[1]
+    if native.fits(a) and inputs % 32 == outputs % 32 == 0 and native.has("weight_gradient", a.dtype):
+        a, dy = dense(a), dense(dy)
+        total = torch.zeros(taps, outputs, inputs)
+        clips = len(a) if taps > 1 else 1
+        sizes = clips, len(rows(a)) // clips, inputs, outputs, taps, dilation
+        native.call("weight_gradient", a.dtype, a, dy, total, *sizes)
+        return total.permute(1, 2, 0)
+    if taps == 1:
+        return (rows(dy).T @ rows(a)).to(wide)[:, :, None]
+    total, length = 0.0, a[0, 0].numel()
+    for x, g in zip(a, dy, strict=True):  # one product a tap
+        x, g, parts = rows(x[None]), rows(g[None]), []
+        for shift in (-dilation, 0, dilation):
+            first, last = max(0, -shift), min(length, length - shift)
+            parts.append(g[first:last].T @ x[first + shift : last + shift])
+        total = total + torch.stack(parts, -1).to(wide)
+    return total
 
 
 class Normalisation:

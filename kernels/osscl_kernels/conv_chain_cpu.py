@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clipwise import Normalisation, SideBySide, aten, combine_moments, moments, rows
+from . import native
+from .clipwise import Normalisation, SideBySide, aten, combine_moments, dense, moments, weight_gradient
 
-GROUP_VALUES = 1 << 21  # of a layer's input or output in one group of clips
+GROUP_VALUES = 1 << 23  # of a layer's input or output in one group of clips
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,27 @@ class _Convolution:
         self.depthwise = layer.groups == weight.shape[0] and weight.shape[1] == 1
         self.pointwise = self.kernel == (1, 1) and (layer.stride, layer.padding, layer.groups) == (1, 0, 1)
         self.whole = self.depthwise and tuple(self.kernel) == self.size and not layer.padding
+        self.thrice = self.depthwise and (*self.kernel, layer.padding) == (3, 3, 1)
+        if self.thrice:
+            self.taps = self._taps(weight)
 
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
+    def _taps(self, weight: Tensor) -> Tensor:
+        """(3, 3, channels), as the compiled functions take them."""
+        return weight.squeeze(1).permute(1, 2, 0).to(_wide(self.dtype)).contiguous()
+
+    def _depthwise(self, x: Tensor, taps: Tensor, size: Sequence[int], gradient: bool) -> Tensor:
+        out = x.new_empty(len(x), *size, x.shape[1]).permute(0, 3, 1, 2)
+        sizes = *x.shape[2:], *size, self.layer.stride, gradient, x.shape[1]
+        native.call("depthwise", x.dtype, dense(x), taps, out, len(x), *sizes)
+        return out
+
     def __call__(self, a: Tensor) -> Tensor:
+        if self.thrice and native.fits(a):
+            size = [(s - 1) // self.layer.stride + 1 for s in self.size]
+            return self._depthwise(a, self.taps, size, False)
         if self.whole:  # one value a channel: a sum of products
             weight = self.weight.squeeze(1)
             return (a.to(weight.dtype) * weight).sum((2, 3), keepdim=True, dtype=_wide(a.dtype)).to(a.dtype)
@@ -99,6 +116,8 @@ class _Convolution:
     def backward(self, scale: Tensor) -> None:
         """Fold dy / (centred dy), (outputs,), into the weight that the input's gradient takes."""
         weight = self.weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
+        if self.thrice:
+            self.taps = self._taps(weight)
         if self.pointwise:
             weight = weight.transpose(0, 1)
         elif self.depthwise and not self.whole:
@@ -107,6 +126,8 @@ class _Convolution:
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         layer, size = self.layer, self.size
+        if self.thrice and native.fits(dy):
+            return self._depthwise(dy, self.taps, size, True)
         if self.whole:
             return dy * self.folded.squeeze(1)
         if self.pointwise:
@@ -131,7 +152,12 @@ class _Convolution:
         if self.whole:
             return (a.to(wide) * dy).sum(0)[:, None]
         if self.pointwise:
-            return (rows(dy).T @ rows(a)).to(wide)[:, :, None, None]
+            return weight_gradient(a, dy)[..., None]
+        if self.thrice and native.fits(dy):
+            a, dy, sums = dense(a), dense(dy), torch.zeros(3, 3, len(self.weight), dtype=torch.float64)
+            sizes = *self.size, *dy.shape[2:], self.layer.stride, dy.shape[1]
+            native.call("depthwise_weight", dy.dtype, a, dy, sums, len(dy), *sizes)
+            return sums.permute(2, 0, 1)[:, None]
         return self._backward(dy, a, self.weight, (False, True, False))[1].to(wide)
 
     def _backward(self, dy, a, weight, mask):
@@ -211,7 +237,8 @@ class _State:
             size = tuple((s + 2 * layer.padding - k) // layer.stride + 1
                          for s, k in zip(size, weight.shape[2:], strict=True))  # fmt: skip
             values, before = len(weight) * size[0] * size[1], values
-            group = max(1, min(GROUP_VALUES // max(values, before), self.clips // each.threads))
+            most = min(GROUP_VALUES // max(values, before), self.clips // each.threads)
+            group = each.share(self.clips, most)
             keep = index and not self.layers[index - 1].prelu
 
             def step(start, stop, index=index, conv=conv, keep=keep):

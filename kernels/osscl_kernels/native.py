@@ -1,4 +1,4 @@
-"""Passes between two convolutions on a CPU, compiled from `clipwise.cpp` where there is a C++ compiler.
+"""What a CPU does in and between convolutions, compiled from `clipwise.cpp` where there is a C++ compiler.
 
 The first use compiles the file, in about a second, into the user's cache folder. Without a compiler, or with
 OSSCL_KERNELS_NATIVE=0, callers do the same by PyTorch operations, each a pass of its own over memory.
@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 
 import torch
 
@@ -24,8 +25,10 @@ ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_NATIVE"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 FOR_THIS_CPU = (("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",), ())  # first that compiles
 LANES = 16  # channels must be a multiple, as in the source
-POINTERS = {  # of each function, before its two integers
-    "moments": 3, "activate": 6, "activate_backward": 8, "centre": 5, "pool": 6, "pool_backward": 9,
+ARGUMENTS = {  # of each function: pointers, then integers
+    "moments": (3, 2), "activate": (6, 2), "activate_backward": (8, 2), "centre": (5, 2), "pool": (6, 2),
+    "pool_backward": (9, 3), "first": (4, 4), "first_backward": (5, 5), "depthwise": (3, 8),
+    "depthwise_weight": (3, 7), "weight_gradient": (3, 6),
 }  # fmt: skip
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -43,8 +46,21 @@ def library() -> ctypes.CDLL | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if not path.exists():
             _compile(compiler, path)
-        return _typed(ctypes.CDLL(str(path)))
+        return ctypes.CDLL(str(path))
     return None
+
+
+@functools.cache
+def function(name: str) -> Callable | None:
+    """A function of `clipwise.cpp`, such as "moments_float32"; None where there is none."""
+    if name == "weight_gradient_bfloat16" and not library().tiles():
+        return None
+    try:
+        address = ctypes.c_void_p.in_dll(library(), name).value
+    except ValueError:
+        return None
+    pointers, integers = ARGUMENTS[name.rpartition("_")[0]]
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * integers)(address)
 
 
 def fits(*tensors: torch.Tensor) -> bool:
@@ -53,19 +69,15 @@ def fits(*tensors: torch.Tensor) -> bool:
     return first.dtype in DTYPES and first.shape[1] % LANES == 0 and library() is not None
 
 
+def has(name: str, dtype: torch.dtype) -> bool:
+    """Whether this machine has that function; those of every dtype are wherever the library is."""
+    return function(f"{name}_{DTYPES[dtype]}") is not None
+
+
 def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | None) -> None:
     """Call a function of `clipwise.cpp` with tensors (their data, dense) and integers."""
-    function = getattr(library(), f"{name}_{DTYPES[dtype]}")
-    function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
-
-
-def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    for name, pointers in POINTERS.items():
-        for suffix in DTYPES.values():
-            function = getattr(loaded, f"{name}_{suffix}")
-            function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * 2
-            function.restype = None
-    return loaded
+    values = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+    function(f"{name}_{DTYPES[dtype]}")(*values)
 
 
 def _compile(compiler: str, path: pathlib.Path) -> None:

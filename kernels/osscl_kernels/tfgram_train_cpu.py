@@ -3,7 +3,8 @@
 Three things make it faster than the plain modules:
 
 * convolutions run as conv2d of height 1 in channels_last, and weight gradients as matrix products, both of
-  which are several times faster than conv1d;
+  which are several times faster than conv1d; the first layer and, on tiles of a processor that has them,
+  weight gradients in bfloat16 are compiled functions of our own;
 * a group of clips is small enough for its activations to stay in the cache;
 * the backward pass keeps one tensor a layer (the raw convolution output); BN + ReLU are recomputed.
 
@@ -17,14 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from . import native
-from .clipwise import Normalisation, SideBySide, aten, combine_moments, dense, moments
+from .clipwise import Normalisation, SideBySide, aten, combine_moments, dense, moments, weight_gradient
 from .tfgram_infer import LAYERS, frames
 
-GROUP_ROWS = 32_000  # time steps of the first layers in one group of clips: one clip of 10 s
+GROUP_ROWS = 64_000  # time steps of the first layers in one group of clips: two clips of 10 s
 FIRST = LAYERS[0]
 
 
 def _regroup(parts: list[torch.Tensor], size: int) -> list[torch.Tensor]:
+    if all(len(part) == size for part in parts):
+        return parts
     return list(torch.cat(parts).split(size))
 
 
@@ -74,10 +77,10 @@ class _Pool:
         if index is None:
             start, end = self.windows(len(y))
             dp, y = dense(dp), dense(y)
-            dz = torch.zeros_like(y, memory_format=torch.channels_last)
+            dz = torch.empty_like(y, memory_format=torch.channels_last)
             sums = torch.zeros(2, y.shape[1], dtype=torch.float64)
             arguments = dp, y, norm.mean, norm.scale, norm.shift, dz, sums, start, end
-            native.call("pool_backward", y.dtype, *arguments, len(start), y.shape[1])
+            native.call("pool_backward", y.dtype, *arguments, len(start), len(y) * self.length, y.shape[1])
             sums[0] *= norm.rstd
             return dz, sums
         dp = aten.threshold_backward(dp, pooled, 0)
@@ -89,19 +92,6 @@ class _Pool:
             dz.scatter_add_(1, index, dp[:, :, 0].transpose(1, 2))
             dz = dz[:, None].permute(0, 3, 1, 2)
         return dz, norm.sums(dz, y)
-
-
-def _weight_gradient(a: torch.Tensor, dy: torch.Tensor, dilation: int) -> torch.Tensor:
-    """Gradient (C_out, C_in, 3) from input a (n, C_in, 1, T) and dy (n, C_out, 1, T): one product a tap."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    length, total = a.shape[3], 0.0
-    for x, g in zip(*(t[:, :, 0].transpose(1, 2) for t in (a, dy)), strict=True):
-        taps = []
-        for shift in (-dilation, 0, dilation):
-            first, last = max(0, -shift), min(length, length - shift)
-            taps.append(g[first:last].T @ x[first + shift : last + shift])
-        total = total + torch.stack(taps, -1).to(wide)
-    return total
 
 
 class ClipwiseTFgram(torch.autograd.Function):
@@ -121,17 +111,18 @@ class ClipwiseTFgram(torch.autograd.Function):
         x = wave.to(wide)
         offset = x.mean(dtype=torch.float64).to(wide)
         pad = (FIRST.padding, FIRST.padding)
-        x = list(F.pad(x - offset, pad, value=0.0).split(max(1, GROUP_ROWS * FIRST.stride // wave.shape[1])))
+        most = min(GROUP_ROWS * FIRST.stride // wave.shape[1], len(wave) // each.threads)
+        x = list(F.pad(x - offset, pad, value=0.0).split(each.share(len(wave), most)))
         for part in x:
             part[:, : FIRST.padding] = part[:, part.shape[1] - FIRST.padding :] = -offset
 
         state = _State(x, weights, gammas, betas, eps, dtype)
-        means, variances = state.first_statistics(offset)
-        pooled_rows = max(1, GROUP_ROWS // (4 * frame_count))
+        means, variances = state.first_statistics(each, offset)
+        pooled_clips = each.share(len(wave), min(GROUP_ROWS // (4 * frame_count), len(wave) // each.threads))
         for index in range(1, len(LAYERS)):
             layer = LAYERS[index]
             if LAYERS[index - 1].pool == "frames2":
-                state.pooled[index - 1] = _regroup(state.pooled[index - 1], pooled_rows)
+                state.pooled[index - 1] = _regroup(state.pooled[index - 1], pooled_clips)
             weight = weights[index].to(dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
 
             def convolve(group, index=index, layer=layer, weight=weight):
@@ -186,6 +177,7 @@ class _State:
         self.raw, self.pooled, self.indices, self.pools = {}, {}, {}, {}
         self.norms: dict[int, Normalisation] = {}
         self.counts: dict[int, int] = {}
+        self.compiled = dtype in native.DTYPES and native.library() is not None  # also for the first layer
 
     def groups(self, index):
         return len(self.x if index == 0 else self.pooled.get(index) or self.raw[index])
@@ -194,16 +186,20 @@ class _State:
         """(rows, 11): what the first convolution sees."""
         return self.x[group].unfold(1, FIRST.kernel, FIRST.stride).reshape(-1, FIRST.kernel)
 
-    def first_statistics(self, offset):
+    def first_statistics(self, each, offset):
         """Mean and variance of the first layer from the windows' mean and covariance, in float64."""
-        count, mean, square = 0, 0.0, 0.0
-        for group in range(len(self.x)):
+
+        def part(group):
             rows = self.windows(group).double()
-            part = rows.mean(0)
-            rows = rows - part
-            delta, total = part - mean, count + len(rows)
-            square = square + rows.T @ rows + torch.outer(delta, delta) * (count * len(rows) / total)
-            mean, count = mean + delta * (len(rows) / total), total
+            mean = rows.mean(0)
+            rows = rows - mean
+            return len(rows), mean, rows.T @ rows
+
+        counts, means, squares = zip(*each(part, len(self.x)), strict=True)
+        count, weights = sum(counts), torch.tensor(counts).double()
+        mean = weights @ torch.stack(means) / count
+        apart = torch.stack(means) - mean
+        square = sum(squares) + apart.T @ (weights[:, None] * apart)
         weight = self.weights[0][:, 0].double()
         self.counts[0], self.window_mean, self.covariance = count, mean, square / count
         centred, variance = weight @ mean, ((weight @ self.covariance) * weight).sum(1)
@@ -219,6 +215,12 @@ class _State:
         norm = self.norms[index]
         if index:
             return norm(self.raw[index][group])
+        if self.compiled:
+            x, weight = self.x[group], (self.weights[0][:, 0] * norm.scale[:, None]).T.contiguous()
+            rows = (x.shape[1] - FIRST.kernel) // FIRST.stride + 1
+            a = x.new_empty(len(x), 1, rows, FIRST.outputs, dtype=self.dtype).permute(0, 3, 1, 2)
+            native.call("first", self.dtype, x, weight, norm.shift, a, *x.shape, rows, FIRST.outputs)
+            return a
         # Three taps over blocks of five samples, a view of the wave: 15 >= 11 samples.
         weight = F.pad(self.weights[0][:, 0].to(self.wide) * norm.scale[:, None], (0, 4)).to(self.dtype)
         x, five = self.x[group].to(self.dtype), FIRST.stride
@@ -259,14 +261,12 @@ class _State:
                 if below in self.pooled or not below:
                     a = self.activation(below, group)
                     if not below:
-                        d = aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
-                        sums = self.first_products(d, group)
-                        d = d if wave_needed else None
+                        d, sums = self.first_products(d, a, group, wave_needed)
                     else:
                         sums = None
                 else:
                     d, a, sums, _ = self.norms[below].backward(d, self.raw[below][group], True)
-                return _weight_gradient(a, dy, layer.dilation), d, sums
+                return weight_gradient(a, dy, 3, layer.dilation), d, sums
 
             total, da, sums = zip(*each(step, len(raw)), strict=True)
             dz, total = list(da), sum(total)
@@ -274,11 +274,17 @@ class _State:
             weights[index] = total.double() * scale
         return self.first_gradients(sums, dz, wave_needed, weights, gammas, betas)
 
-    def first_products(self, dz, group):
-        """Sums over the rows of dz (window - mean window) and, last column, of dz: (64, 12)."""
+    def first_products(self, d, a, group, keep):
+        """dz if `keep`; sums over the rows of dz (window - mean window) and, last column, of dz: (64, 12)."""
+        if self.compiled:
+            x, sums = self.x[group], torch.zeros(FIRST.kernel + 1, FIRST.outputs, dtype=torch.float64)
+            arguments = dense(d), a, x, self.window_mean.float(), sums
+            native.call("first_backward", self.dtype, *arguments, *x.shape, a.shape[3], a.shape[1], keep)
+            return d if keep else None, sums.T
+        d = aten.threshold_backward.grad_input(d, a, 0, grad_input=d)
         rows = self.windows(group) - self.window_mean.to(self.wide)
         rows = F.pad(rows, (0, 1), value=1.0).to(self.dtype)
-        return (dz.permute(1, 0, 2, 3).flatten(1) @ rows).double()
+        return d if keep else None, (d.permute(1, 0, 2, 3).flatten(1) @ rows).double()
 
     def first_gradients(self, products, dz, wave_needed, weights, gammas, betas):
         """The first layer's gradients follow from those sums and the windows' covariance."""

@@ -89,23 +89,22 @@ def test_errors_are_those_of_plain_layers(precision, floor, compiled, monkeypatc
         monkeypatch.setattr(native, "library", lambda: None)
     elif native.library() is None:
         pytest.skip("no C++ compiler")
-    exact = parameters()
-    x, gradient = torch.randn(16, 3, *SIZE), torch.randn(16, 5, 1, 1)
-    truth = [t.detach() for t in results(plain, x.double(), exact, gradient)]
+    exact, errors = parameters(), []
     lists = [[p.detach().float().requires_grad_() for p in part] for part in exact]
-    found = []
-    for function in (ours, plain):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            found.append(results(function, x, lists, gradient))
-    scale = [t.norm().clamp(min=1.0) for t in truth]  # some gradients are 0
-    errors = torch.tensor(
-        [
-            [(a.detach().double() - t).norm() / s for a, t, s in zip(f, truth, scale, strict=True)]
-            for f in found
-        ]
-    )
-    assert found[0][0].dtype == torch.float32
-    assert (errors[0] <= 2 * errors[1] + floor).all(), errors
+    for _ in range(12):  # a few draws are so ill-conditioned that one rounding decides their error
+        x, gradient = torch.randn(16, 3, *SIZE), torch.randn(16, 5, 1, 1)
+        truth = [t.detach() for t in results(plain, x.double(), exact, gradient)]
+        scale = [t.norm().clamp(min=1.0) for t in truth]  # some gradients are 0
+        for function in (ours, plain):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                found = results(function, x, lists, gradient)
+            assert function is plain or found[0].dtype == torch.float32
+            error = [
+                (a.detach().double() - t).norm() / s for a, t, s in zip(found, truth, scale, strict=True)
+            ]
+            errors.append(torch.stack(error))
+    ours_error, plain_error = (torch.stack(errors[i::2]).median(0).values for i in (0, 1))
+    assert (ours_error <= 2 * plain_error + floor).all(), (ours_error, plain_error)
 
 
 def test_compiled_functions_are_bit_for_bit_repeatable_and_round_to_nearest():
@@ -131,3 +130,53 @@ def test_a_second_backward_is_refused():
     output.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         output.backward()
+
+
+@pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize(
+    ("clips", "inputs", "outputs", "length"),
+    [(1, 64, 64, 700), (3, 32, 96, 31), (2, 512, 128, 511), (2, 64, 32, 1)],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weight_gradients_on_tiles_and_as_products(taps, dilation, clips, inputs, outputs, length, dtype):
+    a, dy = (
+        torch.randn(clips, channels, 1, length).to(dtype).contiguous(memory_format=torch.channels_last)
+        for channels in (inputs, outputs)
+    )
+    found = clipwise.weight_gradient(a, dy, taps, dilation)
+    x, weight = a.double(), torch.zeros(outputs, inputs, 1, taps, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x, weight, padding=(0, taps // 2 * dilation), dilation=(1, dilation))
+    expected = torch.autograd.grad(y, weight, dy.double())[0][:, :, 0]
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    if dtype == torch.bfloat16 and native.library() and native.has("weight_gradient", dtype):
+        bound = 1e-6  # sums in float32, never rounded to bfloat16
+    assert (found - expected).norm() <= bound * expected.norm()
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_tiles_leave_the_state_of_other_kernels_alone():
+    """oneDNN sets the tiles up once a kernel and takes for granted that they stay so."""
+    a, b = torch.randn(96, 64).bfloat16(), torch.randn(64, 80).bfloat16()
+    before = a @ b
+    x = torch.randn(1, 64, 1, 300).bfloat16().contiguous(memory_format=torch.channels_last)
+    clipwise.weight_gradient(x, x, 3, 1)
+    assert torch.equal(a @ b, before)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (13, 10), (64, 157)])
+def test_depthwise_convolutions_at_every_edge(size, stride):
+    if native.library() is None:
+        pytest.skip("no C++ compiler")
+    layer, weight = ChainLayer(stride, 1, 48), torch.randn(48, 1, 3, 3)
+    a = torch.randn(2, 48, *size).contiguous(memory_format=torch.channels_last)
+    convolution = conv_chain_cpu._Convolution(layer, weight, a.shape[2:], torch.float32)
+    y = convolution(a)
+    x, exact = a.double().requires_grad_(), weight.double().requires_grad_()
+    expected = F.conv2d(x, exact, None, stride, 1, 1, 48)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    convolution.backward(torch.ones(48, dtype=torch.float64))
+    to_x, to_weight = torch.autograd.grad(expected, (x, exact), dy.double())
+    torch.testing.assert_close(convolution.input_gradient(dy).double(), to_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(convolution.weight_gradient(dy, a).double(), to_weight, rtol=1e-5, atol=1e-4)
