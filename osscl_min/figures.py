@@ -272,6 +272,8 @@ def high_frequency(path: Path | str | dict[str, Any], measure: str = "auc_id_mea
             label = f"{kind}: what is {stays} the cut-off stays"
             ax.plot(cutoff / 1000, 100 * value, color=colour, marker=".", label=label)
             ax.fill_between(cutoff / 1000, 100 * low, 100 * high, color=colour, alpha=0.15, linewidth=0)
+            ax.vlines(cutoff / 1000, 100 * low, 100 * high, color=colour, alpha=0.4, linewidth=1)
+        ax.set_xlim(left=0)
         ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
         ax.set(xlabel="cut-off (kHz)", ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
     _legend_below(figure, axes)

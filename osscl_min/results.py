@@ -27,7 +27,8 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
     Parameters
     ----------
     run : Path or str
-        A run of reproduce.sh, evaluated; with its timing.csv, cost.md tells how long each step took.
+        A run of reproduce.sh, evaluated; with its timing.csv, cost.md tells how long each step took. Of one
+        of `reproduce.sh --experiments` only cost.md is kept.
     folder : Path or str
     tests : Path or str, optional
         timing.csv of `reproduce.sh --test`.
@@ -38,6 +39,10 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
         If the run is not complete.
     """
     run, folder = Path(run), Path(folder)
+    if (run / "components.json").is_file() and (run / "timing.csv").is_file():
+        with replacing(folder / "cost.md") as file:
+            file.write(experiments_cost(run))
+        return
     try:
         evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
         metrics = {
@@ -90,6 +95,24 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
         lines.insert(-1, f"- `bash reproduce.sh --test`: {_minutes(sum(read_timing(tests).values()))};")
     with replacing(folder / "cost.md") as file:
         file.write("\n".join(lines) + "\n")
+
+
+def experiments_cost(run: Path) -> str:
+    """How long each experiment took, as Markdown."""
+    first = json.loads((run / "components.json").read_text())
+    steps = read_timing(run / "timing.csv")
+    origin, trained = first["provenance"], len(list((run / "runs").glob("*/best.pt")))
+    what = f"{trained} trainings of {first['epochs']} epochs, preset {first['preset']}"
+    kind = "synthetic data" if first["synthetic"] else f"data {first['data']}"
+    lines = [
+        f"On {origin['processor']}, torch {origin['torch']}, commit {origin['commit']}; {kind}, {what}, "
+        f"{_minutes(sum(steps.values()))} in all. A detector is trained where it is needed first.",
+        "",
+        "| experiment | wall time |",
+        "|---|---|",
+        *(f"| {name} | {_minutes(seconds)} |" for name, seconds in steps.items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def read_timing(path: Path | str) -> dict[str, float]:

@@ -44,3 +44,20 @@ def test_documents_are_filled_from_files(tmp_path):
     document.write_text("<!-- generated from results/none.md by: nothing -->\n<!-- end -->\n")
     with pytest.raises(UserError, match="results/none.md does not exist"):
         fill(document)
+
+
+def test_the_time_of_experiments_is_kept(tmp_path):
+    run = tmp_path / "run"
+    for name in ("one", "two", "unfinished"):
+        (run / "runs" / name).mkdir(parents=True)
+    for name in ("one", "two"):
+        (run / "runs" / name / "best.pt").touch()
+    (run / "timing.csv").write_text("step,seconds\nscores,70\ncomponents,5\n")
+    origin = {"processor": "A chip", "torch": "2.x", "commit": "abc"}
+    content = {"data": "quick", "synthetic": True, "preset": "quick", "epochs": 4, "provenance": origin}
+    (run / "components.json").write_text(json.dumps(content))
+    keep(run, tmp_path / "kept")
+    text = (tmp_path / "kept" / "cost.md").read_text()
+    assert "synthetic data, 2 trainings of 4 epochs, preset quick, 1 min 15 s in all" in text
+    assert "| scores | 1 min 10 s |\n| components | 0 min 5 s |" in text
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["cost.md"]

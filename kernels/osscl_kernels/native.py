@@ -1,6 +1,6 @@
 """What a CPU does in and between convolutions, compiled from `clipwise.cpp` where there is a C++ compiler.
 
-The first use compiles the file, in about a second, into the user's cache folder. Without a compiler, or with
+The first use compiles the file, in two seconds, into the user's cache folder. Without a compiler, or with
 OSSCL_KERNELS_NATIVE=0, callers do the same by PyTorch operations, each a pass of its own over memory.
 """
 
