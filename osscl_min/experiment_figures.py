@@ -117,7 +117,9 @@ def _heat(
     ax.grid(False)
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            ax.text(column, row, format(value, form), ha="center", va="center", fontsize=7)
+            dark = np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)) < 0.45
+            colour = "white" if dark else "black"
+            ax.text(column, row, format(value, form), ha="center", va="center", fontsize=7, color=colour)
 
 
 def bands(result: Mapping[str, Any]) -> Figure:
