@@ -40,6 +40,7 @@ def draw(rows: list[dict[str, str]], path: pathlib.Path) -> None:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rows", type=pathlib.Path, nargs="?", default=RESULTS / "supcon_cpu.csv")
     parser.add_argument("--out", type=pathlib.Path, help="default: the CSV's name with .png")

@@ -12,26 +12,20 @@ which says more on a busy machine. One row per (provider, pass, N, precision), a
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import itertools
 import json
 import math
 import os
 import pathlib
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
-
-import torch  # noqa: E402
-from osscl_kernels import backend, supcon_loss, supcon_loss_ref  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+from common import ROOT, backend, error, gpu_limits, graphed, provenance, torch, write
+from osscl_kernels import supcon_loss, supcon_loss_ref
+from torch.utils.checkpoint import checkpoint
 
 WIDTH = 128
 CLASSES = 41  # machine ids of the paper's data
@@ -83,35 +77,8 @@ def work(n: int, precision: str, passing: str) -> tuple[float, float]:
     )
 
 
-def provenance(device: torch.device) -> dict:
-    """Where and with what a row was measured."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        words = pathlib.Path("/proc/cpuinfo")
-        lines = words.read_text().splitlines() if words.exists() else []
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
-    return {
-        "device": name or platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": backend.triton.__version__ if backend.triton else "",
-        "commit": commit or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def error(out: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest deviation, relative to the largest entry; infinite where the result is not finite."""
-    if not out.isfinite().all():
-        return math.inf
-    return ((out.double() - truth).abs().max() / truth.abs().max()).item()
-
-
 def differentiate(function, z, labels, **options):
+    """The loss and its gradient for the features."""
     x = z.detach().requires_grad_()
     loss = function(x, labels, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
@@ -199,32 +166,6 @@ def call_of(provider: str, precision: str, passing: str, z: torch.Tensor, labels
     return lambda: torch.autograd.grad(loss, x, retain_graph=True)[0]
 
 
-def gpu_limits(device: torch.device) -> dict[str, float]:
-    """Bytes a second of a copy and FLOP a second of square products, measured here."""
-    source = torch.empty(1 << 28, device=device)
-    limits = {"bytes": 8e3 * source.numel() / backend.triton.testing.do_bench(lambda: source.clone())}
-    for precision in ("ieee", "tf32", "bf16"):
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16 if precision == "bf16" else None)
-        limits[precision] = 2e3 * 8192**3 / backend.triton.testing.do_bench(lambda a=a: a @ a)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return limits | {"tf32x3": limits["tf32"] / 3}
-
-
-def graphed(call):
-    """The same call as a CUDA-graph replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def gpu_rows(device: torch.device, sizes: list[int], budget_s: float = 420) -> list[dict]:
     """The kernels first, small sizes first; when the time is spent the rest are rows that say so."""
     end = time.monotonic() + budget_s
@@ -258,6 +199,7 @@ def gpu_rows(device: torch.device, sizes: list[int], budget_s: float = 420) -> l
 
 
 def gpu_row(row, provider, graph, z, labels, limits) -> dict:
+    """Time and extra memory of the case that the row names."""
     torch.backends.cuda.matmul.allow_tf32 = row["precision"] == "tf32"
     call = call_of(provider, row["precision"], row["pass"], z, labels)
     call()
@@ -289,6 +231,7 @@ def finish(row: dict, median: float, low: float, high: float, limits: dict[str, 
 
 
 def report(row: dict) -> None:
+    """Print a row."""
     print(
         f"{row['precision']:6} {row['rows']:6} rows {row['pass']:8} {row['provider']:24}"
         f"{row.get('median_ms', '-'):>9} ms ({row.get('q20_ms', '-')} to {row.get('q80_ms', '-')})  "
@@ -313,6 +256,7 @@ def cpu_worker(provider: str, n: int) -> None:
 
 
 def cpu_rows(sizes: list[int] | None) -> list[dict]:
+    """A row of every case, each in a fresh process."""
     device = torch.device("cpu")
     (ours, plain), base, rows = check(device)["ieee"], provenance(device), []
     cases = [(p, n) for p, n in CPU_CASES if not sizes or n in sizes]
@@ -333,20 +277,6 @@ def cpu_rows(sizes: list[int] | None) -> list[dict]:
         rows.append(row)
         report(row)
     return rows
-
-
-def write(path: pathlib.Path, rows: list[dict]) -> None:
-    """The rows as CSV, and beside it the table that the README shows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.2e}" if isinstance(v, float) else v for k, v in row.items()})
-    temporary.replace(path)
-    temporary.write_text(table(rows))
-    temporary.replace(path.with_suffix(".md"))
 
 
 def table(rows: list[dict]) -> str:
@@ -393,6 +323,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, nargs="+", help="batch sizes N; default: all")
@@ -413,7 +344,8 @@ def main() -> None:
         rows = gpu_rows(device, arguments.rows or list(GPU_ROWS))
     else:
         rows = cpu_rows(arguments.rows)
-    write(arguments.out or ROOT / "results" / f"supcon_{device.type}.csv", rows)
+    out = arguments.out or ROOT / "results" / f"supcon_{device.type}.csv"
+    write(out, rows, COLUMNS, table(rows))
     if any(not row["error"] <= 2 * row["plain_error"] + FLOORS[row["precision"]] for row in rows):
         sys.exit("some errors exceed twice the dense formula's: see the rows")
     return None
