@@ -383,7 +383,7 @@ void pack(const bfloat16* x, int64_t at, int64_t pairs, int64_t rows, int64_t ch
 void weight_gradient(const bfloat16* x, const bfloat16* g, float* out, int64_t clips, int64_t rows,
                      int64_t inputs, int64_t outputs, int64_t taps, int64_t dilation) {
   alignas(64) uint8_t before[64];
-  _tile_storeconfig(before);  // oneDNN's: it takes for granted that nobody changes it
+  _tile_storeconfig(before);  // another library's, which may rely on it
   _tile_loadconfig(&CONFIGURATION);
   int64_t reach = taps / 2 * dilation, most = BLOCK / 2 + reach;
   bool odd = reach % 2;  // then the middle tap pairs other rows than its neighbours
