@@ -80,7 +80,7 @@ def graphed(call: Callable) -> Callable:
 
 
 def write(path: pathlib.Path, rows: list[dict], columns: Sequence[str], table: str) -> None:
-    """The rows as CSV, and beside it the table that the README shows."""
+    """The rows as CSV, and beside it the table that the README shows and, with matplotlib, a plot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     with temporary.open("w", newline="") as file:
@@ -91,3 +91,9 @@ def write(path: pathlib.Path, rows: list[dict], columns: Sequence[str], table: s
     temporary.replace(path)
     temporary.write_text(table)
     temporary.replace(path.with_suffix(".md"))
+    try:
+        import plot
+    except ImportError as missing:  # a GPU machine may do without: plot.py draws the CSV anywhere
+        print(f"no plot: {missing}")
+    else:
+        plot.draw(path)

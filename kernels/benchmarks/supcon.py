@@ -6,7 +6,8 @@
 On a GPU every provider runs in this process: the dense formula eagerly and through torch.compile, an eager
 version in checkpointed chunks, and the kernels, with CUDA-graph replays at N = 64; running out of memory is a
 row. On the CPU a timing is a fresh process, so that its peak memory is its own; cpu_ms is its processor time,
-which says more on a busy machine. One row per (provider, pass, N, precision), and a table beside the CSV.
+which says more on a busy machine. One row per (provider, pass, N, precision); a table and a plot lie
+beside the CSV.
 """
 
 from __future__ import annotations

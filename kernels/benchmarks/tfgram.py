@@ -4,7 +4,7 @@
 
 Every variant runs in this process: the modules eagerly, through torch.compile and as CUDA-graph replays, and
 the kernels, beside the device's own limits (copy, matrix products), measured too. One row per (provider,
-pass, shape, precision), and a table of them in a .md file beside the CSV. --check runs on the CPU too; how
+pass, shape, precision); a table (.md) and a plot (.png) lie beside the CSV. --check runs on the CPU too; how
 fast TFgram is there says `python -m osscl_min bench model`.
 """
 
