@@ -265,7 +265,8 @@ class MobileFaceNet(nn.Module):
         if self.training and maps.device.type == "cpu" and len(maps) > 1:
             chain = list(self.chain())
             if all(_has_batch_statistics(norm) for _, norm, _, _ in chain):
-                return self.trained_on_cpu(maps, chain)
+                if (found := self.trained_on_cpu(maps, chain)) is not None:
+                    return found
         x = self.blocks(self.dw_conv1(self.conv1(maps)))
         return self.linear1(self.linear7(self.conv2(x))).flatten(1)
 
@@ -286,7 +287,7 @@ class MobileFaceNet(nn.Module):
             ChainLayer(c.stride[0], c.padding[0], c.groups, p is not None, s)
             for c, p, s in zip(convs, prelus, shortcuts, strict=True)
         ]
-        output, means, variances = conv_chain(
+        found = conv_chain(
             maps,
             layers,
             [conv.weight for conv in convs],
@@ -295,6 +296,9 @@ class MobileFaceNet(nn.Module):
             [prelu.weight for prelu in prelus if prelu is not None],
             eps=norms[0].eps,
         )
+        if found is None:
+            return None
+        output, means, variances = found
         counts, size = [], maps.shape[2:]
         for conv in convs:
             size = [(n + 2 * conv.padding[0] - k) // conv.stride[0] + 1

@@ -1,7 +1,7 @@
-"""What a CPU does in and between convolutions, compiled from `clipwise.cpp` where there is a C++ compiler.
+"""Training's layers on a CPU, compiled from `layers.cpp` where there is a C++ compiler.
 
-The first use compiles the file, in two seconds, into the user's cache folder. Without a compiler, or with
-OSSCL_KERNELS_NATIVE=0, callers do the same by PyTorch operations, each a pass of its own over memory.
+The first use compiles the file, in a few seconds, into the user's cache folder. Without a compiler, or with
+OSSCL_KERNELS_NATIVE=0, callers take PyTorch's own layers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,34 @@ from collections.abc import Callable
 
 import torch
 
-SOURCE = pathlib.Path(__file__).with_name("clipwise.cpp")
+SOURCE = pathlib.Path(__file__).with_name("layers.cpp")
 ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_NATIVE"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 FOR_THIS_CPU = (("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",), ())  # first that compiles
-LANES = 16  # channels must be a multiple, as in the source
-ARGUMENTS = {  # of each function: pointers, then integers
-    "moments": (3, 2), "activate": (6, 2), "activate_backward": (8, 2), "centre": (5, 2), "pool": (6, 2),
-    "pool_backward": (9, 3), "first": (4, 4), "first_backward": (5, 5), "depthwise": (3, 8),
-    "depthwise_weight": (3, 7), "weight_gradient": (3, 6),
-}  # fmt: skip
+CHANNELS = 32  # of a product's inputs and outputs: a multiple
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class Step(ctypes.Structure):
+    """One layer and its clips, as `layers.cpp` describes them; null where a pointer does not apply."""
+
+    SIZES = (
+        "clips parts rows inputs outputs taps dilation height width out_height out_width stride samples maps"
+    ).split()
+    POINTERS = (
+        "x below scale shift slope other wave first_weight weight kept y centre sums dz centre_scale "
+        "centre_shift mean extra d weight_gradient start end"
+    ).split()
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in SIZES]
+        + [(name, ctypes.c_void_p) for name in POINTERS]
+        + [("windows", ctypes.c_int64)]
+    )
+
+    def __init__(self, **values: torch.Tensor | int | None):
+        self.tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]  # alive as long as this
+        assert all(t.is_contiguous() for t in self.tensors)
+        super().__init__(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
 
 @functools.cache
@@ -39,55 +56,49 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if os.environ.get(ENVIRONMENT_VARIABLE) == "0" or compiler is None:
         return None
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _processor())).encode()).hexdigest()[
-        :16
-    ]
-    path = _cache() / f"clipwise-{key}.so"  # never a folder that others can write: it is loaded as code
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _processor())).encode())
+    # never a folder that others can write: it is loaded as code
+    path = _cache() / f"layers-{key.hexdigest()[:16]}.so"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if not path.exists():
-            _compile(compiler, path)
+            compile_library(compiler, path)
         return ctypes.CDLL(str(path))
     return None
 
 
-@functools.cache
-def function(name: str) -> Callable | None:
-    """A function of `clipwise.cpp`, such as "moments_float32"; None where there is none."""
-    if name == "weight_gradient_bfloat16" and not library().tiles():
-        return None
-    try:
-        address = ctypes.c_void_p.in_dll(library(), name).value
-    except ValueError:
-        return None
-    pointers, integers = ARGUMENTS[name.rpartition("_")[0]]
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * integers)(address)
+def function(name: str, dtype: torch.dtype) -> Callable[[Step, int], None]:
+    """A function of the library, such as "product_forward", of a step and the number of a part."""
+    found = getattr(library(), f"{name}_{DTYPES[dtype]}")
+    found.argtypes, found.restype = (ctypes.POINTER(Step), ctypes.c_int64), None
+    return found
 
 
-def fits(*tensors: torch.Tensor) -> bool:
-    """Whether the compiled functions take these activations (n, C, H, W)."""
-    first = tensors[0]
-    return first.dtype in DTYPES and first.shape[1] % LANES == 0 and library() is not None
+def pack(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Weights (taps, inputs, outputs) in the order in which products of activations of a dtype read them."""
+    taps, inputs, outputs = matrix.shape
+    panel = library().panel()
+    if dtype == torch.bfloat16 and library().pairs():
+        matrix = matrix.to(dtype).view(taps, inputs // 2, 2, outputs // panel, panel).permute(3, 0, 1, 4, 2)
+    else:
+        matrix = matrix.float().view(taps, inputs, outputs // panel, panel).permute(2, 0, 1, 3)
+    return matrix.contiguous()
 
 
-def has(name: str, dtype: torch.dtype) -> bool:
-    """Whether this machine has that function; those of every dtype are wherever the library is."""
-    return function(f"{name}_{DTYPES[dtype]}") is not None
+def compile_library(compiler: str, path: pathlib.Path, *options: str) -> None:
+    """Compile `layers.cpp`, for this processor if the compiler knows it.
 
-
-def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | None) -> None:
-    """Call a function of `clipwise.cpp` with tensors (their data, dense) and integers."""
-    values = (a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
-    function(f"{name}_{DTYPES[dtype]}")(*values)
-
-
-def _compile(compiler: str, path: pathlib.Path) -> None:
+    Raises
+    ------
+    subprocess.SubprocessError
+        If it does not compile.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(descriptor)
     try:
         for flags in FOR_THIS_CPU:
-            command = [compiler, *FLAGS, *flags, "-o", temporary, str(SOURCE)]
-            if not subprocess.run(command, capture_output=True, timeout=60).returncode:
+            command = [compiler, *FLAGS, *flags, *options, "-o", temporary, str(SOURCE)]
+            if not subprocess.run(command, capture_output=True, timeout=120).returncode:
                 os.replace(temporary, path)
                 return
         raise subprocess.SubprocessError(f"{compiler} does not compile {SOURCE}")

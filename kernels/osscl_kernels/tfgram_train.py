@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import native
 from .backend import resolve
 from .tfgram_infer import LAYERS, frames
 from .tfgram_train_cpu import ClipwiseTFgram
@@ -117,24 +118,20 @@ def tfgram_train(
         else:
             precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
     with torch.autocast(device, enabled=False):
-        if choice == "torch" and device != "cpu":
-            return _reference_in(wave, weights, gammas, betas, eps, hop, precision)
         if choice == "triton":
             output, means, variances, _ = forward(
                 wave, list(weights), list(gammas), list(betas), eps, hop, precision
             )
             sizes = [layer.outputs for layer in LAYERS]
             return output, list(means.detach().split(sizes)), list(variances.detach().split(sizes))
-        dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(wave.dtype, torch.float32)
-        output, *statistics = ClipwiseTFgram.apply(wave, eps, hop, dtype, *weights, *gammas, *betas)
-    return output, statistics[:7], statistics[7:]
-
-
-def _reference_in(wave, weights, gammas, betas, eps, hop, precision):
-    """The reference, under autocast where bf16 is asked for."""
-    enabled = precision == "bf16"
-    with torch.autocast(wave.device.type, dtype=torch.bfloat16, enabled=enabled):
-        return tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
+        wide = torch.promote_types(wave.dtype, torch.float32)
+        if device == "cpu" and wide == torch.float32 and native.library() is not None:
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            output, *statistics = ClipwiseTFgram.apply(wave, eps, hop, dtype, *weights, *gammas, *betas)
+            return output, statistics[:7], statistics[7:]
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        output, means, variances = tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
+    return output.to(wide), [m.to(wide) for m in means], [v.to(wide) for v in variances]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from osscl_kernels import backend, clipwise, tfgram_train_cpu
+from osscl_kernels import backend, native, tfgram_train_cpu
 from osscl_kernels import tfgram_train_triton as fused
 from osscl_kernels.tfgram_infer import LAYERS, frames
 from osscl_kernels.tfgram_train import rows, tfgram_train, tfgram_train_ref, update_running_statistics
@@ -168,15 +168,13 @@ def test_low_tone_with_an_offset(choice):
 
 
 @cpu_only
-@pytest.mark.parametrize("clips, samples", [(1, 331), (2, 1237), (5, 700)])
-def test_cpu_path_in_float64_is_exact(clips, samples, monkeypatch, poisoned):
-    """Small groups and blocks, so that clips and statistics are cut in several places."""
-    monkeypatch.setattr(tfgram_train_cpu, "GROUP_ROWS", 300)
-    monkeypatch.setattr(clipwise, "STATISTICS_BLOCK", 100)
-    wave, exact, _ = truth(clips, samples)
-    results = run(tfgram_train, wave, torch.float64, backend="torch")
-    for name in NAMES:
-        assert error(results[name], exact[name]) < 1e-11, name
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("clips, samples", [(1, 1237), (2, 1237), (5, 700), (19, 331)])
+def test_cpu_path_is_as_exact_as_plain_layers(clips, samples, compiled, monkeypatch, poisoned):
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    wave, exact, plain = truth(clips, samples)
+    assert_close(run(tfgram_train, wave, backend="torch"), exact, plain)
 
 
 @cpu_only

@@ -1,0 +1,943 @@
+// The layers of a convolution chain in training, for a CPU: what native.py compiles and chain_cpu.py calls.
+//
+// A layer is a convolution without bias, batch normalisation and an activation. Every function takes one layer through
+// one pass over its clips, block of rows by block of rows, so that what lies between two convolutions never leaves the
+// cache: forward, the input's normalisation and activation, the products, the raw output and its moments; backward,
+// the centred gradient, both products, the activation's gradient below and the sums that the layer below needs.
+//
+// Activations are rows of channels, float32 or bfloat16; parameters and sums of products are float32. Sums over rows
+// run in float32 within a block and in float64 above. Sources of the formulas: chain_cpu.py.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef __AVX512BF16__
+#define PAIRS  // products of two bfloat16 pairs at once
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__) && !defined(TILES)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define TILES
+inline bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+#endif
+
+// One layer and its clips; chain_cpu.py has the same fields in the same order. Pointers that do not apply are null.
+struct Step {
+  int64_t clips, parts;                                   // a call computes one of the parts
+  int64_t rows, inputs, outputs;                          // input rows of a clip (height * width), channels
+  int64_t taps, dilation;                                 // of a product along the rows
+  int64_t height, width, out_height, out_width, stride;   // of a map
+  int64_t samples, maps;                                  // of the wave, if the input is one; of the image likewise
+  // The input: `x` as it is, or f(below scale + shift) + other with f(z) = z above 0 and slope z elsewhere, or the
+  // first layer max(0, windows of wave first_weight + shift), or 3 x 3 patches of the image `x`.
+  const void *x, *below;
+  const float *scale, *shift, *slope;
+  const void* other;
+  const float *wave, *first_weight;
+  const void* weight;  // packed for products, float32 (kernel positions, channels) otherwise
+  // Forward: where to keep the input, the raw output, and its moments about `centre`, (2, outputs) of each part.
+  void *kept, *y;
+  float* centre;
+  double* sums;
+  // Backward: of the output, dy = dz + y centre_scale + centre_shift; of the input, the gradient plus `extra`, through f
+  // where there is a layer `below` to normalise with `mean`, to `d`; weight gradients of each part; and of each part
+  // `sums`, (3, inputs): dz (below - mean), dz, and gradient times z where z <= 0. Of the first layer: (12, inputs).
+  const void* dz;
+  const float *centre_scale, *centre_shift, *mean;
+  const void* extra;
+  void* d;
+  float* weight_gradient;
+  // Pools: first row and the row after the last of every window of a clip.
+  const int32_t *start, *end;
+  int64_t windows;
+};
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int WINDOW = 11, STRIDE = 5;  // of the first layer over the wave
+constexpr int64_t BLOCK = 96;           // rows; of the tiles below, a multiple of each
+#ifdef __AVX512F__
+constexpr int ROWS = 12, VECTORS = 2, COLUMNS = 8;  // of the register tiles: as many sums as there are registers
+#else
+constexpr int ROWS = 6, VECTORS = 1, COLUMNS = 4;
+#endif
+constexpr int64_t PANEL = VECTORS * LANES;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+struct bfloat16 { uint16_t bits; };
+
+template <class T> struct OperandOf { typedef float type; };  // what products read
+#ifdef PAIRS
+template <> struct OperandOf<bfloat16> { typedef bfloat16 type; };
+#endif
+template <class T> using Operand = typename OperandOf<T>::type;
+
+inline Vector load(const float* p) { Vector v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vector load(const bfloat16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+#ifdef __AVX512F__  // the compiler widens in two halves
+  return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+  return (Vector)(__builtin_convertvector(h, Words) << 16);
+#endif
+}
+
+inline void store(bfloat16* p, Vector v) {  // to the nearest, ties to even; NaN stays NaN
+#ifdef PAIRS
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof h);
+#else
+  Words bits = (Words)v;
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = v == v ? rounded : (bits >> 16) | 0x40;
+  Halves h = __builtin_convertvector(rounded, Halves);
+  std::memcpy(p, &h, sizeof h);
+#endif
+}
+
+inline void convert(float from, float& to) { to = from; }
+inline void convert(bfloat16 from, bfloat16& to) { to = from; }
+inline void convert(bfloat16 from, float& to) {
+  uint32_t bits = (uint32_t)from.bits << 16;
+  std::memcpy(&to, &bits, sizeof to);
+}
+
+inline void add(double* total, Vector part) {
+  for (int i = 0; i < LANES; ++i) total[i] += part[i];
+}
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Calls body(first channel, number of vectors): a block's sums stay in registers and whole cache lines are read.
+template <class Body>
+inline void by_channels(int64_t channels, Body body) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= channels; c += 4 * LANES) body(c, std::integral_constant<int, 4>());
+  for (; c < channels; c += LANES) body(c, std::integral_constant<int, 1>());
+}
+
+// This thread's memory number `which`, for `count` values.
+template <class E>
+E* memory(int which, int64_t count) {
+  thread_local std::vector<char> all[8];
+  auto& one = all[which];
+  if ((int64_t)one.size() < count * (int64_t)sizeof(E) + 64) one.resize(count * sizeof(E) + 64);
+  return (E*)(((uintptr_t)one.data() + 63) & ~(uintptr_t)63);
+}
+
+// --- tiles of the processor -----------------------------------------------------------------------------------------
+
+#ifdef TILES
+const struct alignas(64) {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+} CONFIGURATION;
+
+bool use_tiles() {
+  static const bool permitted = tiles_permitted();
+  return permitted;
+}
+
+// Eight tiles of 16 rows of 64 bytes while it lives; then the configuration that another library may rely on.
+class Tiles {
+ public:
+  Tiles() { if (use_tiles()) { _tile_storeconfig(before); _tile_loadconfig(&CONFIGURATION); } }
+  ~Tiles() { if (use_tiles()) _tile_loadconfig(before); }
+
+ private:
+  alignas(64) uint8_t before[64];
+};
+
+// The compiler does not know what tile instructions read and write.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+void transpose(__m512i* r) {  // 16 x 16 values of 32 bits
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 16; i += 8) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
+      t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+  }
+}
+#else
+bool use_tiles() { return false; }
+struct Tiles { Tiles() {} };
+#endif
+
+// --- products -------------------------------------------------------------------------------------------------------
+
+// out (rows, n) = sum over taps of a (rows from tap * dilation on, k) weight (n / PANEL, taps, k, PANEL); rows is a
+// multiple of ROWS.
+void multiply(const float* a, const float* weight, float* out, int64_t rows, int64_t taps, int64_t dilation, int64_t k,
+              int64_t n) {
+  for (int64_t o = 0; o < n; o += PANEL, weight += taps * k * PANEL)
+    for (int64_t r = 0; r < rows; r += ROWS) {
+      Vector sum[ROWS][VECTORS] = {};
+      const float* w = weight;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const float* from = a + (r + tap * dilation) * k;
+        for (int64_t i = 0; i < k; ++i, w += PANEL) {
+          Vector b[VECTORS];
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) b[v] = load(w + v * LANES);
+#pragma GCC unroll 12
+          for (int j = 0; j < ROWS; ++j)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) sum[j][v] += b[v] * from[j * k + i];
+        }
+      }
+      for (int j = 0; j < ROWS; ++j)
+        for (int v = 0; v < VECTORS; ++v) store(out + (r + j) * n + o + v * LANES, sum[j][v]);
+    }
+}
+
+// Adds to out (k, n) the sum over the rows of a (rows, k), transposed, times g (rows, n).
+void outer(const float* a, const float* g, float* out, int64_t rows, int64_t k, int64_t n) {
+  for (int64_t o = 0; o < n; o += PANEL)
+    for (int64_t i = 0; i < k; i += COLUMNS) {
+      Vector sum[COLUMNS][VECTORS];
+      float* at = out + i * n + o;
+      for (int j = 0; j < COLUMNS; ++j)
+        for (int v = 0; v < VECTORS; ++v) sum[j][v] = load(at + j * n + v * LANES);
+      for (int64_t r = 0; r < rows; ++r) {
+        Vector b[VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) b[v] = load(g + r * n + o + v * LANES);
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; ++j)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) sum[j][v] += b[v] * a[r * k + i + j];
+      }
+      for (int j = 0; j < COLUMNS; ++j)
+        for (int v = 0; v < VECTORS; ++v) store(at + j * n + v * LANES, sum[j][v]);
+    }
+}
+
+// Adds to out (taps, k, n) the gradient of that weight: tap t sees g from row (taps - 1 - t) dilation on.
+void weight_products(const float* a, const float* g, float* out, int64_t rows, int64_t taps, int64_t dilation,
+                     int64_t k, int64_t n) {
+  for (int64_t tap = 0; tap < taps; ++tap)
+    outer(a, g + (taps - 1 - tap) * dilation * n, out + tap * k * n, rows, k, n);
+}
+
+#ifdef PAIRS
+inline __m512bh both(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh everywhere(const bfloat16* p) {
+  int32_t two;
+  std::memcpy(&two, p, 4);
+  return (__m512bh)_mm512_set1_epi32(two);
+}
+
+// The same; weight (n / PANEL, taps, k / 2, PANEL, 2).
+void multiply(const bfloat16* a, const bfloat16* weight, float* out, int64_t rows, int64_t taps, int64_t dilation,
+              int64_t k, int64_t n) {
+#ifdef TILES
+  if (use_tiles()) {
+    settle();
+    for (int64_t o = 0; o < n; o += PANEL, weight += taps * k * PANEL)
+      for (int64_t r = 0; r < rows; r += 2 * LANES) {
+        const bfloat16* w = weight;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const bfloat16* from = a + (r + tap * dilation) * k;
+          for (int64_t i = 0; i < k; i += 2 * LANES, w += 2 * LANES * PANEL) {
+            _tile_loadd(4, from + i, 2 * k);
+            _tile_loadd(5, from + LANES * k + i, 2 * k);
+            _tile_loadd(6, w, 4 * PANEL);
+            _tile_loadd(7, w + 2 * LANES, 4 * PANEL);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+        }
+        float *upper = out + r * n + o, *lower = upper + LANES * n;
+        _tile_stored(0, upper, 4 * n);
+        _tile_stored(1, upper + LANES, 4 * n);
+        _tile_stored(2, lower, 4 * n);
+        _tile_stored(3, lower + LANES, 4 * n);
+      }
+    settle();
+    return;
+  }
+#endif
+  for (int64_t o = 0; o < n; o += PANEL, weight += taps * k * PANEL)
+    for (int64_t r = 0; r < rows; r += ROWS) {
+      __m512 sum[ROWS][VECTORS] = {};
+      const bfloat16* w = weight;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const bfloat16* from = a + (r + tap * dilation) * k;
+        for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
+          __m512bh b[VECTORS];
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v) b[v] = both(w + 2 * v * LANES);
+#pragma GCC unroll 12
+          for (int j = 0; j < ROWS; ++j)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(from + j * k + i), b[v]);
+        }
+      }
+      for (int j = 0; j < ROWS; ++j)
+        for (int v = 0; v < VECTORS; ++v) store(out + (r + j) * n + o + v * LANES, (Vector)sum[j][v]);
+    }
+}
+
+// Pairs of rows from x on, value by value beside each other: (pairs, channels, 2).
+void pair(const bfloat16* x, int64_t pairs, int64_t channels, bfloat16* to) {
+  for (int64_t p = 0; p < pairs; ++p, x += 2 * channels)
+    for (int64_t c = 0; c < channels; c += LANES, to += 2 * LANES) {
+      __m512i upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(x + c)));
+      __m512i lower = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(x + channels + c)));
+      _mm512_storeu_si512(to, _mm512_or_si512(upper, _mm512_slli_epi32(lower, 16)));
+    }
+}
+
+// The same as `outer`, of pairs of rows: a (pairs, k, 2) and g (pairs, n, 2). With tiles, a is (k / 16, pairs / 16)
+// tiles of 16 channels by 32 rows.
+void outer(const bfloat16* a, const bfloat16* g, float* out, int64_t pairs, int64_t k, int64_t n) {
+#ifdef TILES
+  if (use_tiles()) {
+    settle();
+    for (int64_t o = 0; o < n; o += 2 * LANES)
+      for (int64_t i = 0; i < k; i += 2 * LANES) {
+        float *upper = out + i * n + o, *lower = upper + LANES * n;
+        _tile_loadd(0, upper, 4 * n);
+        _tile_loadd(1, upper + LANES, 4 * n);
+        _tile_loadd(2, lower, 4 * n);
+        _tile_loadd(3, lower + LANES, 4 * n);
+        const bfloat16 *left = a + 2 * i * pairs, *below = left + 2 * LANES * pairs;
+        for (int64_t p = 0; p < pairs; p += LANES) {
+          _tile_loadd(4, left + 2 * LANES * p, 64);
+          _tile_loadd(5, below + 2 * LANES * p, 64);
+          _tile_loadd(6, g + 2 * (p * n + o), 4 * n);
+          _tile_loadd(7, g + 2 * (p * n + o + LANES), 4 * n);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, upper, 4 * n);
+        _tile_stored(1, upper + LANES, 4 * n);
+        _tile_stored(2, lower, 4 * n);
+        _tile_stored(3, lower + LANES, 4 * n);
+      }
+    settle();
+    return;
+  }
+#endif
+  for (int64_t o = 0; o < n; o += PANEL)
+    for (int64_t i = 0; i < k; i += COLUMNS) {
+      __m512 sum[COLUMNS][VECTORS];
+      float* at = out + i * n + o;
+      for (int j = 0; j < COLUMNS; ++j)
+        for (int v = 0; v < VECTORS; ++v) sum[j][v] = (__m512)load(at + j * n + v * LANES);
+      for (int64_t p = 0; p < pairs; ++p) {
+        __m512bh b[VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) b[v] = both(g + 2 * (p * n + o + v * LANES));
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; ++j)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; ++v)
+            sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(a + 2 * (p * k + i + j)), b[v]);
+      }
+      for (int j = 0; j < COLUMNS; ++j)
+        for (int v = 0; v < VECTORS; ++v) store(at + j * n + v * LANES, (Vector)sum[j][v]);
+    }
+}
+
+// The same; rows of `a` are zeros up to a multiple of 32, and g has as many more rows.
+void weight_products(const bfloat16* a, const bfloat16* g, float* out, int64_t rows, int64_t taps, int64_t dilation,
+                     int64_t k, int64_t n) {
+  int64_t pairs = use_tiles() ? round_up(rows, 2 * LANES) / 2 : (rows + 1) / 2, reach = (taps - 1) * dilation;
+  bfloat16* left = memory<bfloat16>(4, 2 * pairs * k);
+  pair(a, pairs, k, left);
+#ifdef TILES
+  if (use_tiles()) {
+    bfloat16* turned = memory<bfloat16>(5, 2 * pairs * k);
+    for (int64_t i = 0; i < k; i += LANES)
+      for (int64_t p = 0; p < pairs; p += LANES) {
+        __m512i tile[LANES];
+        for (int j = 0; j < LANES; ++j) tile[j] = _mm512_loadu_si512(left + 2 * ((p + j) * k + i));
+        transpose(tile);
+        std::memcpy(turned + 2 * (i * pairs + p * LANES), tile, sizeof tile);
+      }
+    left = turned;
+  }
+#endif
+  bool odd = taps > 1 && dilation % 2;  // then the middle tap pairs other rows than its neighbours
+  int64_t all = pairs + reach / 2;
+  bfloat16 *even = memory<bfloat16>(6, 2 * all * n), *middle = memory<bfloat16>(7, 2 * pairs * n);
+  pair(g, all, n, even);
+  if (odd) pair(g + dilation * n, pairs, n, middle);
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const bfloat16* right = odd && tap == 1 ? middle : even + (taps - 1 - tap) * dilation * n;
+    outer(left, right, out + tap * k * n, pairs, k, n);
+  }
+}
+#endif
+
+// --- before and after products --------------------------------------------------------------------------------------
+
+// Rows that follow each other: a clip, or where nothing looks beyond a row, all clips of a part.
+struct Run { int64_t clip, offset, rows; };
+
+inline int64_t first_clip(const Step& s, int64_t part) { return part * s.clips / s.parts; }
+
+template <class Body>
+void by_runs(const Step& s, int64_t part, Body body) {
+  int64_t first = first_clip(s, part), last = first_clip(s, part + 1);
+  if (s.taps == 1 && !s.wave && !s.maps) return body(Run{first, first * s.rows, (last - first) * s.rows});
+  for (int64_t clip = first; clip < last; ++clip) body(Run{clip, clip * s.rows, s.rows});
+}
+
+template <int R, int K, class E>
+inline void first_rows(const float* x, const float* weight, const float* shift, E* out, int64_t channels) {
+  Vector sum[R][K];
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < K; ++k) sum[r][k] = load(shift + k * LANES);
+#pragma GCC unroll 11
+  for (int i = 0; i < WINDOW; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < K; ++k) sum[r][k] += load(weight + i * channels + k * LANES) * x[r * STRIDE + i];
+  for (int r = 0; r < R; ++r)
+    for (int k = 0; k < K; ++k) store(out + r * channels + k * LANES, sum[r][k] > 0.f ? sum[r][k] : Vector{});
+}
+
+// The nine pixels under row r of an image's output: calls body(offset in the patch, offset in the image, values) for
+// what lies inside of each row of three.
+template <class Body>
+inline void patch(const Step& s, int64_t clip, int64_t r, Body body) {
+  int64_t h = r / s.out_width * s.stride - 1, w = r % s.out_width * s.stride - 1;
+  int64_t left = std::max<int64_t>(0, -w), right = std::min<int64_t>(3, s.width - w);
+  for (int64_t i = std::max<int64_t>(0, -h); i < std::min<int64_t>(3, s.height - h); ++i)
+    body((3 * i + left) * s.maps, ((clip * s.height + h + i) * s.width + w + left) * s.maps, (right - left) * s.maps);
+}
+
+// Rows first <= r < last of the layer's input; zeros outside the run.
+template <class T, class E>
+void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to) {
+  int64_t n = s.inputs, from = std::min(std::max<int64_t>(first, 0), last), end = std::max(std::min(last, run.rows), from);
+  std::memset((void*)to, 0, (from - first) * n * sizeof(E));
+  to += (from - first) * n;
+  std::memset((void*)(to + (end - from) * n), 0, (last - end) * n * sizeof(E));
+  if (s.wave) {
+    const float* x = s.wave + run.clip * s.samples;
+    int64_t r = from;
+    for (; n == 4 * LANES && r + 4 <= end; r += 4, to += 4 * n)
+      first_rows<4, 4>(x + r * STRIDE, s.first_weight, s.shift, to, n);
+    for (; r < end; ++r, to += n)
+      for (int64_t c = 0; c < n; c += LANES)
+        first_rows<1, 1>(x + r * STRIDE, s.first_weight + c, s.shift + c, to + c, n);
+    return;
+  }
+  if (s.maps) {
+    std::memset((void*)to, 0, (end - from) * n * sizeof(E));
+    for (int64_t r = from; r < end; ++r, to += n)
+      patch(s, run.clip, r, [&](int64_t place, int64_t at, int64_t values) {
+        for (int64_t i = 0; i < values; ++i) convert(((const T*)s.x)[at + i], to[place + i]);
+      });
+    return;
+  }
+  int64_t at = (run.offset + from) * n, count = end - from;
+  const T* x = (const T*)(s.x ? s.x : s.below) + at;
+  const T* other = s.other ? (const T*)s.other + at : nullptr;
+  T* kept = s.kept ? (T*)s.kept + at : nullptr;
+  by_channels(n, [=](int64_t c, auto vectors) {
+    constexpr int K = decltype(vectors)::value;
+    Vector scale[K], shift[K], slope[K];
+    if (!s.x)
+      for (int k = 0; k < K; ++k) {
+        scale[k] = load(s.scale + c + k * LANES);
+        shift[k] = load(s.shift + c + k * LANES);
+        slope[k] = load(s.slope + c + k * LANES);
+      }
+    for (int64_t r = 0; r < count; ++r)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        int64_t i = r * n + c + k * LANES;
+        Vector v = load(x + i);
+        if (!s.x) {
+          v = v * scale[k] + shift[k];
+          v = v > 0.f ? v : v * slope[k];
+          if (other) v += load(other + i);
+          if (kept) store(kept + i, v);
+        }
+        store(to + i, v);
+      }
+  });
+}
+
+// Rows first <= r < last, `rows` at most, of the output's gradient; zeros outside.
+template <class T, class E>
+void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, int64_t last, E* to) {
+  int64_t n = s.outputs, from = std::min(std::max<int64_t>(first, 0), last), end = std::max(std::min(last, rows), from);
+  std::memset((void*)to, 0, (from - first) * n * sizeof(E));
+  to += (from - first) * n;
+  std::memset((void*)(to + (end - from) * n), 0, (last - end) * n * sizeof(E));
+  const T *dz = (const T*)s.dz + (offset + from) * n, *y = (const T*)s.y + (offset + from) * n;
+  by_channels(n, [=](int64_t c, auto vectors) {
+    constexpr int K = decltype(vectors)::value;
+    Vector scale[K], shift[K];
+    for (int k = 0; k < K; ++k) {
+      scale[k] = load(s.centre_scale + c + k * LANES);
+      shift[k] = load(s.centre_shift + c + k * LANES);
+    }
+    for (int64_t i = c; i < (end - from) * n; i += n)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k)
+        store(to + i + k * LANES, load(dz + i + k * LANES) + (load(y + i + k * LANES) * scale[k] + shift[k]));
+  });
+}
+
+// Stores `count` rows of the output from row `at` on, and adds to its moments about the part's first rows' mean.
+template <class T>
+void finish(const Step& s, int64_t part, const float* out, int64_t at, int64_t count, bool& begun) {
+  int64_t n = s.outputs;
+  float* centre = s.centre + part * n;
+  double* sums = s.sums + part * 2 * n;
+  T* y = (T*)s.y + at * n;
+  bool fresh = !begun;
+  begun = true;
+  by_channels(n, [=](int64_t c, auto vectors) {
+    constexpr int K = decltype(vectors)::value;
+    Vector one[K] = {}, two[K] = {}, about[K];
+    if (fresh) {
+      for (int64_t r = 0; r < count; ++r)
+        for (int k = 0; k < K; ++k) one[k] += load(out + r * n + c + k * LANES);
+      for (int k = 0; k < K; ++k) store(centre + c + k * LANES, one[k] / (float)count), one[k] = Vector{};
+      std::fill(sums + c, sums + c + K * LANES, 0.0);
+      std::fill(sums + n + c, sums + n + c + K * LANES, 0.0);
+    }
+    for (int k = 0; k < K; ++k) about[k] = load(centre + c + k * LANES);
+    for (int64_t r = 0; r < count; ++r)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        T* to = y + r * n + c + k * LANES;
+        store(to, load(out + r * n + c + k * LANES));
+        Vector x = load(to) - about[k];
+        one[k] += x;
+        two[k] += x * x;
+      }
+    for (int k = 0; k < K; ++k) {
+      add(sums + c + k * LANES, one[k]);
+      add(sums + n + c + k * LANES, two[k]);
+    }
+  });
+}
+
+// Takes the input's gradient, `count` rows from row `first` of the run on, to the layer below.
+template <class T>
+void descend(const Step& s, int64_t part, Run run, const float* gradient, int64_t first, int64_t count) {
+  int64_t n = s.inputs, at = (run.offset + first) * n;
+  T* d = (T*)s.d + at;
+  const T *below = s.below ? (const T*)s.below + at : nullptr, *extra = s.extra ? (const T*)s.extra + at : nullptr;
+  double* sums = s.sums + part * 3 * n;
+  by_channels(n, [=](int64_t c, auto vectors) {
+    constexpr int K = decltype(vectors)::value;
+    Vector products[K] = {}, total[K] = {}, under[K] = {};
+    for (int64_t r = 0; r < count; ++r)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        int64_t channel = c + k * LANES, i = r * n + channel;
+        Vector g = load(gradient + i);
+        if (extra) g += load(extra + i);
+        if (s.below) {
+          Vector x = load(below + i), z = x * load(s.scale + channel) + load(s.shift + channel);
+          Mask positive = z > 0.f;
+          under[k] += positive ? Vector{} : g * z;
+          g = positive ? g : g * load(s.slope + channel);
+          products[k] += g * (x - load(s.mean + channel));
+          total[k] += g;
+        }
+        store(d + i, g);
+      }
+    if (s.below)
+      for (int k = 0; k < K; ++k) {
+        add(sums + c + k * LANES, products[k]);
+        add(sums + n + c + k * LANES, total[k]);
+        add(sums + 2 * n + c + k * LANES, under[k]);
+      }
+  });
+}
+
+// The same to the first layer, whose output is `a`: sums of dz (window - centre) and of dz; dz itself to `d`, if given.
+template <class T, class E>
+void descend_to_wave(const Step& s, int64_t part, Run run, const float* gradient, const E* a, int64_t first,
+                     int64_t count) {
+  int64_t n = s.inputs;
+  double* sums = s.sums + part * (WINDOW + 1) * n;
+  float window[BLOCK][WINDOW + 1];
+  for (int64_t r = 0; r < count; ++r) {
+    const float* at = s.wave + run.clip * s.samples + (first + r) * STRIDE;
+    for (int i = 0; i < WINDOW; ++i) window[r][i] = at[i] - s.mean[i];
+    window[r][WINDOW] = 1.f;
+  }
+  for (int64_t c = 0; c < n; c += LANES) {
+    Vector sum[WINDOW + 1] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      Vector dz = load(a + r * n + c) > 0.f ? load(gradient + r * n + c) : Vector{};
+      if (s.d) store((T*)s.d + (run.offset + first + r) * n + c, dz);
+#pragma GCC unroll 12
+      for (int i = 0; i <= WINDOW; ++i) sum[i] += dz * window[r][i];
+    }
+    for (int i = 0; i <= WINDOW; ++i) add(sums + i * n + c, sum[i]);
+  }
+}
+
+// The same to the image: adds the patches' gradients to `d`, float32.
+void descend_to_image(const Step& s, Run run, const float* gradient, int64_t first, int64_t count) {
+  for (int64_t r = first; r < first + count; ++r, gradient += s.inputs)
+    patch(s, run.clip, r, [&](int64_t place, int64_t at, int64_t values) {
+      for (int64_t i = 0; i < values; ++i) ((float*)s.d)[at + i] += gradient[place + i];
+    });
+}
+
+void clear(const Step& s, int64_t part, int64_t positions, int64_t sums) {  // what a part adds to
+  std::memset(s.weight_gradient + part * positions, 0, positions * sizeof(float));
+  if (s.sums) std::memset(s.sums + part * sums, 0, sums * sizeof(double));
+}
+
+// --- layers: products along the rows --------------------------------------------------------------------------------
+
+int64_t product_rows(int64_t count) { return round_up(count, use_tiles() ? 2 * LANES : ROWS); }
+
+// weight: (taps, inputs, outputs), packed as `multiply` takes it.
+template <class T>
+void product_forward(const Step& s, int64_t part) {
+  typedef Operand<T> E;
+  Tiles tiles;
+  int64_t reach = s.taps / 2 * s.dilation;
+  E* input = memory<E>(0, (BLOCK + 2 * reach) * s.inputs);
+  float* out = memory<float>(1, BLOCK * s.outputs);
+  bool begun = false;
+  by_runs(s, part, [&](Run run) {
+    for (int64_t first = 0; first < run.rows; first += BLOCK) {
+      int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows(count);
+      input_rows<T>(s, run, first - reach, first + rows + reach, input);
+      multiply(input, (const E*)s.weight, out, rows, s.taps, s.dilation, s.inputs, s.outputs);
+      finish<T>(s, part, out, run.offset + first, count, begun);
+    }
+  });
+}
+
+// weight: (taps, outputs, inputs), taps reversed, packed; null where the input needs no gradient.
+// weight_gradient: (taps, inputs, outputs) of dy that is not scaled.
+template <class T>
+void product_backward(const Step& s, int64_t part) {
+  typedef Operand<T> E;
+  Tiles tiles;
+  int64_t reach = s.taps / 2 * s.dilation, positions = s.taps * s.inputs * s.outputs;
+  E* dy = memory<E>(0, (BLOCK + 2 * reach + 2) * s.outputs);
+  E* input = memory<E>(2, BLOCK * s.inputs);
+  float* d = memory<float>(1, BLOCK * s.inputs);
+  float* gradient = s.weight_gradient + part * positions;
+  clear(s, part, positions, (s.wave ? WINDOW + 1 : 3) * s.inputs);
+  by_runs(s, part, [&](Run run) {
+    for (int64_t first = 0; first < run.rows; first += BLOCK) {
+      int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows(count);
+      input_rows<T>(s, run, first, first + rows, input);
+      gradient_rows<T>(s, run.offset, run.rows, first - reach, first + rows + reach, dy);
+      weight_products(input, dy, gradient, count, s.taps, s.dilation, s.inputs, s.outputs);
+      if (!s.weight) continue;
+      multiply(dy, (const E*)s.weight, d, rows, s.taps, s.dilation, s.outputs, s.inputs);
+      if (s.wave)
+        descend_to_wave<T>(s, part, run, d, input, first, count);
+      else if (s.maps)
+        descend_to_image(s, run, d, first, count);
+      else
+        descend<T>(s, part, run, d, first, count);
+    }
+  });
+}
+
+// --- layers: channel by channel -------------------------------------------------------------------------------------
+
+// The last rows of a map as float32, with a zero pixel on both sides of each, and rows of zeros outside the map.
+class Band {
+ public:
+  Band(int which, int64_t width, int64_t channels) : size((width + 2) * channels), channels(channels) {
+    base = memory<float>(which, 4 * size);
+    std::memset(base, 0, 4 * size * sizeof(float));
+  }
+  void restart() { next = 0; }
+  template <class Read>
+  void reach(int64_t row, Read read) {  // makes all rows up to `row` be there
+    for (; next <= row; ++next) read(next, base + next % 3 * size + channels);
+  }
+  // From its left zero pixel on.
+  const float* row(int64_t index, int64_t height) const {
+    return index >= 0 && index < height ? base + index % 3 * size : base + 3 * size;
+  }
+
+ private:
+  int64_t size, channels, next = 0;
+  float* base;
+};
+
+// 3 x 3 with padding 1; weight (9, channels).
+template <class T>
+void depthwise_forward(const Step& s, int64_t part) {
+  int64_t n = s.inputs;
+  const float* weight = (const float*)s.weight;
+  Band band(0, s.width, n);
+  float* out = memory<float>(1, s.out_width * n);
+  bool begun = false;
+  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
+    Run run{clip, clip * s.rows, s.rows};
+    band.restart();
+    for (int64_t h = 0; h < s.out_height; ++h) {
+      band.reach(std::min(h * s.stride + 1, s.height - 1), [&](int64_t row, float* to) {
+        input_rows<T>(s, run, row * s.width, (row + 1) * s.width, to);
+      });
+      for (int64_t c = 0; c < n; c += LANES) {
+        Vector by[9];
+        const float* from[3];
+        for (int i = 0; i < 9; ++i) by[i] = load(weight + i * n + c);
+        for (int i = 0; i < 3; ++i) from[i] = band.row(h * s.stride + i - 1, s.height) + c;
+        for (int64_t w = 0; w < s.out_width; ++w) {
+          Vector sum = {};
+#pragma GCC unroll 3
+          for (int i = 0; i < 3; ++i)
+#pragma GCC unroll 3
+            for (int j = 0; j < 3; ++j) sum += by[3 * i + j] * load(from[i] + (w * s.stride + j) * n);
+          store(out + w * n + c, sum);
+        }
+      }
+      finish<T>(s, part, out, (clip * s.out_height + h) * s.out_width, s.out_width, begun);
+    }
+  }
+}
+
+template <class T>
+void depthwise_backward(const Step& s, int64_t part) {
+  int64_t n = s.inputs, below = s.out_height * s.out_width;
+  const float* weight = (const float*)s.weight;
+  Band band(0, s.out_width, n);
+  float *d = memory<float>(1, s.width * n), *input = memory<float>(2, s.width * n);
+  float* gradient = s.weight_gradient + part * 9 * n;
+  clear(s, part, 9 * n, 3 * n);
+  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
+    Run run{clip, clip * s.rows, s.rows};
+    band.restart();
+    for (int64_t h = 0; h < s.height; ++h) {
+      band.reach(std::min((h + 1) / s.stride, s.out_height - 1), [&](int64_t row, float* to) {
+        gradient_rows<T>(s, clip * below, below, row * s.out_width, (row + 1) * s.out_width, to);
+      });
+      input_rows<T>(s, run, h * s.width, (h + 1) * s.width, input);
+      for (int64_t c = 0; c < n; c += LANES) {
+        Vector by[9], sum[9] = {};
+        const float* from[3] = {};
+        for (int i = 0; i < 9; ++i) by[i] = load(weight + i * n + c);
+        for (int i = 0; i < 3; ++i)  // the output row that sees row h through row i of the kernel
+          if ((h + 1 - i) % s.stride == 0) from[i] = band.row((h + 1 - i) / s.stride, s.out_height) + c;
+        auto column = [&](int64_t w, int j, int64_t at, Vector x, Vector& total) {
+#pragma GCC unroll 3
+          for (int i = 0; i < 3; ++i)
+            if (from[i]) {
+              Vector g = load(from[i] + at * n);
+              total += by[3 * i + j] * g;
+              sum[3 * i + j] += x * g;
+            }
+        };
+        for (int64_t w = 0; w < s.width; ++w) {
+          Vector x = load(input + w * n + c), total = {};
+          if (s.stride == 1) {
+            column(w, 0, w + 2, x, total);
+            column(w, 1, w + 1, x, total);
+            column(w, 2, w, x, total);
+          } else if (w % 2) {
+            column(w, 0, (w + 1) / 2 + 1, x, total);
+            column(w, 2, (w - 1) / 2 + 1, x, total);
+          } else {
+            column(w, 1, w / 2 + 1, x, total);
+          }
+          store(d + w * n + c, total);
+        }
+        for (int i = 0; i < 9; ++i) store(gradient + i * n + c, load(gradient + i * n + c) + sum[i]);
+      }
+      descend<T>(s, part, run, d, h * s.width, s.width);
+    }
+  }
+}
+
+// A kernel as large as the map; weight (rows, channels).
+template <class T>
+void whole_forward(const Step& s, int64_t part) {
+  int64_t n = s.inputs;
+  const float* weight = (const float*)s.weight;
+  float *input = memory<float>(0, BLOCK * n), *out = memory<float>(1, n);
+  bool begun = false;
+  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
+    Run run{clip, clip * s.rows, s.rows};
+    std::memset(out, 0, n * sizeof(float));
+    for (int64_t first = 0; first < s.rows; first += BLOCK) {
+      int64_t last = std::min(first + BLOCK, s.rows);
+      input_rows<T>(s, run, first, last, input);
+      for (int64_t c = 0; c < n; c += LANES) {
+        Vector sum = load(out + c);
+        for (int64_t r = first; r < last; ++r) sum += load(input + (r - first) * n + c) * load(weight + r * n + c);
+        store(out + c, sum);
+      }
+    }
+    finish<T>(s, part, out, clip, 1, begun);
+  }
+}
+
+template <class T>
+void whole_backward(const Step& s, int64_t part) {
+  int64_t n = s.inputs;
+  const float* weight = (const float*)s.weight;
+  float *dy = memory<float>(0, n), *d = memory<float>(1, BLOCK * n), *input = memory<float>(2, BLOCK * n);
+  float* gradient = s.weight_gradient + part * s.rows * n;
+  clear(s, part, s.rows * n, 3 * n);
+  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
+    Run run{clip, clip * s.rows, s.rows};
+    gradient_rows<T>(s, clip, 1, 0, 1, dy);
+    for (int64_t first = 0; first < s.rows; first += BLOCK) {
+      int64_t last = std::min(first + BLOCK, s.rows);
+      input_rows<T>(s, run, first, last, input);
+      for (int64_t r = first; r < last; ++r)
+        for (int64_t c = 0; c < n; c += LANES) {
+          Vector g = load(dy + c);
+          store(d + (r - first) * n + c, g * load(weight + r * n + c));
+          float* to = gradient + r * n + c;
+          store(to, load(to) + g * load(input + (r - first) * n + c));
+        }
+      descend<T>(s, part, run, d, first, last - first);
+    }
+  }
+}
+
+// --- the first layer's windows --------------------------------------------------------------------------------------
+
+// Sums over all windows of products of two of their samples and, last, of the samples: (12, 16) of each part, of which
+// 11 columns count; rows of the wave go on for 16 samples where their last window begins.
+template <class T>
+void window_moments(const Step& s, int64_t part) {
+  typedef double Wide __attribute__((vector_size(8 * LANES)));
+  Wide sums[WINDOW + 1] = {};
+  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip)
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const float* x = s.wave + clip * s.samples + r * STRIDE;
+      Wide window = __builtin_convertvector(load(x), Wide);
+#pragma GCC unroll 11
+      for (int i = 0; i < WINDOW; ++i) sums[i] += window * (double)x[i];
+      sums[WINDOW] += window;
+    }
+  std::memcpy(s.sums + part * (WINDOW + 1) * LANES, sums, sizeof sums);
+}
+
+// --- maximum pools --------------------------------------------------------------------------------------------------
+
+// y (clips, windows, channels) = max(0, maximum of below scale + shift over the rows of a window).
+template <class T>
+void pool_forward(const Step& s, int64_t part) {
+  int64_t n = s.inputs;
+  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip)
+    for (int64_t w = 0; w < s.windows; ++w)
+      for (int64_t c = 0; c < n; c += LANES) {
+        const T* x = (const T*)s.below + clip * s.rows * n + c;
+        Vector scale = load(s.scale + c), shift = load(s.shift + c), best = {};
+        for (int64_t r = s.start[w]; r < s.end[w]; ++r) {
+          Vector z = load(x + r * n) * scale + shift;
+          best = z > best || z != z ? z : best;
+        }
+        store((T*)s.y + (clip * s.windows + w) * n + c, best);
+      }
+}
+
+// dz goes where a window's value won, the first one among equals, and is above 0; elsewhere 0. Windows come in order.
+template <class T>
+void pool_backward(const Step& s, int64_t part) {
+  int64_t n = s.inputs;
+  double* sums = s.sums + part * 3 * n;
+  std::memset(sums, 0, 3 * n * sizeof(double));
+  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
+    const T *x = (const T*)s.below + clip * s.rows * n, *dz = (const T*)s.dz + clip * s.windows * n;
+    T* d = (T*)s.d + clip * s.rows * n;
+    for (int64_t first = 0; first < s.windows; first += BLOCK) {
+      int64_t last = std::min(first + BLOCK, s.windows);
+      for (int64_t c = 0; c < n; c += LANES) {
+        Vector mean = load(s.mean + c), scale = load(s.scale + c), shift = load(s.shift + c);
+        Vector products = {}, total = {};
+        int64_t written = first ? s.end[first - 1] : 0;
+        for (int64_t w = first; w < last; ++w) {
+          Vector best = {}, raw = {}, g = load(dz + w * n + c);
+          Mask place = Mask{} - 1;
+          for (int64_t r = s.start[w]; r < s.end[w]; ++r) {
+            Vector v = load(x + r * n + c), z = v * scale + shift;
+            Mask wins = z > best;
+            best = wins ? z : best;
+            raw = wins ? v : raw;
+            place = wins ? Mask{} + (int32_t)(r - s.start[w]) : place;
+          }
+          for (; written < s.start[w]; ++written) store(d + written * n + c, Vector{});
+          for (int64_t r = s.start[w]; r < s.end[w]; ++r) {
+            T* at = d + r * n + c;
+            Vector one = place == (int32_t)(r - s.start[w]) ? g : Vector{};
+            store(at, r < written ? load(at) + one : one);  // windows may overlap
+          }
+          written = s.end[w];
+          g = place >= 0 ? g : Vector{};
+          products += g * (raw - mean);
+          total += g;
+        }
+        if (last == s.windows)
+          for (; written < s.rows; ++written) store(d + written * n + c, Vector{});
+        add(sums + c, products);
+        add(sums + n + c, total);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME)                                                                                      \
+  extern "C" void NAME##_float32(const Step* step, int64_t part) { NAME<float>(*step, part); }            \
+  extern "C" void NAME##_bfloat16(const Step* step, int64_t part) { NAME<bfloat16>(*step, part); }
+
+EXPORT(product_forward)
+EXPORT(product_backward)
+EXPORT(depthwise_forward)
+EXPORT(depthwise_backward)
+EXPORT(whole_forward)
+EXPORT(whole_backward)
+EXPORT(window_moments)
+EXPORT(pool_forward)
+EXPORT(pool_backward)
+
+// How `multiply` wants weights: outputs side by side, and whether bfloat16 inputs come in pairs.
+extern "C" int64_t panel() { return PANEL; }
+extern "C" int64_t pairs() { return std::is_same<Operand<bfloat16>, bfloat16>::value; }
+extern "C" int64_t tiles() { return use_tiles(); }
