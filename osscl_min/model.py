@@ -124,68 +124,6 @@ def _has_batch_statistics(norm: nn.Module) -> bool:
     return norm.training and norm.affine and norm.eps == 1e-5
 
 
-class _PReLUForCPU(torch.autograd.Function):
-    """PReLU with a backward of a few streaming passes; PyTorch's takes several times as long on a CPU."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.prelu(x, weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, weight = ctx.saved_tensors
-        positive = torch.ops.aten.threshold_backward(gradient, x, 0)  # gradient where x > 0, else 0
-        slope = weight.view(-1, *[1] * (x.dim() - 2)).to(x.dtype)
-        to_x = torch.lerp(positive, gradient, slope)
-        to_weight = torch.sub(gradient, positive, out=positive).mul_(x)
-        return to_x, to_weight.sum([0, *range(2, x.dim())], dtype=weight.dtype)
-
-
-class PReLU(nn.PReLU):
-    """`nn.PReLU`, faster to train on a CPU."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _PReLUForCPU.apply(x, self.weight) if x.device.type == "cpu" else super().forward(x)
-
-
-class _DepthwiseForCPU(torch.autograd.Function):
-    """Strided depthwise convolution in bfloat16 whose input gradient is taken in float32.
-
-    oneDNN has no fast kernel for that gradient in bfloat16: it costs twenty times as much as in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], len(weight)
-        return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        backward = torch.ops.aten.convolution_backward
-        like = gradient.float()
-        # of x only the shape and the layout matter here
-        to_x = backward(like, x.float(), weight.float(), None, *ctx.geometry, [True, False, False])[0]
-        to_weight = backward(gradient, x, weight, None, *ctx.geometry, [False, True, False])[1]
-        return to_x.to(x.dtype), to_weight, None, None
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise convolution without bias; a Conv2d that trains fast in bfloat16 on a CPU too."""
-
-    def __init__(self, channels: int, kernel: int | tuple[int, int], stride: int = 1, padding: int = 0):
-        super().__init__(channels, channels, kernel, stride, padding, groups=channels, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if x.device.type != "cpu" or self.stride == (1, 1) or not (bfloat16 or x.dtype == torch.bfloat16):
-            return super().forward(x)
-        x, weight = x.to(torch.bfloat16), self.weight.to(torch.bfloat16)
-        return _DepthwiseForCPU.apply(x, weight, self.stride[0], self.padding[0])
-
-
 class ConvBlock(nn.Module):
     """Conv2d without bias, BatchNorm and, unless linear, a PReLU per channel."""
 
@@ -193,7 +131,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
         self.bn = BatchNorm2d(outputs)
-        self.prelu = None if linear else PReLU(outputs)
+        self.prelu = None if linear else nn.PReLU(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn(self.conv(x))
@@ -210,10 +148,10 @@ class Bottleneck(nn.Module):
         self.conv = nn.Sequential(
             nn.Conv2d(inputs, inner, 1, bias=False),
             BatchNorm2d(inner),
-            PReLU(inner),
-            DepthwiseConv2d(inner, 3, stride, 1),
+            nn.PReLU(inner),
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
             BatchNorm2d(inner),
-            PReLU(inner),
+            nn.PReLU(inner),
             nn.Conv2d(inner, outputs, 1, bias=False),
             BatchNorm2d(outputs),
         )
@@ -270,7 +208,7 @@ class MobileFaceNet(nn.Module):
         x = self.blocks(self.dw_conv1(self.conv1(maps)))
         return self.linear1(self.linear7(self.conv2(x))).flatten(1)
 
-    def chain(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d, PReLU | None, int]]:
+    def chain(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d, nn.PReLU | None, int]]:
         """Convolution, normalisation, PReLU and shortcut (layers back) of every layer, in order."""
         for block in (self.conv1, self.dw_conv1, *self.blocks, self.conv2, self.linear7, self.linear1):
             if isinstance(block, ConvBlock):

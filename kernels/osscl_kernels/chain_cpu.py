@@ -363,6 +363,7 @@ def chain_layers(
     return result
 
 
+@torch.compiler.disable
 def conv_chain(
     x: Tensor,
     layers: Sequence[ChainLayer],

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import native
 from .backend import resolve
 from .tfgram_infer import LAYERS, frames
-from .tfgram_train_cpu import ClipwiseTFgram
+from .tfgram_train_cpu import train_on_cpu
 from .tfgram_train_triton import compile_cases, forward, lengths
 
 __all__ = [
@@ -85,7 +84,8 @@ def tfgram_train(
         activations in bfloat16. "auto": bf16 for a bfloat16 wave or under bf16 autocast; otherwise tf32, or
         tf32x3 where `torch.backends.cudnn.allow_tf32` is off. On the CPU: bf16, or the wave's own precision.
     backend : {"auto", "triton", "torch"}
-        See `backend.resolve`. "torch" on the CPU is `tfgram_train_cpu`, elsewhere `tfgram_train_ref`.
+        See `backend.resolve`. "torch" is `tfgram_train_cpu` on a CPU in float32 and bf16 where there is a C++
+        compiler, and `tfgram_train_ref` elsewhere.
 
     Returns
     -------
@@ -125,10 +125,11 @@ def tfgram_train(
             sizes = [layer.outputs for layer in LAYERS]
             return output, list(means.detach().split(sizes)), list(variances.detach().split(sizes))
         wide = torch.promote_types(wave.dtype, torch.float32)
-        if device == "cpu" and wide == torch.float32 and native.library() is not None:
+        if device == "cpu" and wide == torch.float32:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            output, *statistics = ClipwiseTFgram.apply(wave, eps, hop, dtype, *weights, *gammas, *betas)
-            return output, statistics[:7], statistics[7:]
+            found = train_on_cpu(wave, eps, hop, dtype, *weights, *gammas, *betas)
+            if found is not None:
+                return found
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output, means, variances = tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
     return output.to(wide), [m.to(wide) for m in means], [v.to(wide) for v in variances]

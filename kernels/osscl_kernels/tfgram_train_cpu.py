@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import native
 from .chain_cpu import Chain, Layer, Pool, Threads, part_count
 from .tfgram_infer import LAYERS, frames
 
@@ -29,7 +30,16 @@ def _pool(kind: str, length: int, frame_count: int) -> tuple[Pool | None, int]:
     return Pool((out * length // count).int(), (-((out + 1) * -length // count)).int()), count
 
 
-class ClipwiseTFgram(torch.autograd.Function):
+@torch.compiler.disable
+def train_on_cpu(wave, eps, hop, dtype, *parameters):
+    """Output, means and variances as of `tfgram_train`; None where the compiled functions are not there."""
+    if native.library() is None:
+        return None
+    output, *statistics = _TFgram.apply(wave, eps, hop, dtype, *parameters)
+    return output, statistics[:7], statistics[7:]
+
+
+class _TFgram(torch.autograd.Function):
     """output, *means, *variances = f(wave, eps, hop, dtype, *weights, *gammas, *betas): `tfgram_train`."""
 
     @staticmethod
