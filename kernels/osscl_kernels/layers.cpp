@@ -118,6 +118,13 @@ inline void add(double* total, Vector part) {
   for (int i = 0; i < LANES; ++i) total[i] += part[i];
 }
 
+// How a block of rows lies in memory: how many values apart are rows, and vectors of channels.
+struct Layout {
+  int64_t row, vector;
+  int64_t operator()(int64_t r, int64_t c) const { return r * row + c / LANES * vector; }
+};
+inline Layout dense(int64_t channels) { return {channels, LANES}; }
+
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Calls body(first channel, number of vectors): a block's sums stay in registers and whole cache lines are read.
@@ -443,13 +450,13 @@ inline void patch(const Step& s, int64_t clip, int64_t r, Body body) {
     body((3 * i + left) * s.maps, ((clip * s.height + h + i) * s.width + w + left) * s.maps, (right - left) * s.maps);
 }
 
-// Rows first <= r < last of the layer's input; zeros outside the run.
+// Rows first <= r < last of the layer's input; zeros outside the run, for dense rows.
 template <class T, class E>
-void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to) {
+void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layout layout) {
   int64_t n = s.inputs, from = std::min(std::max<int64_t>(first, 0), last), end = std::max(std::min(last, run.rows), from);
-  std::memset((void*)to, 0, (from - first) * n * sizeof(E));
-  to += (from - first) * n;
-  std::memset((void*)(to + (end - from) * n), 0, (last - end) * n * sizeof(E));
+  if (from > first) std::memset((void*)to, 0, (from - first) * n * sizeof(E));
+  to += layout(from - first, 0);
+  if (last > end) std::memset((void*)(to + layout(end - from, 0)), 0, (last - end) * n * sizeof(E));
   if (s.wave) {
     const float* x = s.wave + run.clip * s.samples;
     int64_t r = from;
@@ -492,18 +499,18 @@ void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to) {
           if (other) v += load(other + i);
           if (kept) store(kept + i, v);
         }
-        store(to + i, v);
+        store(to + layout(r, c + k * LANES), v);
       }
   });
 }
 
-// Rows first <= r < last, `rows` at most, of the output's gradient; zeros outside.
+// Rows first <= r < last, `rows` at most, of the output's gradient; zeros outside, for dense rows.
 template <class T, class E>
-void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, int64_t last, E* to) {
+void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, int64_t last, E* to, Layout layout) {
   int64_t n = s.outputs, from = std::min(std::max<int64_t>(first, 0), last), end = std::max(std::min(last, rows), from);
-  std::memset((void*)to, 0, (from - first) * n * sizeof(E));
-  to += (from - first) * n;
-  std::memset((void*)(to + (end - from) * n), 0, (last - end) * n * sizeof(E));
+  if (from > first) std::memset((void*)to, 0, (from - first) * n * sizeof(E));
+  to += layout(from - first, 0);
+  if (last > end) std::memset((void*)(to + layout(end - from, 0)), 0, (last - end) * n * sizeof(E));
   const T *dz = (const T*)s.dz + (offset + from) * n, *y = (const T*)s.y + (offset + from) * n;
   by_channels(n, [=](int64_t c, auto vectors) {
     constexpr int K = decltype(vectors)::value;
@@ -512,16 +519,18 @@ void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, i
       scale[k] = load(s.centre_scale + c + k * LANES);
       shift[k] = load(s.centre_shift + c + k * LANES);
     }
-    for (int64_t i = c; i < (end - from) * n; i += n)
+    for (int64_t r = 0; r < end - from; ++r)
 #pragma GCC unroll 4
-      for (int k = 0; k < K; ++k)
-        store(to + i + k * LANES, load(dz + i + k * LANES) + (load(y + i + k * LANES) * scale[k] + shift[k]));
+      for (int k = 0; k < K; ++k) {
+        int64_t i = r * n + c + k * LANES;
+        store(to + layout(r, c + k * LANES), load(dz + i) + (load(y + i) * scale[k] + shift[k]));
+      }
   });
 }
 
 // Stores `count` rows of the output from row `at` on, and adds to its moments about the part's first rows' mean.
 template <class T>
-void finish(const Step& s, int64_t part, const float* out, int64_t at, int64_t count, bool& begun) {
+void finish(const Step& s, int64_t part, const float* out, Layout layout, int64_t at, int64_t count, bool& begun) {
   int64_t n = s.outputs;
   float* centre = s.centre + part * n;
   double* sums = s.sums + part * 2 * n;
@@ -533,7 +542,7 @@ void finish(const Step& s, int64_t part, const float* out, int64_t at, int64_t c
     Vector one[K] = {}, two[K] = {}, about[K];
     if (fresh) {
       for (int64_t r = 0; r < count; ++r)
-        for (int k = 0; k < K; ++k) one[k] += load(out + r * n + c + k * LANES);
+        for (int k = 0; k < K; ++k) one[k] += load(out + layout(r, c + k * LANES));
       for (int k = 0; k < K; ++k) store(centre + c + k * LANES, one[k] / (float)count), one[k] = Vector{};
       std::fill(sums + c, sums + c + K * LANES, 0.0);
       std::fill(sums + n + c, sums + n + c + K * LANES, 0.0);
@@ -543,7 +552,7 @@ void finish(const Step& s, int64_t part, const float* out, int64_t at, int64_t c
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) {
         T* to = y + r * n + c + k * LANES;
-        store(to, load(out + r * n + c + k * LANES));
+        store(to, load(out + layout(r, c + k * LANES)));
         Vector x = load(to) - about[k];
         one[k] += x;
         two[k] += x * x;
@@ -557,7 +566,8 @@ void finish(const Step& s, int64_t part, const float* out, int64_t at, int64_t c
 
 // Takes the input's gradient, `count` rows from row `first` of the run on, to the layer below.
 template <class T>
-void descend(const Step& s, int64_t part, Run run, const float* gradient, int64_t first, int64_t count) {
+void descend(const Step& s, int64_t part, Run run, const float* gradient, Layout layout, int64_t first,
+             int64_t count) {
   int64_t n = s.inputs, at = (run.offset + first) * n;
   T* d = (T*)s.d + at;
   const T *below = s.below ? (const T*)s.below + at : nullptr, *extra = s.extra ? (const T*)s.extra + at : nullptr;
@@ -569,7 +579,7 @@ void descend(const Step& s, int64_t part, Run run, const float* gradient, int64_
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) {
         int64_t channel = c + k * LANES, i = r * n + channel;
-        Vector g = load(gradient + i);
+        Vector g = load(gradient + layout(r, channel));
         if (extra) g += load(extra + i);
         if (s.below) {
           Vector x = load(below + i), z = x * load(s.scale + channel) + load(s.shift + channel);
@@ -643,9 +653,9 @@ void product_forward(const Step& s, int64_t part) {
   by_runs(s, part, [&](Run run) {
     for (int64_t first = 0; first < run.rows; first += BLOCK) {
       int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows(count);
-      input_rows<T>(s, run, first - reach, first + rows + reach, input);
+      input_rows<T>(s, run, first - reach, first + rows + reach, input, dense(s.inputs));
       multiply(input, (const E*)s.weight, out, rows, s.taps, s.dilation, s.inputs, s.outputs);
-      finish<T>(s, part, out, run.offset + first, count, begun);
+      finish<T>(s, part, out, dense(s.outputs), run.offset + first, count, begun);
     }
   });
 }
@@ -665,8 +675,8 @@ void product_backward(const Step& s, int64_t part) {
   by_runs(s, part, [&](Run run) {
     for (int64_t first = 0; first < run.rows; first += BLOCK) {
       int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows(count);
-      input_rows<T>(s, run, first, first + rows, input);
-      gradient_rows<T>(s, run.offset, run.rows, first - reach, first + rows + reach, dy);
+      input_rows<T>(s, run, first, first + rows, input, dense(s.inputs));
+      gradient_rows<T>(s, run.offset, run.rows, first - reach, first + rows + reach, dy, dense(s.outputs));
       weight_products(input, dy, gradient, count, s.taps, s.dilation, s.inputs, s.outputs);
       if (!s.weight) continue;
       multiply(dy, (const E*)s.weight, d, rows, s.taps, s.dilation, s.outputs, s.inputs);
@@ -675,24 +685,28 @@ void product_backward(const Step& s, int64_t part) {
       else if (s.maps)
         descend_to_image(s, run, d, first, count);
       else
-        descend<T>(s, part, run, d, first, count);
+        descend<T>(s, part, run, d, dense(s.inputs), first, count);
     }
   });
 }
 
 // --- layers: channel by channel -------------------------------------------------------------------------------------
 
-// The last rows of a map as float32, with a zero pixel on both sides of each, and rows of zeros outside the map.
+// Rows of a map as float32, a vector of channels after the other, so that walking along one touches line after line.
+inline Layout along(int64_t width) { return {LANES, width * LANES}; }
+
+// The last rows of a map, with a zero pixel on both sides of each, and rows of zeros outside the map.
 class Band {
  public:
-  Band(int which, int64_t width, int64_t channels) : size((width + 2) * channels), channels(channels) {
+  Band(int which, int64_t width, int64_t channels) : layout(along(width + 2)), size((width + 2) * channels) {
     base = memory<float>(which, 4 * size);
     std::memset(base, 0, 4 * size * sizeof(float));
   }
+  const Layout layout;
   void restart() { next = 0; }
   template <class Read>
   void reach(int64_t row, Read read) {  // makes all rows up to `row` be there
-    for (; next <= row; ++next) read(next, base + next % 3 * size + channels);
+    for (; next <= row; ++next) read(next, base + next % 3 * size + LANES);
   }
   // From its left zero pixel on.
   const float* row(int64_t index, int64_t height) const {
@@ -700,9 +714,21 @@ class Band {
   }
 
  private:
-  int64_t size, channels, next = 0;
+  int64_t size, next = 0;
   float* base;
 };
+
+template <int STEP>
+inline void depthwise_row(const float* const* from, const Vector* by, float* out, int64_t width) {
+  for (int64_t w = 0; w < width; ++w) {
+    Vector sum = {};
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) sum += by[3 * i + j] * load(from[i] + (w * STEP + j) * LANES);
+    store(out + w * LANES, sum);
+  }
+}
 
 // 3 x 3 with padding 1; weight (9, channels).
 template <class T>
@@ -710,6 +736,7 @@ void depthwise_forward(const Step& s, int64_t part) {
   int64_t n = s.inputs;
   const float* weight = (const float*)s.weight;
   Band band(0, s.width, n);
+  Layout layout = along(s.out_width);
   float* out = memory<float>(1, s.out_width * n);
   bool begun = false;
   for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
@@ -717,23 +744,45 @@ void depthwise_forward(const Step& s, int64_t part) {
     band.restart();
     for (int64_t h = 0; h < s.out_height; ++h) {
       band.reach(std::min(h * s.stride + 1, s.height - 1), [&](int64_t row, float* to) {
-        input_rows<T>(s, run, row * s.width, (row + 1) * s.width, to);
+        input_rows<T>(s, run, row * s.width, (row + 1) * s.width, to, band.layout);
       });
       for (int64_t c = 0; c < n; c += LANES) {
         Vector by[9];
         const float* from[3];
         for (int i = 0; i < 9; ++i) by[i] = load(weight + i * n + c);
-        for (int i = 0; i < 3; ++i) from[i] = band.row(h * s.stride + i - 1, s.height) + c;
-        for (int64_t w = 0; w < s.out_width; ++w) {
-          Vector sum = {};
-#pragma GCC unroll 3
-          for (int i = 0; i < 3; ++i)
-#pragma GCC unroll 3
-            for (int j = 0; j < 3; ++j) sum += by[3 * i + j] * load(from[i] + (w * s.stride + j) * n);
-          store(out + w * n + c, sum);
-        }
+        for (int i = 0; i < 3; ++i) from[i] = band.row(h * s.stride + i - 1, s.height) + band.layout(0, c);
+        (s.stride == 1 ? depthwise_row<1> : depthwise_row<2>)(from, by, out + layout(0, c), s.out_width);
       }
-      finish<T>(s, part, out, (clip * s.out_height + h) * s.out_width, s.out_width, begun);
+      finish<T>(s, part, out, layout, (clip * s.out_height + h) * s.out_width, s.out_width, begun);
+    }
+  }
+}
+
+// The gradients of a row's input and, added to sum, of the weight. `from`: the output rows that see this one through
+// the kernel's rows first, first + STEP ..., from their left zero pixel on.
+template <int STEP, int FIRST>
+inline void depthwise_row_backward(const float* const* from, const Vector* by, Vector* sum, const float* x, float* d,
+                                   int64_t width) {
+  auto pixel = [=](int64_t w, auto column) {
+    Vector value = load(x + w * LANES), total = {};
+#pragma GCC unroll 3
+    for (int j = decltype(column)::value; j < 3; j += STEP) {
+      int64_t at = (w + 1 - j) / STEP + 1;
+#pragma GCC unroll 3
+      for (int i = FIRST; i < 3; i += STEP) {
+        Vector g = load(from[i] + at * LANES);
+        total += by[3 * i + j] * g;
+        sum[3 * i + j] += value * g;
+      }
+    }
+    store(d + w * LANES, total);
+  };
+  if (STEP == 1) {
+    for (int64_t w = 0; w < width; ++w) pixel(w, std::integral_constant<int, 0>());
+  } else {
+    for (int64_t w = 0; w < width; w += 2) {
+      pixel(w, std::integral_constant<int, 1>());
+      if (w + 1 < width) pixel(w + 1, std::integral_constant<int, 0>());
     }
   }
 }
@@ -743,6 +792,7 @@ void depthwise_backward(const Step& s, int64_t part) {
   int64_t n = s.inputs, below = s.out_height * s.out_width;
   const float* weight = (const float*)s.weight;
   Band band(0, s.out_width, n);
+  Layout layout = along(s.width);
   float *d = memory<float>(1, s.width * n), *input = memory<float>(2, s.width * n);
   float* gradient = s.weight_gradient + part * 9 * n;
   clear(s, part, 9 * n, 3 * n);
@@ -751,41 +801,23 @@ void depthwise_backward(const Step& s, int64_t part) {
     band.restart();
     for (int64_t h = 0; h < s.height; ++h) {
       band.reach(std::min((h + 1) / s.stride, s.out_height - 1), [&](int64_t row, float* to) {
-        gradient_rows<T>(s, clip * below, below, row * s.out_width, (row + 1) * s.out_width, to);
+        gradient_rows<T>(s, clip * below, below, row * s.out_width, (row + 1) * s.out_width, to, band.layout);
       });
-      input_rows<T>(s, run, h * s.width, (h + 1) * s.width, input);
+      input_rows<T>(s, run, h * s.width, (h + 1) * s.width, input, layout);
       for (int64_t c = 0; c < n; c += LANES) {
-        Vector by[9], sum[9] = {};
+        Vector by[9], sum[9];
         const float* from[3] = {};
-        for (int i = 0; i < 9; ++i) by[i] = load(weight + i * n + c);
+        for (int i = 0; i < 9; ++i) by[i] = load(weight + i * n + c), sum[i] = load(gradient + i * n + c);
         for (int i = 0; i < 3; ++i)  // the output row that sees row h through row i of the kernel
-          if ((h + 1 - i) % s.stride == 0) from[i] = band.row((h + 1 - i) / s.stride, s.out_height) + c;
-        auto column = [&](int64_t w, int j, int64_t at, Vector x, Vector& total) {
-#pragma GCC unroll 3
-          for (int i = 0; i < 3; ++i)
-            if (from[i]) {
-              Vector g = load(from[i] + at * n);
-              total += by[3 * i + j] * g;
-              sum[3 * i + j] += x * g;
-            }
-        };
-        for (int64_t w = 0; w < s.width; ++w) {
-          Vector x = load(input + w * n + c), total = {};
-          if (s.stride == 1) {
-            column(w, 0, w + 2, x, total);
-            column(w, 1, w + 1, x, total);
-            column(w, 2, w, x, total);
-          } else if (w % 2) {
-            column(w, 0, (w + 1) / 2 + 1, x, total);
-            column(w, 2, (w - 1) / 2 + 1, x, total);
-          } else {
-            column(w, 1, w / 2 + 1, x, total);
-          }
-          store(d + w * n + c, total);
-        }
-        for (int i = 0; i < 9; ++i) store(gradient + i * n + c, load(gradient + i * n + c) + sum[i]);
+          if ((h + 1 - i) % s.stride == 0)
+            from[i] = band.row((h + 1 - i) / s.stride, s.out_height) + band.layout(0, c);
+        auto row = s.stride == 1 ? depthwise_row_backward<1, 0>
+                   : h % 2       ? depthwise_row_backward<2, 0>
+                                 : depthwise_row_backward<2, 1>;
+        row(from, by, sum, input + layout(0, c), d + layout(0, c), s.width);
+        for (int i = 0; i < 9; ++i) store(gradient + i * n + c, sum[i]);
       }
-      descend<T>(s, part, run, d, h * s.width, s.width);
+      descend<T>(s, part, run, d, layout, h * s.width, s.width);
     }
   }
 }
@@ -802,14 +834,14 @@ void whole_forward(const Step& s, int64_t part) {
     std::memset(out, 0, n * sizeof(float));
     for (int64_t first = 0; first < s.rows; first += BLOCK) {
       int64_t last = std::min(first + BLOCK, s.rows);
-      input_rows<T>(s, run, first, last, input);
+      input_rows<T>(s, run, first, last, input, dense(n));
       for (int64_t c = 0; c < n; c += LANES) {
         Vector sum = load(out + c);
         for (int64_t r = first; r < last; ++r) sum += load(input + (r - first) * n + c) * load(weight + r * n + c);
         store(out + c, sum);
       }
     }
-    finish<T>(s, part, out, clip, 1, begun);
+    finish<T>(s, part, out, dense(n), clip, 1, begun);
   }
 }
 
@@ -822,10 +854,10 @@ void whole_backward(const Step& s, int64_t part) {
   clear(s, part, s.rows * n, 3 * n);
   for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
     Run run{clip, clip * s.rows, s.rows};
-    gradient_rows<T>(s, clip, 1, 0, 1, dy);
+    gradient_rows<T>(s, clip, 1, 0, 1, dy, dense(n));
     for (int64_t first = 0; first < s.rows; first += BLOCK) {
       int64_t last = std::min(first + BLOCK, s.rows);
-      input_rows<T>(s, run, first, last, input);
+      input_rows<T>(s, run, first, last, input, dense(n));
       for (int64_t r = first; r < last; ++r)
         for (int64_t c = 0; c < n; c += LANES) {
           Vector g = load(dy + c);
@@ -833,7 +865,7 @@ void whole_backward(const Step& s, int64_t part) {
           float* to = gradient + r * n + c;
           store(to, load(to) + g * load(input + (r - first) * n + c));
         }
-      descend<T>(s, part, run, d, first, last - first);
+      descend<T>(s, part, run, d, dense(n), first, last - first);
     }
   }
 }
