@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import native
 
-PARTS = 16
+PARTS = 32
 
 
 class Threads:
@@ -40,7 +40,7 @@ class Threads:
 
     def __enter__(self) -> Threads:
         self.count = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.count) if self.count > 1 else None
+        self.pool = ThreadPoolExecutor(min(self.count, PARTS)) if self.count > 1 else None
         torch.set_num_threads(1)
         return self
 
@@ -56,7 +56,7 @@ class Threads:
         if self.pool is None or step.parts == 1:
             work(0)
         else:
-            list(self.pool.map(work, range(self.count)))
+            list(self.pool.map(work, range(min(self.count, step.parts))))
 
     def __exit__(self, *_) -> None:
         if self.pool is not None:

@@ -225,3 +225,49 @@ def test_stores_round_to_nearest_and_keep_what_is_not_finite(layers):
               )  # fmt: skip
         expected = (below.float() * factor).to(dtype)
         assert torch.equal(kept.nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "windows"), [(200, 50), (203, 50), (700, 210), (9, 9), (7, 12), (1, 1)])
+def test_maximum_pools(layers, rows, windows, dtype):
+    """Windows of four rows with some left over, and adaptive ones of unequal width, which overlap."""
+    torch.manual_seed(rows)
+    clips, n, number = 2, 48, torch.arange(windows)
+    if rows // 4 == windows:
+        start, end = 4 * number, 4 * number + 4
+    else:
+        start, end = number * rows // windows, -((number + 1) * -rows // windows)
+    below, a = draw(clips, rows, n, dtype=dtype), affine(n)
+    below[:, 1::3] = below[:, : len(below[0, 1::3])]  # ties
+    a["scale"][:3] = torch.tensor([0.0, -1.0, -2.0])
+    fields = {
+        "below": below, "rows": rows, "inputs": n, "windows": windows, "start": start.int(), "end": end.int(),
+        **a,
+    }  # fmt: skip
+    y, dz = torch.empty(clips, windows, n, dtype=dtype), draw(clips, windows, n, dtype=dtype)
+    calls("pool_forward", dtype, clips, y=y, **fields)
+    z = (below.double() * a["scale"] + a["shift"]).requires_grad_()
+    exact = torch.stack([z[:, i:j].max(1).values for i, j in zip(start, end, strict=True)], 1).relu()
+    close(y, exact.detach(), ROUNDING[dtype])
+
+    d, sums = torch.full_like(below, float("nan")), torch.empty(clips, 3, n, dtype=torch.float64)
+    calls("pool_backward", dtype, clips, dz=dz, d=d, sums=sums, **fields)
+    first = z.detach()
+    expected = torch.zeros_like(first)
+    for w, (i, j) in enumerate(zip(start, end, strict=True)):
+        place = i + (first[:, i:j] == first[:, i:j].max(1, keepdim=True).values).int().argmax(1)
+        gradient = dz[:, w].double().where(exact[:, w] > 0, 0.0)
+        expected.scatter_add_(1, place[:, None], gradient[:, None])
+    close(d, expected, 2 * ROUNDING[dtype])
+    close(sums.sum(0)[1], expected.sum((0, 1)), 1e-5)
+    close(sums.sum(0)[0], (expected * (below.double() - a["mean"])).sum((0, 1)), 1e-5)
+
+
+def test_moments_of_the_first_windows(layers):
+    clips, rows = 3, 1000
+    wave = draw(clips, 5 * (rows - 1) + 16)
+    sums = torch.empty(clips, 12, 16, dtype=torch.float64)
+    calls("window_moments", torch.float32, clips, wave=wave, samples=wave.shape[1], rows=rows, sums=sums)
+    windows = wave.double().unfold(1, 11, 5)[:, :rows].flatten(0, 1)
+    close(sums.sum(0)[:11, :11], windows.T @ windows, 1e-12)
+    close(sums.sum(0)[11, :11], windows.sum(0), 1e-12)
