@@ -59,15 +59,20 @@ struct Step {
 
 namespace {
 
-constexpr int LANES = 16;
-constexpr int WINDOW = 11, STRIDE = 5;  // of the first layer over the wave
-constexpr int64_t BLOCK = 96;           // rows; of the tiles below, a multiple of each
+// Values in a register, and the tiles of sums that registers hold: ROWS or COLUMNS by VECTORS. GCC keeps vectors longer
+// than a register in memory.
 #ifdef __AVX512F__
-constexpr int ROWS = 12, VECTORS = 2, COLUMNS = 8;  // of the register tiles: as many sums as there are registers
+constexpr int LANES = 16, ROWS = 12, COLUMNS = 8, VECTORS = 2;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6, COLUMNS = 4, VECTORS = 2;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ROWS = 6, COLUMNS = 4, VECTORS = 4;
 #else
-constexpr int ROWS = 6, VECTORS = 1, COLUMNS = 4;
+constexpr int LANES = 4, ROWS = 6, COLUMNS = 4, VECTORS = 2;
 #endif
 constexpr int64_t PANEL = VECTORS * LANES;
+constexpr int64_t BLOCK = 96;           // rows; a multiple of what a tile has
+constexpr int WINDOW = 11, STRIDE = 5;  // of the first layer over the wave
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
@@ -211,11 +216,11 @@ void multiply(const float* a, const float* weight, float* out, int64_t rows, int
         const float* from = a + (r + tap * dilation) * k;
         for (int64_t i = 0; i < k; ++i, w += PANEL) {
           Vector b[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) b[v] = load(w + v * LANES);
 #pragma GCC unroll 12
           for (int j = 0; j < ROWS; ++j)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) sum[j][v] += b[v] * from[j * k + i];
         }
       }
@@ -234,11 +239,11 @@ void outer(const float* a, const float* g, float* out, int64_t rows, int64_t k, 
         for (int v = 0; v < VECTORS; ++v) sum[j][v] = load(at + j * n + v * LANES);
       for (int64_t r = 0; r < rows; ++r) {
         Vector b[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) b[v] = load(g + r * n + o + v * LANES);
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; ++j)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) sum[j][v] += b[v] * a[r * k + i + j];
       }
       for (int j = 0; j < COLUMNS; ++j)
@@ -305,11 +310,11 @@ void multiply(const bfloat16* a, const bfloat16* weight, float* out, int64_t row
         const bfloat16* from = a + (r + tap * dilation) * k;
         for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
           __m512bh b[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v) b[v] = both(w + 2 * v * LANES);
 #pragma GCC unroll 12
           for (int j = 0; j < ROWS; ++j)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(from + j * k + i), b[v]);
         }
       }
@@ -369,11 +374,11 @@ void outer(const bfloat16* a, const bfloat16* g, float* out, int64_t pairs, int6
         for (int v = 0; v < VECTORS; ++v) sum[j][v] = (__m512)load(at + j * n + v * LANES);
       for (int64_t p = 0; p < pairs; ++p) {
         __m512bh b[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) b[v] = both(g + 2 * (p * n + o + v * LANES));
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; ++j)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < VECTORS; ++v)
             sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(a + 2 * (p * k + i + j)), b[v]);
       }
@@ -458,13 +463,15 @@ void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layo
   to += layout(from - first, 0);
   if (last > end) std::memset((void*)(to + layout(end - from, 0)), 0, (last - end) * n * sizeof(E));
   if (s.wave) {
+    constexpr int K = LANES == 8 ? 2 : 4;
     const float* x = s.wave + run.clip * s.samples;
-    int64_t r = from;
-    for (; n == 4 * LANES && r + 4 <= end; r += 4, to += 4 * n)
-      first_rows<4, 4>(x + r * STRIDE, s.first_weight, s.shift, to, n);
-    for (; r < end; ++r, to += n)
-      for (int64_t c = 0; c < n; c += LANES)
-        first_rows<1, 1>(x + r * STRIDE, s.first_weight + c, s.shift + c, to + c, n);
+    for (int64_t c = 0; c < n; c += K * LANES) {
+      int64_t r = from;
+      for (; r + 4 <= end; r += 4)
+        first_rows<4, K>(x + r * STRIDE, s.first_weight + c, s.shift + c, to + (r - from) * n + c, n);
+      for (; r < end; ++r)
+        first_rows<1, K>(x + r * STRIDE, s.first_weight + c, s.shift + c, to + (r - from) * n + c, n);
+    }
     return;
   }
   if (s.maps) {
@@ -877,16 +884,19 @@ void whole_backward(const Step& s, int64_t part) {
 template <class T>
 void window_moments(const Step& s, int64_t part) {
   typedef double Wide __attribute__((vector_size(8 * LANES)));
-  Wide sums[WINDOW + 1] = {};
-  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip)
-    for (int64_t r = 0; r < s.rows; ++r) {
-      const float* x = s.wave + clip * s.samples + r * STRIDE;
-      Wide window = __builtin_convertvector(load(x), Wide);
+  for (int64_t c = 0; c < 16; c += LANES) {
+    Wide sums[WINDOW + 1] = {};
+    for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip)
+      for (int64_t r = 0; r < s.rows; ++r) {
+        const float* x = s.wave + clip * s.samples + r * STRIDE;
+        Wide window = __builtin_convertvector(load(x + c), Wide);
 #pragma GCC unroll 11
-      for (int i = 0; i < WINDOW; ++i) sums[i] += window * (double)x[i];
-      sums[WINDOW] += window;
-    }
-  std::memcpy(s.sums + part * (WINDOW + 1) * LANES, sums, sizeof sums);
+        for (int i = 0; i < WINDOW; ++i) sums[i] += window * (double)x[i];
+        sums[WINDOW] += window;
+      }
+    for (int i = 0; i <= WINDOW; ++i)
+      std::memcpy(s.sums + (part * (WINDOW + 1) + i) * 16 + c, &sums[i], sizeof sums[i]);
+  }
 }
 
 // --- maximum pools --------------------------------------------------------------------------------------------------
