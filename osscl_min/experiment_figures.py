@@ -20,11 +20,13 @@ from osscl_min.figures import (
     GREY,
     ORANGE,
     VERMILLION,
-    _legend_below,
-    _panels,
     high_frequency,
     in_two_dimensions,
-    save,
+    legend,
+    legend_below,
+    panels,
+    picture,
+    save_all,
 )
 from osscl_min.probes import CUTOFFS
 from osscl_min.sweep import origin
@@ -34,26 +36,16 @@ def write(result: Mapping[str, Any], out: Path | str) -> list[Path]:
     """Draw an experiment's figures into OUT, as PNG and PDF, each with its origin below the title."""
     out, name = Path(out), result["experiment"]
     stem = name.replace("-", "_")
-    draw = {
-        "high-frequency": filtered,
-        "high-frequency-training": filtered,
-        "bands": bands,
-        "noise": noise,
-    }.get(name, differences)
-    drawn = {}
+    draw = {"high-frequency": filtered, "high-frequency-training": filtered, "bands": bands, "noise": noise}
     if name == "embeddings":
-        drawn[stem] = maps(result, out / "embeddings.npz")
+        drawn = {stem: maps(result, out / "embeddings.npz")}
     else:
-        drawn[stem] = draw(result)
+        drawn = {stem: draw.get(name, differences)(result)}
     if (out / f"{stem}_filters.npz").is_file():
         drawn[f"{stem}_filters"] = first_filters(result, out / f"{stem}_filters.npz")
-    written = []
-    for stem, figure in drawn.items():
+    for figure in drawn.values():
         _with_origin(figure, origin(result))
-        for ending in ("png", "pdf"):
-            save(figure, out / f"{stem}.{ending}")
-            written.append(out / f"{stem}.{ending}")
-    return written
+    return save_all(drawn, out)
 
 
 def _with_origin(figure: Figure, text: str) -> None:
@@ -70,15 +62,9 @@ def differences(result: Mapping[str, Any]) -> Figure:
     rows = result.get("variants") or result["conditions"]
     names = [row.get("score", row["variant"]) for row in rows]
     each = [row["each"]["auc_id_mean"] if isinstance(row["each"], dict) else row["each"] for row in rows]
+    title, size = f"Experiment: {result['experiment']}", (5.5, 0.9 + 0.3 * len(rows))
     titles = ("AUC id-mean (%), a dot a seed", "difference to the first row (points)")
-    figure, (left, right) = _panels(
-        f"Experiment: {result['experiment']}",
-        result["synthetic"],
-        titles,
-        2,
-        (5.5, 0.9 + 0.3 * len(rows)),
-        sharey=True,
-    )
+    figure, (left, right) = panels(title, result["synthetic"], titles, 2, size, sharey=True)
     for place, (values, row) in enumerate(zip(each, rows, strict=True)):
         left.plot(100 * np.array(values), [place] * len(values), "o", color=BLUE, alpha=0.5, markersize=4)
         left.plot(100 * np.mean(values), place, "|", color=BLACK, markersize=14, markeredgewidth=2)
@@ -95,7 +81,7 @@ def differences(result: Mapping[str, Any]) -> Figure:
     right.plot([], [], color=GREY, linewidth=2, label="inside the noise (95 % interval over clips)")
     left.set_yticks(range(len(names)), names)
     left.set_ylim(len(names) - 0.5, -0.5)
-    _legend_below(figure, [right])
+    legend_below(figure, [right])
     return figure
 
 
@@ -129,13 +115,9 @@ def bands(result: Mapping[str, Any]) -> Figure:
     spans = sorted({(row["low_hz"], row["high_hz"]) for row in rows})
     labels = [f"{low:.0f} to {high:.0f}" for low, high in spans]
     fills = ("silence", "training mean")
-    titles = [
-        *(f"AUC id-mean, band set to {fill} (points)" for fill in fills),
-        "share of the energy, normal clips (%)",
-    ]
-    figure, axes = _panels(
-        "Bands of the log-mel (Hz)", result["synthetic"], titles, 3, (4.2, 4), sharex=False
-    )
+    titles = [f"AUC id-mean, band set to {fill} (points)" for fill in fills]
+    titles.append("share of the energy, normal clips (%)")
+    figure, axes = panels("Bands of the log-mel (Hz)", result["synthetic"], titles, 3, (4.2, 4))
     found = {(row["replaced_by"], row["low_hz"]): row.get("difference", {}) for row in rows}
     tables = []
     for fill in fills:
@@ -159,7 +141,7 @@ def noise(result: Mapping[str, Any]) -> Figure:
     rows = result["conditions"]
     kinds = [kind for kind in dict.fromkeys(row["noise"] for row in rows) if kind != "none"]
     titles = [f"{kind} noise" + " (simulated)" * (kind == "factory") for kind in kinds]
-    figure, axes = _panels("AUC in noise", result["synthetic"], titles, 3, (3.6, 3.1), sharey=True)
+    figure, axes = panels("AUC in noise", result["synthetic"], titles, 3, (3.6, 3.1), sharey=True)
     for number, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
         own = [row for row in rows if row["variant"] == variant]
         clean = 100 * own[0]["metrics"]["average"]["auc_id_mean"]
@@ -179,7 +161,7 @@ def noise(result: Mapping[str, Any]) -> Figure:
         ax.invert_xaxis()
         ax.set(xlabel="signal-to-noise ratio (dB)")
     axes[0].set_ylabel("AUC id-mean (%)")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -195,15 +177,13 @@ def first_filters(result: Mapping[str, Any], path: Path | str) -> Figure:
     keys = [key for part in names for key in (f"{part}_before", f"{part}_after") if key in gains]
     titles = [f"{names[key.split('_')[0]]}, {key.split('_')[1]} training" for key in keys]
     titles += ["mean response of all filters"] * bool(keys) + ["zero-phase filters of the test clips"]
-    figure, axes = _panels("First convolutions", result["synthetic"], titles, 2, (5, 2.6))
+    figure, axes = panels("First convolutions", result["synthetic"], titles, 2, (5, 2.6))
     audio = AudioConfig(sample_rate=result["sample_rate"])
     nyquist = audio.sample_rate / 2000  # kHz
     for ax, key in zip(axes, keys, strict=False):
         gain = gains[key] - gains[key].max(1, keepdims=True)
         gain = gain[np.argsort(gain.argmax(1), kind="stable")]
-        image = ax.imshow(gain, "viridis", aspect="auto", origin="lower", extent=(0, nyquist, 0, len(gain)))
-        image.set_clim(-40, 0)
-        ax.grid(False)
+        image = picture(ax, gain, "viridis", (-40, 0), (0, nyquist, 0, len(gain)))
         ax.set(xlabel="frequency (kHz)", ylabel="filter")
         figure.colorbar(image, ax=ax, label="dB", pad=0.02)
         mean = 10 * np.log10((10 ** (gains[key] / 10)).mean(0))
@@ -230,9 +210,8 @@ def maps(result: Mapping[str, Any], path: Path | str) -> Figure:
     with np.load(path) as file:
         points = {key.rpartition("/")[0]: file[key] for key in file if key.endswith("/embeddings")}
         labels, anomaly = file["labels"], file["anomaly"]
-    figure, axes = _panels(
-        "Test embeddings, t-SNE, first seed", result["synthetic"], list(points), 2, (5.5, 5.2)
-    )
+    title = "Test embeddings, t-SNE, first seed"
+    figure, axes = panels(title, result["synthetic"], list(points), 2, (5.5, 5.2))
     machines = result["machines"]
     types = list(dict.fromkeys(machine.split()[0] for machine in machines))
     for ax, embeddings in zip(axes, points.values(), strict=True):
@@ -247,6 +226,5 @@ def maps(result: Mapping[str, Any], path: Path | str) -> Figure:
             ax.scatter(*place[own & (anomaly == 1)].T, 22, colour, marker="x", linewidths=1)
         ax.set(xticks=[], yticks=[])
     axes[0].scatter([], [], 22, GREY, marker="x", label="anomalous")
-    found = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False, fontsize=7)
+    legend(figure, axes[:1], "right center", fontsize=7)
     return figure

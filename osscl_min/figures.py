@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
@@ -38,10 +39,10 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 MOST_POINTS = 3000  # of the embedding map, for t-SNE's time
 
 
-def _panels(
+def panels(
     title: str, synthetic: bool, names: Sequence[str], columns: int = 3, size=(3.6, 2.9), **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each name."""
+    """A figure with a panel of `size` (inches) for each name; `shared` goes to `Figure.subplots`."""
     rows = math.ceil(len(names) / columns)
     columns = math.ceil(len(names) / rows)
     with matplotlib.rc_context(STYLE):
@@ -58,10 +59,25 @@ def _panels(
     return figure, axes[: len(names)]
 
 
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+def legend(figure: Figure, axes: Sequence[Axes], place: str = "lower center", **look: Any) -> None:
+    """One legend of several panels, outside them; a label that they share is there once."""
     found = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    columns = 4 if figure.get_figwidth() > 9 else 2
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(found.values(), found.keys(), loc=f"outside {place}", frameon=False, **look)
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """The legend of several panels in a few columns."""
+    legend(figure, axes, ncols=4 if figure.get_figwidth() > 9 else 2)
+
+
+def picture(
+    ax: Axes, values: np.ndarray, colours: str, limits: Sequence[float], extent: Sequence[float]
+) -> AxesImage:
+    """Draw rows of values, the first at the bottom, as colours between two limits; returns the image."""
+    image = ax.imshow(values, colours, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+    image.set_clim(*limits)
+    ax.grid(False)
+    return image
 
 
 def _rows(evaluation: Path | str) -> list[dict[str, str]]:
@@ -128,7 +144,7 @@ def input_maps(
         "tfgram": ("viridis", "TFgram", "learned channel", "activation"),
     }
     names = [f"{look[name][1]}: {head}" for name in inputs for head in heads]
-    figure, axes = _panels("The encoder's input maps", synthetic, names, len(clips), (5, 2.5), sharex=True)
+    figure, axes = panels("The encoder's input maps", synthetic, names, len(clips), (5, 2.5), sharex=True)
     frame = audio.hop / audio.sample_rate  # s; a frame is centred on its time
     extent = (-frame / 2, (audio.frames - 0.5) * frame, 0, audio.mels)
     for row, name in enumerate(inputs):
@@ -137,9 +153,7 @@ def input_maps(
         if name == "tgram":  # of both signs: white is zero
             low, high = -max(-low, high), max(-low, high)
         for ax, one in zip(across, maps[:, row], strict=True):
-            image = ax.imshow(one, look[name][0], aspect="auto", origin="lower", extent=extent)
-            image.set(clim=(low, high), interpolation="nearest")
-            ax.grid(False)
+            image = picture(ax, one, look[name][0], (low, high), extent)
             ax.set(xlim=(0, audio.seconds), ylim=(0, audio.mels))
             if name == "log_mel":
                 ax.set_yticks(*mel_ticks(audio))
@@ -156,7 +170,7 @@ def training_curves(run: Path | str) -> Figure:
     synthetic = json.loads((run / "config.json").read_text())["data"]["synthetic"]
     best = min(log, key=lambda entry: entry["validation_loss"])["epoch"]
     titles = ("loss on mixed clips", "validation loss of the EMA", "validation accuracy", "learning rate")
-    figure, axes = _panels("Training", synthetic, titles, 2, (4.8, 2.7), sharex=True)
+    figure, axes = panels("Training", synthetic, titles, 2, (4.8, 2.7), sharex=True)
     for panel, name, label, colour in (
         (0, "total", "total", BLACK),
         (0, "cross_entropy", "cross-entropy", BLUE),
@@ -172,14 +186,14 @@ def training_curves(run: Path | str) -> Figure:
         ax.set(xlabel="epoch", ylim=(0, 1.06 * ax.dataLim.ymax or 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[3].ticklabel_format(axis="y", scilimits=(0, 0))
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
 def score_histograms(evaluation: Path | str) -> Figure:
     """Anomaly scores of normal and of anomalous clips, for each machine type."""
     types = _scores(evaluation)
-    figure, axes = _panels("Anomaly scores", _is_synthetic(evaluation), list(types), sharex=True)
+    figure, axes = panels("Anomaly scores", _is_synthetic(evaluation), list(types), sharex=True)
     every = np.concatenate([scores for _, scores, _ in types.values()])
     most = 1.001 * max(every.max(), 1e-9)  # the axis is logarithmic, over two decades at least
     floor = min(most / 100, max(1e-12, every.min()))
@@ -189,14 +203,14 @@ def score_histograms(evaluation: Path | str) -> Figure:
             ax.hist(np.maximum(scores[truth == value], floor), bins, color=colour, alpha=0.5, label=label)
         ax.set(xscale="log", xlabel="anomaly score", ylabel="clips")
         ax.yaxis.get_major_locator().set_params(integer=True)
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
 def roc_curves(evaluation: Path | str, untrained: Path | str | None = None) -> Figure:
     """ROC curves of each machine type: ids pooled, each id, and the untrained network where given."""
     types, before = _scores(evaluation), _scores(untrained) if untrained else {}
-    figure, axes = _panels("ROC curves", _is_synthetic(evaluation), list(types), size=(3.6, 3.4))
+    figure, axes = panels("ROC curves", _is_synthetic(evaluation), list(types), size=(3.6, 3.4))
     for ax, (name, (truth, scores, ids)) in zip(axes, types.items(), strict=True):
         lines = [(truth[ids == one], scores[ids == one], "each id", BLUE, "-", 0.8) for one in set(ids)]
         if name in before:
@@ -211,7 +225,7 @@ def roc_curves(evaluation: Path | str, untrained: Path | str | None = None) -> F
         if area is not None:
             ax.set_title(f"{name}: AUC pooled {100 * area:.1f} %", fontsize=10.5)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="false-positive rate", ylabel="true-positive rate")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -225,7 +239,7 @@ def embedding_map(evaluation: Path | str, seed: int = 0) -> Figure:
     anomalous = np.array([rows[position]["anomaly"] == "1" for position in chosen])
     place = in_two_dimensions(embeddings, seed)
     title = f"Embeddings of {len(chosen)} test clips, t-SNE"
-    figure, (ax,) = _panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
+    figure, (ax,) = panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
     for number, name in enumerate(sorted(set(types), key=str.lower)):
         colour, marker = COLOURS[number % 7], "os^Dv"[number // 7 % 5]
         ax.scatter(
@@ -235,7 +249,7 @@ def embedding_map(evaluation: Path | str, seed: int = 0) -> Figure:
     ax.scatter([], [], 28, GREY, marker="x", label="anomalous")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    figure.legend(loc="outside right center", title="machine type", frameon=False)
+    legend(figure, [ax], "right center", title="machine type")
     return figure
 
 
@@ -262,7 +276,7 @@ def high_frequency(path: Path | str | dict[str, Any], measure: str = "auc_id_mea
             point = [condition["cutoff_hz"] or 0, entry[measure], *bounds]
             filters.setdefault(condition["filter"], []).append(point)
     title = f"AUC ({protocol}) of {content.get('heard', 'filtered test clips')}"
-    figure, axes = _panels(title, content["synthetic"], list(points), 4, (2.7, 2.5), sharey=True)
+    figure, axes = panels(title, content["synthetic"], list(points), 4, (2.7, 2.5), sharey=True)
     for ax, filters in zip(axes, points.values(), strict=True):
         ((_, value, low, high),) = 100 * np.array(filters["none"], float)
         ax.axhline(value, color=BLACK, linestyle="--", linewidth=1.2, label="unfiltered")
@@ -276,7 +290,7 @@ def high_frequency(path: Path | str | dict[str, Any], measure: str = "auc_id_mea
         ax.set_xlim(left=0)
         ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
         ax.set(xlabel="cut-off (kHz)", ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -291,12 +305,10 @@ def inventory(result: dict[str, Any]) -> Figure:
         "test_unlabelled": ("test, unlabelled", GREY),
     }
     kinds = {key: value for key, value in kinds.items() if any(row[key] for row in machines)}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((10, max(3.6, 0.19 * len(machines) + 1.4)), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    figure.suptitle(
-        f"{result['data']}: {result['clips']} clips" + (" (synthetic data)" * result["synthetic"])
-    )
+    title = f"{result['data']}: {result['clips']} clips"
+    titles = ("clips of each machine", "levels and lengths")
+    size = (5, max(2.8, 0.19 * len(machines) + 0.6))
+    figure, (left, right) = panels(title, result["synthetic"], titles, 2, size, width_ratios=(1.5, 1))
     places, start = np.arange(len(machines)), np.zeros(len(machines))
     for key, (label, colour) in kinds.items():
         count = np.array([row[key] for row in machines])
@@ -305,40 +317,40 @@ def inventory(result: dict[str, Any]) -> Figure:
     left.set_yticks(places, [f"{row['type']} {row['id']}" for row in machines], fontsize=8)
     left.invert_yaxis()
     left.grid(axis="y", visible=False)
-    left.set(xlabel="clips", title="clips of each machine")
-    levels = [
-        [row["level"] for row in result["files"] if row["machine_type"] == name and row["level"] is not None]
-        for name in types
-    ]
+    left.set(xlabel="clips")
+    files = [[row for row in result["files"] if row["machine_type"] == name] for name in types]
+    levels = [[row["level"] for row in rows if row["level"] is not None] for rows in files]
     boxes = right.boxplot(
         levels, orientation="horizontal", widths=0.6, patch_artist=True, flierprops={"markersize": 2}
     )
     for box, line in zip(boxes["boxes"], boxes["medians"], strict=True):
         box.set(facecolor="#dcebf5", edgecolor=BLUE)
         line.set(color=BLACK)
-    lengths = []
-    for name in types:
-        seconds = [row["seconds"] for row in result["files"] if row["machine_type"] == name]
-        low, high = min(seconds), max(seconds)
-        lengths.append(f"{low:.3g} s" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g} s")
-    right.set_yticks(
-        range(1, len(types) + 1), [f"{n}\n{t}" for n, t in zip(types, lengths, strict=True)], fontsize=8
-    )
+    labels = []
+    for name, rows in zip(types, files, strict=True):
+        low, high = (f"{end(row['seconds'] for row in rows):.3g}" for end in (min, max))
+        labels.append(f"{name}\n{low} s" if low == high else f"{name}\n{low} to {high} s")
+    right.set_yticks(range(1, len(types) + 1), labels, fontsize=8)
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
-    right.set(xlabel="level (dB of full scale)", title="levels and lengths")
-    for ax in (left, right):
-        ax.set_axisbelow(True)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    right.set(xlabel="level (dB of full scale)")
+    legend_below(figure, [left])
     return figure
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write a figure, replacing the file as a whole; the name's end says the format."""
+    """Write a figure, replacing the file as a whole; the name's end says the format, else it is PNG."""
     path = Path(path)
     with replacing(path, "wb") as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=130)
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=130)
+
+
+def save_all(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures into a folder by their names, as PNG and PDF; returns the PNG files."""
+    for name, figure in figures.items():
+        for ending in ("png", "pdf"):
+            save(figure, folder / f"{name}.{ending}")
+    return [folder / f"{name}.png" for name in figures]
 
 
 def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
@@ -367,7 +379,4 @@ def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
         figures["embeddings"] = embedding_map(evaluation)
     if ablation.is_file():
         figures["high_frequency"] = high_frequency(ablation)
-    for name, figure in figures.items():
-        for ending in ("png", "pdf"):
-            save(figure, run / "figures" / f"{name}.{ending}")
-    return [run / "figures" / f"{name}.png" for name in figures]
+    return save_all(figures, run / "figures")

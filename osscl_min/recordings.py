@@ -73,6 +73,11 @@ class Recording:
         scores = [self.windows[k][column] if k in self.windows else np.nan for k in range(len(self.starts))]
         return np.array([start or 0.0 for start in self.starts]), np.array(scores)
 
+    @property
+    def highest(self) -> int:
+        """Position of the window with the highest score."""
+        return int(np.nanargmax(self.timeline()[1]))
+
     def row(self, classes: Sequence[tuple[str, str]], calibration: Calibration) -> dict[str, Any]:
         """What is written about it, by COLUMNS and, where it has several windows, "timeline"."""
         row = dict.fromkeys(COLUMNS) | {"file": self.file, "problem": self.problem}
@@ -81,15 +86,14 @@ class Recording:
         if self.problem:
             return row
         starts, scores = self.timeline()
-        highest = int(np.nanargmax(scores))
-        score = float(scores[highest])
+        score = float(scores[self.highest])
         threshold, p = calibration(self.machine, score)
         row |= {
             "scored_as": " id ".join(classes[self.label]),
             "score": score,
             "p_value": p,
             "windows": len(self.windows),
-            "at_seconds": float(starts[highest]),
+            "at_seconds": float(starts[self.highest]),
         }
         if threshold is not None:
             row |= {"threshold": threshold.value, "anomaly": int(score > threshold.value)}

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from osscl_min.calibration import Threshold
 from osscl_min.dataset import decode, duration
 from osscl_min.features import hertz_to_mel, mel_to_hertz, to_wave
-from osscl_min.figures import BLUE, GREY, VERMILLION, _legend_below, _panels, mel_ticks
-from osscl_min.files import UserError, replacing
+from osscl_min.figures import BLUE, GREY, VERMILLION, legend_below, mel_ticks, panels, picture, save
+from osscl_min.files import UserError
 from osscl_min.recordings import Recording, Scorer, expand
 from osscl_min.score import Summary
 
@@ -27,6 +27,13 @@ def _title(scorer: Scorer, recording: Recording) -> str:
     return f"{Path(recording.file).name} as {' id '.join(scorer.trained.classes[recording.label])}{simulated}"
 
 
+def _window(scorer: Scorer, recording: Recording, start: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Samples (samples,) int16 and log-mel (mels, frames) of a recording from `start` (s) on."""
+    samples, _ = decode(recording.file, scorer.audio, recording.channel, start)
+    log_mel = scorer.front(torch.from_numpy(samples[None]).to(scorer.device))[1]
+    return samples, log_mel[0, 0].cpu().numpy()
+
+
 def spectrogram(scorer: Scorer, recording: Recording) -> np.ndarray:
     """Log-mel (mels, columns) in dB of a whole recording, read piece by piece; silence is NaN."""
     audio = scorer.audio
@@ -36,8 +43,7 @@ def spectrogram(scorer: Scorer, recording: Recording) -> np.ndarray:
     for start in np.arange(0, length - 0.01, audio.seconds):
         begin = None if length == audio.seconds else min(start, length - audio.seconds)
         try:
-            samples, _ = decode(recording.file, audio, recording.channel, begin)
-            log_mel = scorer.front(torch.from_numpy(samples[None]).to(scorer.device))[1][0, 0].cpu().numpy()
+            _, log_mel = _window(scorer, recording, begin)
         except UserError:
             log_mel = np.full((audio.mels, audio.frames), np.nan, np.float32)
         log_mel = log_mel[:, round((start - (begin or 0)) / audio.seconds * audio.frames) :]
@@ -52,28 +58,24 @@ def timeline(scorer: Scorer, recording: Recording, threshold: Threshold | None) 
     audio = scorer.audio
     starts, scores = recording.timeline()
     length = max(duration(recording.file), audio.seconds)
-    figure, (above, below) = _panels(
-        _title(scorer, recording), False, ["score", "log-mel"], 1, (9, 2.6), sharex=True
-    )
-    ends = starts + audio.seconds
-    highest = int(np.nanargmax(scores))
+    title = _title(scorer, recording)
+    figure, (above, below) = panels(title, False, ["score", "log-mel"], 1, (9, 2.6), sharex=True)
     if len(starts) > 1:
-        above.axvspan(
-            starts[highest], ends[highest], color=VERMILLION, alpha=0.15, linewidth=0, label="highest window"
-        )
-    above.hlines(scores, starts, ends, color=BLUE, linewidth=2, label=f"window of {audio.seconds:g} s")
+        start = starts[recording.highest]
+        look = {"color": VERMILLION, "alpha": 0.15, "linewidth": 0}
+        above.axvspan(start, start + audio.seconds, label="highest window", **look)
+    label = f"window of {audio.seconds:g} s"
+    above.hlines(scores, starts, starts + audio.seconds, color=BLUE, linewidth=2, label=label)
     if threshold is not None:
         label = f"threshold, {100 * threshold.rate:g} % false alarms a window"
         above.axhline(threshold.value, color=VERMILLION, linestyle="--", linewidth=1.2, label=label)
     above.set(yscale="log", ylabel="anomaly score")
     levels = spectrogram(scorer, recording)
-    image = below.imshow(levels, "magma", aspect="auto", origin="lower", extent=(0, length, 0, audio.mels))
-    image.set(clim=np.nanpercentile(levels, (1, 99.5)), interpolation="nearest")
+    image = picture(below, levels, "magma", np.nanpercentile(levels, (1, 99.5)), (0, length, 0, audio.mels))
     below.set_yticks(*mel_ticks(audio))
-    below.grid(False)
     below.set(xlabel="time (s)", ylabel="frequency (Hz)", xlim=(0, length))
     figure.colorbar(image, ax=below, label="dB", pad=0.01, extend="both")
-    _legend_below(figure, [above])
+    legend_below(figure, [above])
     return figure
 
 
@@ -117,9 +119,7 @@ def occlusion(
         Over the whole time.
     """
     audio, label = scorer.audio, np.array([recording.label])
-    starts, scores = recording.timeline()
-    start = recording.starts[int(np.nanargmax(scores))]
-    samples, _ = decode(recording.file, audio, recording.channel, start)
+    samples, _ = _window(scorer, recording, recording.starts[recording.highest])
     spectrum = _spectrum(scorer, to_wave(samples[None], scorer.device))[0]
     if level is None:
         level = spectrum.abs().square().mean(1).sqrt()
@@ -157,26 +157,20 @@ def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None
     audio = scorer.audio
     patches, bands = occlusion(scorer, recording, level)
     starts, scores = recording.timeline()
-    highest = int(np.nanargmax(scores))
-    samples, _ = decode(recording.file, audio, recording.channel, recording.starts[highest])
-    log_mel = scorer.front(torch.from_numpy(samples[None]).to(scorer.device))[1][0, 0].cpu().numpy()
+    highest = recording.highest
+    _, log_mel = _window(scorer, recording, recording.starts[highest])
     made = "the window's own mean over time" if level is None else "the mean level of normal recordings"
     title = f"{_title(scorer, recording)}\nscore {scores[highest]:.3g}; each part replaced by {made}"
     names = ["log-mel (dB)", "fall of the score, part by part", "whole bands"]
-    figure, axes = _panels(title, False, names, 3, (3.8, 3.4), sharey=True)
+    figure, axes = panels(title, False, names, 3, (3.8, 3.4), sharey=True)
     extent = (starts[highest], starts[highest] + audio.seconds, 0, audio.mels)
     most = np.abs(patches).max() or 1.0
     for ax, content, colours, limits in (
         (axes[0], log_mel, "magma", np.percentile(log_mel, (1, 99.5))),
         (axes[1], patches, "RdBu_r", (-most, most)),
     ):
-        image = ax.imshow(
-            content, colours, aspect="auto", origin="lower", extent=extent, interpolation="nearest"
-        )
-        image.set(clim=limits)
-        ax.grid(False)
+        figure.colorbar(picture(ax, content, colours, limits, extent), ax=ax, pad=0.02)
         ax.set(xlabel="time (s)")
-        figure.colorbar(image, ax=ax, pad=0.02)
     height = audio.mels / BANDS
     colours = [VERMILLION if fall > 0 else BLUE for fall in bands]
     axes[2].barh((np.arange(BANDS) + 0.5) * height, bands, 0.85 * height, color=colours)
@@ -192,11 +186,7 @@ def write(
 ) -> None:
     """Draw the most anomalous recording; `normal` recordings tell what is usual."""
     _, recording, threshold = summary.strangest
-    figures = {}
     if plot is not None:
-        figures[plot] = timeline(scorer, recording, threshold)
+        save(timeline(scorer, recording, threshold), plot)
     if explain is not None:
-        figures[explain] = explanation(scorer, recording, usual_level(scorer, normal))
-    for path, figure in figures.items():
-        with replacing(path, "wb") as file:
-            figure.savefig(file, format=path.suffix[1:] or "png", dpi=130)
+        save(explanation(scorer, recording, usual_level(scorer, normal)), explain)
