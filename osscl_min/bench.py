@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv
+from osscl_min.files import UserError, peak_memory_mb, provenance, write_csv, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,14 +144,9 @@ def write_rows(
     lines += ["| " + " | ".join(_cell(row[n]) for n in names) + " |" for row in rows]
     for note in notes:
         lines += ["", note]
-    lines += [
-        "",
-        "{processor}, {threads} threads, load {load}, torch {torch}; {time}, commit {commit}.".format(
-            **source
-        ),
-    ]
-    with replacing(path.with_suffix(".md")) as file:
-        file.write("\n".join(lines) + "\n")
+    said = "{processor}, {threads} threads, load {load}, torch {torch}; {time}, commit {commit}."
+    lines += ["", said.format(**source)]
+    write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
     return path.with_suffix(".md")
 
 

@@ -15,7 +15,7 @@ from osscl_min.device import choose_device
 from osscl_min.evaluate import Scored
 from osscl_min.files import provenance, replacing
 from osscl_min.probes import about, subjects
-from osscl_min.sweep import write_tables
+from osscl_min.sweep import mean_text, write_tables
 
 FIGURES = {
     "silhouette_machines": "silhouette of machines",
@@ -126,8 +126,7 @@ def write(result: Mapping[str, Any], out: Path | str) -> None:
         for key in FIGURES:
             values = [value for value in row["each"][key] if value is not None]
             digits = 1 if key.startswith("neighbour") else 3
-            spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.{digits}f}{spread}" if values else "-")
+            cells.append(mean_text(values, digits) if values else "-")
         table.append([row["variant"], *cells, str(len(row["seeds"]))])
         for n, seed in enumerate(row["seeds"]):
             lines.append([row["variant"], seed, *(row["each"][key][n] for key in FIGURES)])

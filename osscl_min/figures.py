@@ -6,8 +6,6 @@ matplotlib's perceptually uniform maps, which colour-blind readers can tell apar
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
 from osscl_min.dataset import Clip
 from osscl_min.features import LogMel, hertz_to_mel, to_wave
-from osscl_min.files import UserError, replacing
+from osscl_min.files import UserError, read_csv, read_json, replacing
 from osscl_min.metrics import MAX_FPR, auc
 from osscl_min.reader import FolderReader, open_data
 from osscl_min.train import read_log
@@ -80,14 +78,9 @@ def picture(
     return image
 
 
-def _rows(evaluation: Path | str) -> list[dict[str, str]]:
-    with open(Path(evaluation) / "scores.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _scores(evaluation: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Machine type -> truth, score and machine id of the clips that metrics.json measures."""
-    rows = [row for row in _rows(evaluation) if row["anomaly"]]
+    rows = [row for row in read_csv(Path(evaluation) / "scores.csv") if row["anomaly"]]
     rows = [row for row in rows if row["subset"] == "development"] or rows
     types, ids = (np.array([row[name] for row in rows]) for name in ("machine_type", "machine_id"))
     truth, scores = (np.array([float(row[name]) for row in rows]) for name in ("anomaly", "score"))
@@ -96,7 +89,7 @@ def _scores(evaluation: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray, n
 
 
 def _is_synthetic(evaluation: Path | str) -> bool:
-    return json.loads((Path(evaluation) / "evaluation.json").read_text())["synthetic"]
+    return read_json(Path(evaluation) / "evaluation.json")["synthetic"]
 
 
 def normal_and_anomalous(clips: Sequence[Clip], machine_type: str | None = None) -> list[int]:
@@ -167,7 +160,7 @@ def input_maps(
 def training_curves(run: Path | str) -> Figure:
     """Loss parts, validation loss, identity accuracy and learning rate over a run's epochs."""
     run, log = Path(run), read_log(run)
-    synthetic = json.loads((run / "config.json").read_text())["data"]["synthetic"]
+    synthetic = read_json(run / "config.json")["data"]["synthetic"]
     best = min(log, key=lambda entry: entry["validation_loss"])["epoch"]
     titles = ("loss on mixed clips", "validation loss of the EMA", "validation accuracy", "learning rate")
     figure, axes = panels("Training", synthetic, titles, 2, (4.8, 2.7), sharex=True)
@@ -231,7 +224,7 @@ def roc_curves(evaluation: Path | str, untrained: Path | str | None = None) -> F
 
 def embedding_map(evaluation: Path | str, seed: int = 0) -> Figure:
     """The test clips' embeddings in two dimensions (t-SNE of cosine distances); anomalies are crosses."""
-    rows = _rows(evaluation)
+    rows = read_csv(Path(evaluation) / "scores.csv")
     chosen = np.random.default_rng(seed).permutation(len(rows))[:MOST_POINTS]
     with np.load(Path(evaluation) / "embeddings.npz") as file:
         embeddings = file["embeddings"][chosen]
@@ -266,7 +259,7 @@ def high_frequency(path: Path | str | dict[str, Any], measure: str = "auc_id_mea
     `path` is high_frequency.json of `probes.examine`, or its content; `measure` is "auc_id_mean" or
     "auc_pooled", drawn with its bootstrap intervals where the file has them.
     """
-    content = path if isinstance(path, dict) else json.loads(Path(path).read_text())
+    content = path if isinstance(path, dict) else read_json(path)
     protocol = {"auc_id_mean": "mean over ids", "auc_pooled": "ids pooled"}[measure]
     points: dict[str, dict[str, list]] = {}  # type -> filter -> [cut-off, AUC, its lower and upper bound]
     for condition in content["conditions"]:

@@ -67,11 +67,28 @@ def replacing(path: Path | str, mode: str = "w") -> Iterator[IO]:
             os.unlink(temporary)
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write `text` (UTF-8), replacing the file as a whole."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def read_json(path: Path | str) -> Any:
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def write_json(path: Path | str, content: Any) -> None:
     """Write `content` as indented JSON, replacing the file as a whole."""
     with replacing(path) as file:
         json.dump(content, file, indent=1, allow_nan=False)
         file.write("\n")
+
+
+def read_csv(path: Path | str) -> list[dict[str, str]]:
+    """The rows of a CSV file by the names in its header."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def write_csv(path: Path | str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from osscl_min import report
-from osscl_min.files import UserError, replacing
+from osscl_min.files import UserError, write_text
 from osscl_min.metrics import as_latex
 
 
@@ -21,25 +21,15 @@ def write(run: Path | str) -> list[Path]:
     if not report.is_measured(run):
         raise UserError(f"{run}: nothing was measured yet, so there are no tables")
     origin = report.origin(run)
-    tables = {
-        "results": (
-            report.results_table(run),
-            f"AUC and pAUC in percent, 95 % bootstrap intervals. {origin}",
-        ),
-        "machines": (
-            report.machines_table(run),
-            f"AUC and pAUC in percent, 95 % bootstrap intervals. {origin}",
-        ),
+    note = f"AUC and pAUC in percent, 95 % bootstrap intervals. {origin}"
+    content = {
+        "results": as_latex(report.results_table(run), note),
+        "machines": as_latex(report.machines_table(run), note),
     }
-    thresholds = report.thresholds_table(run)
-    if thresholds:
-        tables["thresholds"] = thresholds, f"Normal test clips called anomalous. {origin}"
-    content = {name: as_latex(rows, note) for name, (rows, note) in tables.items()}
+    if thresholds := report.thresholds_table(run):
+        content["thresholds"] = as_latex(thresholds, f"Normal test clips called anomalous. {origin}")
     for path in sorted((run / "experiments").glob("*.tex")):
         content[f"experiment_{path.stem}"] = path.read_text(encoding="utf-8")
-    written = []
     for name, text in content.items():
-        written.append(run / "paper" / f"{name}.tex")
-        with replacing(written[-1]) as file:
-            file.write(text)
-    return written
+        write_text(run / "paper" / f"{name}.tex", text)
+    return [run / "paper" / f"{name}.tex" for name in content]

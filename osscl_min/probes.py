@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from osscl_min.config import EvaluateConfig
 from osscl_min.device import choose_device, prepare
 from osscl_min.evaluate import Scored, known_machines, score_clips
 from osscl_min.features import FrontEnd, ZeroPhaseFilter, to_wave
-from osscl_min.files import provenance
+from osscl_min.files import provenance, read_json
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Resampled, Score, average, resampled
 from osscl_min.reader import Data, open_data
@@ -327,5 +326,5 @@ def about(subject: Subject, checkpoints: Mapping[str, Sequence[Path]]) -> dict[s
         "preset": trained.config.preset,
         "precision": trained.config.train.precision,
         "epochs": trained.config.train.epochs,
-        "commits": sorted({json.loads(log.read_text())["provenance"]["commit"] for log in logs}),
+        "commits": sorted({read_json(log)["provenance"]["commit"] for log in logs}),
     }

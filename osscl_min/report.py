@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ import numpy as np
 
 from osscl_min import checkpoint
 from osscl_min.calibration import Calibration
-from osscl_min.files import UserError, replacing
+from osscl_min.files import UserError, read_csv, read_json, write_text
 from osscl_min.metrics import percent, table
 
 # Clips of the development test set of DCASE 2020 Task 2; only a run on exactly these stands beside PUBLISHED.
@@ -96,7 +95,7 @@ He, ICASSP 2025, arXiv 2509.13853.</p>
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON file, empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _metrics(evaluation: Path) -> dict[str, Any]:
@@ -147,8 +146,7 @@ def thresholds_table(run: Path | str) -> list[list[str]]:
     run = Path(run)
     try:
         content = checkpoint.read(run / "best.pt")
-        with open(run / "evaluation" / "scores.csv", newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["anomaly"]]
+        rows = [row for row in read_csv(run / "evaluation" / "scores.csv") if row["anomaly"]]
     except (UserError, OSError):
         return []
     held_out, truth = content.get("calibration"), np.array([int(row["anomaly"]) for row in rows])
@@ -158,18 +156,8 @@ def thresholds_table(run: Path | str) -> list[list[str]]:
     own = [classes[label] for label in held_out["labels"].tolist()]
     machines = [(row["machine_type"], row["machine_id"]) for row in rows]
     scores = np.array([float(row["score"]) for row in rows])
-    table = [
-        [
-            "threshold",
-            "rate asked",
-            "held out",
-            "false alarms",
-            "rate found",
-            "binomial",
-            "chance",
-            "detected",
-        ]
-    ]
+    header = ("threshold", "rate asked", "held out", "false alarms", "rate found", "binomial", "chance")
+    table = [[*header, "detected"]]
     for method in ("empirical", "gamma"):
         for rate in (0.05, 0.1):
             calibration = Calibration(own, held_out["scores"].tolist(), rate, method)
@@ -258,8 +246,7 @@ def write(run: Path | str, out: Path | str | None = None) -> Path:
         configuration=settings or _missing("train --data DATA --out RUN"),
         provenance=_table([["", *origins], *([f, *(o.get(f, "") for o in origins.values())] for f in facts)]),
     )
-    with replacing(out) as file:
-        file.write(page)
+    write_text(out, page)
     return out
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from pathlib import Path
 
 from osscl_min import paper
-from osscl_min.files import UserError, replacing, write_json
+from osscl_min.files import UserError, read_csv, read_json, replacing, write_json, write_text
 from osscl_min.metrics import as_text
 from osscl_min.report import origin as described
 from osscl_min.report import results_table, thresholds_table
@@ -40,44 +38,29 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
     """
     run, folder = Path(run), Path(folder)
     if (run / "components.json").is_file() and (run / "timing.csv").is_file():
-        with replacing(folder / "cost.md") as file:
-            file.write(experiments_cost(run))
+        write_text(folder / "cost.md", experiments_cost(run))
         return
     try:
-        evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
-        metrics = {
-            name: json.loads((run / name / "metrics.json").read_text())
-            for name in ("evaluation", "untrained")
-        }
+        evaluation = read_json(run / "evaluation" / "evaluation.json")
+        metrics = {name: read_json(run / name / "metrics.json") for name in ("evaluation", "untrained")}
         log = read_log(run)
     except OSError as error:
-        raise UserError(
-            f"{run} is not a complete run of reproduce.sh: {error.filename} is missing"
-        ) from error
+        missing = f"{run} is not a complete run of reproduce.sh: {error.filename} is missing"
+        raise UserError(missing) from error
     origin = evaluation["provenance"]
-    facts = {name: evaluation[name] for name in ("clips", "machines", "ms_per_clip", "identity_accuracy")}
-    write_json(
-        folder / "metrics.json",
-        {
-            "synthetic": evaluation["synthetic"],
-            "data": evaluation["data"],
-            **facts,
-            **metrics,
-            "provenance": origin,
-        },
-    )
-    with replacing(folder / "table.md") as file:
-        file.write(f"{as_text(results_table(run))}\n\n{described(run)}\n")
-    if thresholds := thresholds_table(run):
-        with replacing(folder / "thresholds.md") as file:
-            file.write(f"{as_text(thresholds)}\n\n{described(run)}\n")
+    facts = ("synthetic", "data", "clips", "machines", "ms_per_clip", "identity_accuracy")
+    kept = {name: evaluation[name] for name in facts} | metrics | {"provenance": origin}
+    write_json(folder / "metrics.json", kept)
+    for name, table in (("table", results_table(run)), ("thresholds", thresholds_table(run))):
+        if table:
+            write_text(folder / f"{name}.md", f"{as_text(table)}\n\n{described(run)}\n")
     for picture in KEPT:
         if (run / "figures" / picture).is_file():
             with replacing(folder / picture, "wb") as file:
                 file.write((run / "figures" / picture).read_bytes())
     for path in paper.write(run):
-        with replacing(folder.parent / "paper" / f"{folder.name}_{path.name}") as file:
-            file.write(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        write_text(folder.parent / "paper" / f"{folder.name}_{path.name}", text)
     memory = max(evaluation["peak_memory_mb"], *(entry["peak_memory_mb"] for entry in log)) / 1000
     lines = [f"On {origin['processor']}, torch {origin['torch']}, device {origin['device']}:", ""]
     if (run / "timing.csv").is_file():
@@ -93,13 +76,12 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
     )
     if tests is not None and Path(tests).is_file():
         lines.insert(-1, f"- `bash reproduce.sh --test`: {_minutes(sum(read_timing(tests).values()))};")
-    with replacing(folder / "cost.md") as file:
-        file.write("\n".join(lines) + "\n")
+    write_text(folder / "cost.md", "\n".join(lines) + "\n")
 
 
 def experiments_cost(run: Path) -> str:
     """How long each experiment took, as Markdown."""
-    first = json.loads((run / "components.json").read_text())
+    first = read_json(run / "components.json")
     steps = read_timing(run / "timing.csv")
     origin, trained = first["provenance"], len(list((run / "runs").glob("*/best.pt")))
     what = f"{trained} trainings of {first['epochs']} epochs, preset {first['preset']}"
@@ -117,8 +99,7 @@ def experiments_cost(run: Path) -> str:
 
 def read_timing(path: Path | str) -> dict[str, float]:
     """Step -> seconds, as reproduce.sh writes it."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["step"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    return {row["step"]: float(row["seconds"]) for row in read_csv(path)}
 
 
 def _minutes(seconds: float) -> str:
@@ -149,7 +130,6 @@ def write_documents() -> list[Path]:
     changed = []
     for document in (root / "README.md", root / "kernels" / "README.md"):
         if document.is_file() and (text := fill(document)) != document.read_text(encoding="utf-8"):
-            with replacing(document) as file:
-                file.write(text)
+            write_text(document, text)
             changed.append(document)
     return changed

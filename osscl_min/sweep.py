@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from osscl_min.config import AudioConfig, Config, from_dict, to_dict
 from osscl_min.evaluate import evaluate
-from osscl_min.files import UserError, provenance, replacing, write_csv, write_json
+from osscl_min.files import UserError, provenance, read_csv, read_json, write_csv, write_json, write_text
 from osscl_min.metrics import NAMES, Resampled, Score, as_latex, as_text, average, interval, resampled
 from osscl_min.model import OSSCL
 from osscl_min.train import read_log, train
@@ -113,12 +112,11 @@ def _work(task: dict[str, Any]) -> None:
 
 def read_clip_scores(evaluation: Path | str) -> list[Score]:
     """The development clips of an evaluation's scores.csv."""
-    with open(Path(evaluation) / "scores.csv", newline="", encoding="utf-8") as file:
-        return [
-            Score(row["file"], row["machine_type"], row["machine_id"], float(row["score"]),
-                  int(row["anomaly"]) if row["anomaly"] else None)
-            for row in csv.DictReader(file) if row["subset"] == "development"
-        ]  # fmt: skip
+    return [
+        Score(row["file"], row["machine_type"], row["machine_id"], float(row["score"]),
+              int(row["anomaly"]) if row["anomaly"] else None)
+        for row in read_csv(Path(evaluation) / "scores.csv") if row["subset"] == "development"
+    ]  # fmt: skip
 
 
 def difference(
@@ -192,8 +190,8 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
     for variant, members in done.items():
         if not members:
             continue
-        measured = [json.loads((run.folder / "evaluation" / "metrics.json").read_text()) for run in members]
-        said = [json.loads((run.folder / "evaluation" / "evaluation.json").read_text()) for run in members]
+        measured = [read_json(run.folder / "evaluation" / "metrics.json") for run in members]
+        said = [read_json(run.folder / "evaluation" / "evaluation.json") for run in members]
         logs = [read_log(run.folder) for run in members]
         with torch.device("meta"):
             parameters = list(OSSCL(members[0].config.model).parameters())
@@ -223,21 +221,21 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
             ours, theirs = zip(*((resamples[run], resamples[other]) for run, other in shared), strict=True)
             row["difference"] = difference(ours, theirs)
         rows.append(row)
-    config = json.loads((base[0].folder / "config.json").read_text())
+    about = {run: read_json(run.folder / "config.json") for run in scores}
+    data = about[base[0]]["data"]
     return {
         "experiment": name,
-        "data": config["data"]["folder"],
-        "synthetic": config["data"]["synthetic"],
+        "data": data["folder"],
+        "synthetic": data["synthetic"],
         "clips": len(scores[base[0]]),
         "preset": base[0].config.preset,
         "precision": base[0].config.train.precision,
         "epochs": base[0].config.train.epochs,
         "variants": rows,
         "failed": {f"{run.variant}, seed {run.seed}": said for run, said in failed.items()},
-        "commits": sorted({json.loads((run.folder / "config.json").read_text())["provenance"]["commit"]
-                           for run in scores}),
+        "commits": sorted({one["provenance"]["commit"] for one in about.values()}),
         "provenance": provenance(),
-    }  # fmt: skip
+    }
 
 
 def origin(result: Mapping[str, Any]) -> str:
@@ -256,27 +254,27 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
     header = ["variant", "AUC id-mean", "AUC pooled", "pAUC id-mean", "pAUC pooled", "mAUC", "difference",
               "seeds", "trained parameters", "s an epoch", "best epoch", "s to it",
               "memory (GB)"]  # fmt: skip
+    measures = ("auc_id_mean", "auc_pooled", "pauc_id_mean", "pauc_pooled", "mauc")
     rows = [header]
     for row in result["variants"]:
-
-        def cell(key: str, row=row) -> str:
-            spread = row["spread"][key]
-            return f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
-
-        rows.append(
-            [
-                row["variant"],
-                *(cell(key) for key in ("auc_id_mean", "auc_pooled", "pauc_id_mean", "pauc_pooled", "mauc")),
-                gain_text(row.get("difference")),
-                str(len(row["seeds"])),
-                f"{row['trained_parameters']:,} of {row['parameters']:,}",
-                f"{row['seconds_per_epoch']:.0f}",
-                f"{row['best_epoch']:.0f}",
-                f"{row['seconds_to_best']:.0f}",
-                f"{row['peak_memory_mb'] / 1000:.1f}",
-            ]
-        )  # fmt: skip
+        rows.append([
+            row["variant"],
+            *(mean_text(100 * np.array(row["each"][key])) for key in measures),
+            gain_text(row.get("difference")),
+            str(len(row["seeds"])),
+            f"{row['trained_parameters']:,} of {row['parameters']:,}",
+            f"{row['seconds_per_epoch']:.0f}",
+            f"{row['best_epoch']:.0f}",
+            f"{row['seconds_to_best']:.0f}",
+            f"{row['peak_memory_mb'] / 1000:.1f}",
+        ])  # fmt: skip
     return rows
+
+
+def mean_text(values: Sequence[float], digits: int = 1) -> str:
+    """The mean over the seeds, with the standard deviation where there are several."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 NOTE = (
@@ -314,10 +312,8 @@ def write_tables(
     write_csv(stem.with_suffix(".csv"), lines[0], lines[1:])
     failed = [f"Failed: {run}: {said}" for run, said in result.get("failed", {}).items()]
     notes = [note for note in (result.get("conclusion"), result.get("note", NOTE), origin(result)) if note]
-    with replacing(stem.with_suffix(".md")) as file:
-        file.write("\n\n".join([as_text(rows), *notes, *failed]) + "\n")
-    with replacing(stem.with_suffix(".tex")) as file:
-        file.write(as_latex(rows, " ".join(notes)))
+    write_text(stem.with_suffix(".md"), "\n\n".join([as_text(rows), *notes, *failed]) + "\n")
+    write_text(stem.with_suffix(".tex"), as_latex(rows, " ".join(notes)))
 
 
 def write(result: Mapping[str, Any], out: Path | str) -> None:

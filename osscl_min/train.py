@@ -32,7 +32,7 @@ from osscl_min.batches import (
 from osscl_min.config import Config, to_dict, with_classes
 from osscl_min.dataset import label_table
 from osscl_min.device import choose_device, prepare
-from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_json
+from osscl_min.files import UserError, peak_memory_mb, provenance, write_json, write_text
 from osscl_min.joined import with_others
 from osscl_min.ranks import joined
 from osscl_min.reader import open_data
@@ -383,8 +383,7 @@ def _append(path: Path, entry: dict[str, float]) -> None:
     kept = []
     if entry["epoch"] > 1:
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] < entry["epoch"]]
-    with replacing(path) as file:
-        file.write("\n".join([*kept, json.dumps(entry)]) + "\n")
+    write_text(path, "\n".join([*kept, json.dumps(entry)]) + "\n")
 
 
 def _first_difference(here: Any, there: Any, name: str = "") -> str:
