@@ -56,8 +56,7 @@ def false_alarms(best: Path, data: Path, device: str) -> list[dict[str, Any]]:
     scores = np.array([recording.timeline()[1].max() for recording in recordings])
     truth = np.array([clip.anomaly for clip in test])
     machines = [clip.machine for clip in test]
-    held_out = trained.calibration
-    own = [trained.classes[label] for label in held_out["labels"].tolist()]
+    own, held_out = trained.held_out()
     # each machine's first half of normal clips, counted from 0
     half = np.array(
         [label == 0 and int(clip.path.stem[-1]) % 2 == 0 for clip, label in zip(test, truth, strict=True)]
@@ -67,7 +66,7 @@ def false_alarms(best: Path, data: Path, device: str) -> list[dict[str, Any]]:
     for name, more in (("validation split", every), ("and half of the test normals", half)):
         for method, rate in itertools.product(("empirical", "gamma"), RATES):
             known = [*own, *(m for m, chosen in zip(machines, more, strict=True) if chosen)]
-            calibration = Calibration(known, [*held_out["scores"].tolist(), *scores[more]], rate, method)
+            calibration = Calibration(known, [*held_out, *scores[more]], rate, method)
             counted = ~more
             chosen = [machine for machine, one in zip(machines, counted, strict=True) if one]
             found = calibration.alarms(chosen, scores[counted], truth[counted])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from osscl_min.config import AudioConfig, Config, ModelConfig, from_dict, to_dict
-from osscl_min.dataset import BENCHMARK
+from osscl_min.dataset import BENCHMARK, Clip
 from osscl_min.files import UserError, replacing
 from osscl_min.model import OSSCL, load_upstream_state
 
@@ -28,9 +30,19 @@ class Checkpoint:
     classes: tuple[tuple[str, str], ...]  # label -> (machine type, machine id)
     epoch: int | None  # epochs trained; None for the authors' files
     synthetic: bool = False  # trained on simulated machines
-    calibration: dict[str, torch.Tensor] | None = (
-        None  # "labels" (n,), "scores" (n,) of held-out normal clips
-    )
+    calibration: dict[str, torch.Tensor] | None = None  # "labels", "scores" (n,) of held-out normal clips
+
+    def labels_of(self, clips: Iterable[Clip]) -> np.ndarray:
+        """Each clip's class, (clips,) int64; -1 where its machine was never trained on."""
+        numbers = {machine: label for label, machine in enumerate(self.classes)}
+        return np.array([numbers.get(clip.machine, -1) for clip in clips], np.int64)
+
+    def held_out(self) -> tuple[list[tuple[str, str]], list[float]]:
+        """Machines and scores of the normal clips that were held out of training; empty without any."""
+        if self.calibration is None:
+            return [], []
+        machines = [self.classes[label] for label in self.calibration["labels"].tolist()]
+        return machines, self.calibration["scores"].tolist()
 
 
 def save(path: Path | str, content: dict[str, Any], config: Config, classes: tuple, synthetic: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from osscl_min import checkpoint
-from osscl_min.batches import load_batches
+from osscl_min.batches import batches_of, load_batches
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig, to_dict
 from osscl_min.dataset import Clip
@@ -83,8 +83,7 @@ def score_clips(
         For the progress bar.
     """
     device = trained.model.arcface.weight.device
-    numbers = {machine: label for label, machine in enumerate(trained.classes)}
-    labels = np.array([numbers.get(clip.machine, -1) for clip in reader.clips])
+    labels = trained.labels_of(reader.clips)
     positions = np.arange(len(reader)) if positions is None else np.asarray(positions)
     if (labels[positions] < 0).any():
         raise UserError("a clip of a machine that was never trained on cannot be scored against itself")
@@ -96,7 +95,7 @@ def score_clips(
     began = time.perf_counter()
     hidden = None if ranks.first else True
     with tqdm(total=len(own), desc=description, unit="clip", disable=hidden, leave=False) as bar:
-        batches = np.array_split(own, range(config.batch_size, len(own), config.batch_size))
+        batches = batches_of(own, config.batch_size, least=1)
         for samples, target in load_batches(reader, labels, batches, device):
             wave, log_mel = front(samples, transform)
             if occlude is not None:
@@ -122,16 +121,13 @@ def known_machines(trained: Checkpoint, reader: FolderReader) -> tuple[list[int]
     known = [position for position, clip in enumerate(reader.clips) if clip.machine in classes]
     others = Counter(" ".join(clip.machine) for clip in reader.clips if clip.machine not in classes)
     if not known:
-        raise UserError(
-            f"no test clip is of a machine that this checkpoint was trained on ({', '.join(others)})"
-        )
+        names = ", ".join(others)
+        raise UserError(f"no test clip is of a machine that this checkpoint was trained on ({names})")
     if not others:
         return known, ""
     names = ", ".join(f"{name} ({count})" for name, count in sorted(others.items()))
-    return (
-        known,
-        f"{sum(others.values())} test clips are of machines never trained on and not scored: {names}",
-    )
+    count = sum(others.values())
+    return known, f"{count} test clips are of machines never trained on and not scored: {names}"
 
 
 def evaluate(

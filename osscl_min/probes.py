@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from osscl_min import checkpoint, signals
-from osscl_min.batches import load_batches
+from osscl_min.batches import batches_of, load_batches
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig
 from osscl_min.device import choose_device, prepare
@@ -51,10 +51,8 @@ class Subject:
     def batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
         """Samples (B, samples) int16, labels (B,) and positions, in batches, of the same clips."""
         reader = getattr(self.data, split)
-        labels = np.array([self.trained.classes.index(c.machine) if c.machine in self.trained.classes else -1
-                           for c in reader.clips])  # fmt: skip
-        known = np.flatnonzero(labels >= 0)
-        cuts = np.array_split(known, range(self.config.batch_size, len(known), self.config.batch_size))
+        labels = self.trained.labels_of(reader.clips)
+        cuts = batches_of(np.flatnonzero(labels >= 0), self.config.batch_size, least=1)
         device = self.trained.model.arcface.weight.device
         for (samples, target), cut in zip(load_batches(reader, labels, cuts, device), cuts, strict=True):
             yield samples, target, cut.tolist()
@@ -199,19 +197,11 @@ def responses_before_and_after(best: Path | str) -> dict[str, np.ndarray]:
     }
 
 
-@dataclass(frozen=True)
-class Probe:
-    """An examination: its function, what it reads, and the variants that it compares."""
-
-    measure: Callable[[Subject], Measured]
-    splits: tuple[str, ...] = ("test",)
-
-
-PROBES = {
-    "high-frequency": Probe(filtered),
-    "bands": Probe(occluded, ("train", "test")),
-    "noise": Probe(noisy),
-    "scores": Probe(scored_otherwise, ("train", "test")),
+PROBES: dict[str, tuple[Callable[[Subject], Measured], tuple[str, ...]]] = {  # and the splits that it reads
+    "high-frequency": (filtered, ("test",)),
+    "bands": (occluded, ("train", "test")),
+    "noise": (noisy, ("test",)),
+    "scores": (scored_otherwise, ("train", "test")),
 }
 
 
@@ -266,15 +256,16 @@ def examine(
         "difference" to the variant's first condition, on "average" and of each type (see
         `sweep.difference`), and, beyond the first variant, "gain" over that one in the same condition.
     """
-    probe, times = PROBES[name], config.bootstrap
+    measure, splits = PROBES[name]
+    times = config.bootstrap
     rows: dict[tuple, dict[str, Any]] = {}
     measured: dict[tuple, dict[int, Resampled]] = {}
     extra: dict[str, Any] = {}
     first = None
-    for variant, subject in subjects(checkpoints, data, probe.splits, config, device, cutoffs):
+    for variant, subject in subjects(checkpoints, data, splits, config, device, cutoffs):
         first = first or subject
         seed = subject.trained.config.train.seed
-        for settings, scores in probe.measure(subject):
+        for settings, scores in measure(subject):
             key = variant, *settings.values()
             rows.setdefault(key, {**settings, "variant": variant})
             measured.setdefault(key, {})[seed] = resampled(scores, times)

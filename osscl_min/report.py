@@ -145,22 +145,20 @@ def thresholds_table(run: Path | str) -> list[list[str]]:
     """
     run = Path(run)
     try:
-        content = checkpoint.read(run / "best.pt")
+        own, held_out = checkpoint.load(run / "best.pt").held_out()
         rows = [row for row in read_csv(run / "evaluation" / "scores.csv") if row["anomaly"]]
     except (UserError, OSError):
         return []
-    held_out, truth = content.get("calibration"), np.array([int(row["anomaly"]) for row in rows])
-    if held_out is None or not (truth == 0).any():
+    truth = np.array([int(row["anomaly"]) for row in rows])
+    if not own or not (truth == 0).any():
         return []
-    classes = [tuple(machine) for machine in content["classes"]]
-    own = [classes[label] for label in held_out["labels"].tolist()]
     machines = [(row["machine_type"], row["machine_id"]) for row in rows]
     scores = np.array([float(row["score"]) for row in rows])
     header = ("threshold", "rate asked", "held out", "false alarms", "rate found", "binomial", "chance")
     table = [[*header, "detected"]]
     for method in ("empirical", "gamma"):
         for rate in (0.05, 0.1):
-            calibration = Calibration(own, held_out["scores"].tolist(), rate, method)
+            calibration = Calibration(own, held_out, rate, method)
             if calibration.group(machines[0])[1] is None:
                 return []
             found = calibration.alarms(machines, scores, truth)

@@ -58,10 +58,7 @@ def calibrate(scorer: Scorer, rate: float, method: Method, files: Iterable[str] 
     """
     if not 0 < rate < 1:
         raise UserError(f"a false-alarm rate lies between 0 and 1, such as 0.05; got {rate:g}")
-    machines, scores = [], []
-    if scorer.trained.calibration is not None:
-        machines = [scorer.trained.classes[label] for label in scorer.trained.calibration["labels"].tolist()]
-        scores = scorer.trained.calibration["scores"].tolist()
+    machines, scores = scorer.trained.held_out()
     step, scorer.step = scorer.step, scorer.audio.seconds
     for recording in scorer(expand(files)):
         if recording.problem:
