@@ -22,7 +22,7 @@ import scipy.signal
 import soundfile
 
 from osscl_min.config import AudioConfig
-from osscl_min.files import UserError
+from osscl_min.files import UserError, first_lines
 from osscl_min.layouts import interpret, read_manifest, recognise
 
 SUFFIXES = (".wav", ".flac")
@@ -95,8 +95,7 @@ class Dataset:
         lines = [f"{_count(count)} {remark}" for remark, count in sorted(self.remarks.items())]
         if self.problems:
             lines.append(f"{_count(len(self.problems))} not used:")
-            lines += [f"  {file}: {reason}" for file, reason in list(self.problems.items())[:most]]
-            lines += [f"  ... and {len(self.problems) - most} more"] if len(self.problems) > most else []
+            lines += first_lines([f"{file}: {reason}" for file, reason in self.problems.items()], most)
         if strict and self.problems:
             raise UserError("\n".join([*lines, "stopped because of --strict"]))
         return "\n".join(lines)

@@ -31,6 +31,12 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+def first_lines(found: Sequence[str], most: int) -> list[str]:
+    """Lines for the first of a list of findings, and one that counts the rest."""
+    rest = [f"  ... and {len(found) - most} more"] if len(found) > most else []
+    return [f"  {one}" for one in found[:most]] + rest
+
+
 @contextmanager
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` and rename it to `path` when the block ends without an error.

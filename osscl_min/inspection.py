@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 import soundfile
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.dataset import Clip, Dataset, scan
-from osscl_min.files import UserError, write_csv, write_json
+from osscl_min.files import UserError, first_lines, write_csv, write_json
 from osscl_min.store import is_store, read_store
 
 FULL_SCALE = 32767 / 32768  # a sample this large is taken for clipped
@@ -91,13 +91,13 @@ def inspect(path: Path | str) -> dict[str, Any]:
         heard = list(map(_packed, lines))
     else:
         dataset = scan(path)
-        heard = _listen_to_all(dataset.clips)
-    sounds = {
-        clip: sound for clip, sound in zip(dataset.clips, heard, strict=True) if isinstance(sound, Sound)
-    }
-    problems = dict(dataset.problems)
+        bar = {"desc": "inspecting", "unit": "clip", "disable": None, "leave": False, "tqdm_class": tqdm}
+        heard = thread_map(_listen_to, dataset.clips, max_workers=os.cpu_count(), **bar)
+    sounds, problems = {}, dict(dataset.problems)
     for clip, sound in zip(dataset.clips, heard, strict=True):
-        if isinstance(sound, str):
+        if isinstance(sound, Sound):
+            sounds[clip] = sound
+        else:
             problems[dataset.name(clip.path)] = sound
     if not sounds:
         raise UserError(f"{path}: no file can be read; the first: {next(iter(problems.items()))}")
@@ -111,31 +111,29 @@ def inspect(path: Path | str) -> dict[str, Any]:
         if len({clip.machine for clip in clips}) > 1
         or len({clip.anomaly for clip in clips if clip.anomaly is not None}) > 1
     ]  # fmt: skip
-    names = {clip: dataset.name(clip.path) for clip in sounds}
+
+    def named(groups: list[list[Clip]]) -> list[list[str]]:
+        return [[dataset.name(clip.path) for clip in clips] for clips in groups]
+
     return {
         "data": dataset.root.name,
         "layout": dataset.layout,
         "synthetic": dataset.synthetic,
         "clips": len(sounds),
         "machines": _machines(sounds),
-        "duplicates": [[names[clip] for clip in clips] for clips in duplicates],
-        "across": [[names[clip] for clip in clips] for clips in across],
-        "conflicts": [[names[clip] for clip in clips] for clips in conflicts],
+        "duplicates": named(duplicates),
+        "across": named(across),
+        "conflicts": named(conflicts),
         "problems": problems,
         "files": [_file(dataset, clip, sound) for clip, sound in sounds.items()],
     }
 
 
-def _listen_to_all(clips: list[Clip]) -> list[Sound | str]:
-    def one(clip: Clip) -> Sound | str:
-        try:
-            return listen(clip.path)
-        except UserError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        heard = pool.map(one, clips)
-        return list(tqdm(heard, "inspecting", len(clips), unit="clip", disable=None, leave=False))
+def _listen_to(clip: Clip) -> Sound | str:
+    try:
+        return listen(clip.path)
+    except UserError as error:
+        return str(error)
 
 
 def _packed(line: dict[str, Any]) -> Sound | str:
@@ -148,9 +146,8 @@ def _packed(line: dict[str, Any]) -> Sound | str:
 
 
 def _file(dataset: Dataset, clip: Clip, sound: Sound) -> dict[str, Any]:
-    said = {
-        name: getattr(clip, name) for name in ("machine_type", "machine_id", "split", "anomaly", "domain")
-    }
+    names = ("machine_type", "machine_id", "split", "anomaly", "domain")
+    said = {name: getattr(clip, name) for name in names}
     return {"file": dataset.name(clip.path), **said, **asdict(sound)}
 
 
@@ -159,16 +156,15 @@ def _machines(sounds: dict[Clip, Sound]) -> list[dict[str, Any]]:
     for clip in sounds:
         grouped[clip.machine].append(clip)
     rows = []
-    for (machine_type, machine_id), clips in sorted(
-        grouped.items(), key=lambda item: (item[0][0].lower(), item[0])
-    ):
+    for machine in sorted(grouped, key=lambda machine: (machine[0].lower(), machine)):
+        clips = grouped[machine]
         counts = Counter((clip.split, clip.anomaly) for clip in clips)
         heard = [sounds[clip] for clip in clips]
         rows.append(
             {
-                "type": machine_type,
-                "id": machine_id,
-                "train": sum(count for (split, _), count in counts.items() if split == "train"),
+                "type": machine[0],
+                "id": machine[1],
+                "train": sum(clip.split == "train" for clip in clips),
                 "test_normal": counts["test", 0],
                 "test_anomaly": counts["test", 1],
                 "test_unlabelled": counts["test", None],
@@ -205,18 +201,13 @@ def remarks(result: dict[str, Any], most: int = 5) -> str:
         ("duplicates", "sounds are there more than once"),
         ("across", "sounds are in train and in test: their scores mean nothing"),
         ("conflicts", "sounds have two machines or two truths"),
+        ("problems", "files cannot be used"),
     ):
-        groups = result[name]
-        if groups:
-            lines.append(f"{len(groups)} {what}:")
-            lines += [f"  {' = '.join(files)}" for files in groups[:most]]
-            lines += [f"  ... and {len(groups) - most} more"] if len(groups) > most else []
-    if result["problems"]:
-        lines.append(f"{len(result['problems'])} files cannot be used:")
-        lines += [f"  {file}: {reason}" for file, reason in list(result["problems"].items())[:most]]
-        lines += (
-            [f"  ... and {len(result['problems']) - most} more"] if len(result["problems"]) > most else []
-        )
+        found = result[name]
+        if found:
+            lines.append(f"{len(found)} {what}:")
+            joined = map(": ".join, found.items()) if name == "problems" else map(" = ".join, found)
+            lines += first_lines(list(joined), most)
     return "\n".join(lines)
 
 

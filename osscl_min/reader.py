@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.config import AudioConfig
 from osscl_min.dataset import Clip, Dataset, decode, scan
@@ -44,8 +44,7 @@ class FolderReader:
         if fits:
             self.samples = np.empty((len(clips), audio.samples), np.int16)
 
-        def check(numbered: tuple[int, Clip]) -> str | list[str]:
-            number, clip = numbered
+        def check(number: int, clip: Clip) -> str | list[str]:
             try:
                 samples, remarks = decode(clip.path, audio, dataset.channel)
             except UserError as error:
@@ -54,17 +53,8 @@ class FolderReader:
                 self.samples[number] = samples
             return remarks
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = list(
-                tqdm(
-                    pool.map(check, enumerate(clips)),
-                    "reading clips",
-                    len(clips),
-                    unit="clip",
-                    disable=None,
-                    leave=False,
-                )
-            )
+        bar = {"desc": "reading clips", "unit": "clip", "disable": None, "leave": False, "tqdm_class": tqdm}
+        results = thread_map(check, range(len(clips)), clips, max_workers=os.cpu_count(), **bar)
         usable = _use(dataset, clips, results)
         self.clips = [clip for clip, ok in zip(clips, usable, strict=True) if ok]
         if fits and not all(usable):
@@ -78,11 +68,10 @@ class FolderReader:
         if out is None:
             out = np.empty((len(positions), self.audio.samples), np.int16)
         for row, position in zip(out, positions, strict=True):
-            row[:] = (
-                self.samples[position]
-                if self.samples is not None
-                else decode(self.clips[position].path, self.audio, self.channel)[0]
-            )
+            if self.samples is not None:
+                row[:] = self.samples[position]
+            else:
+                row[:], _ = decode(self.clips[position].path, self.audio, self.channel)
         return out
 
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.config import AudioConfig, Config, from_dict, to_dict
 from osscl_min.evaluate import evaluate
@@ -98,9 +98,9 @@ def run_all(runs: Sequence[Run], data: Path | str, *, device: str = "auto", jobs
         said = (run.folder / "output.txt").read_text().strip().splitlines()
         return said[-1] if said else f"ended with status {status}"
 
-    with ThreadPoolExecutor(jobs) as pool:
-        results = tqdm(pool.map(one, runs), "training runs", len(runs), unit="run", disable=None)
-        return {run: said for run, said in zip(runs, results, strict=True) if said}
+    bar = {"desc": "training runs", "unit": "run", "disable": None, "tqdm_class": tqdm}
+    results = thread_map(one, runs, max_workers=jobs, **bar)
+    return {run: said for run, said in zip(runs, results, strict=True) if said}
 
 
 def _work(task: dict[str, Any]) -> None:
