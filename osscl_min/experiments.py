@@ -28,12 +28,10 @@ def variants(name: str, config: Config) -> dict[str, Changes]:
     config : Config
         What they differ from; two-stage training needs its epochs.
     """
-    if name == "seeds":
-        return {BASELINE: {}}
+    maps = ("log_mel", "tgram", "tfgram")
     plain = {"loss.mixup": False, "loss.contrastive": "none"}
-    if name == "components":
-        return {
-            BASELINE: {},
+    differing: dict[str, dict[str, Changes]] = {
+        "components": {
             "head: leaky": {"model.head": "leaky"},
             "head: none": {"model.head": "none"},
             "no SupCon": {"loss.contrastive": "none"},
@@ -42,40 +40,29 @@ def variants(name: str, config: Config) -> dict[str, Changes]:
             "no mixup": {"loss.mixup": False},
             "no mixup, no SupCon": plain,
             **{f"margin {margin:g}": {"model.margin": margin} for margin in (0.0, 0.2, 0.6)},
-        }
-    if name == "inputs":
-        maps = ("log_mel", "tgram", "tfgram")
-        return {
-            BASELINE: {},
+        },
+        "inputs": {
             "log-mel": {"model.inputs": maps[:1]},
             "log-mel, Tgram": {"model.inputs": maps[:2]},
             "log-mel, TFgram": {"model.inputs": maps[::2]},
             "all, TFgram frozen": {"model.frozen": maps[2:]},
-        }
-    if name == "training":
-        return {
-            BASELINE: {},
+        },
+        "training": {
             "two-stage": {"train.pretrain_epochs": max(1, config.train.epochs // 2)},
             "ArcFace": plain,
             "ArcMix": {"loss.contrastive": "none", "loss.margin_on": "each"},
             "Noisy-ArcMix": {"loss.contrastive": "none"},
-        }
-    if name == "precision":
-        return {BASELINE: {}, "bfloat16": {"train.precision": "bf16"}, "TF32": {"train.precision": "tf32"}}
-    if name == "noise":
-        return {BASELINE: {}, "noise in training": {"train.noise": 0.5}}
-    if name == "embeddings":
-        return {BASELINE: {}, "head: none": {"model.head": "none"}}
-    if name in EXAMINED:
-        return {BASELINE: {}}
-    return {
-        BASELINE: {},
-        **{
+        },
+        "precision": {"bfloat16": {"train.precision": "bf16"}, "TF32": {"train.precision": "tf32"}},
+        "high-frequency-training": {
             f"{kind} {cutoff / 1000:g} kHz": {"model.audio.filter": kind, "model.audio.cutoff": cutoff}
             for kind in ("low-pass", "high-pass")
             for cutoff in probes.CUTOFFS
         },
+        "noise": {"noise in training": {"train.noise": 0.5}},
+        "embeddings": {"head: none": {"model.head": "none"}},
     }
+    return {BASELINE: {}, **differing.get(name, {})}
 
 
 def run(
