@@ -114,10 +114,8 @@ def interpret(
     for name in names:
         match = layout.pattern.fullmatch(str(name.with_suffix("")))
         if not match:
-            found[name] = (
-                f"no machine id in the name or in an unexpected place; the others are {layout.name}: "
-                f"{layout.expected}"
-            )
+            reason = "no machine id in the name or in an unexpected place; the others are"
+            found[name] = f"{reason} {layout.name}: {layout.expected}"
             continue
         part = match.groupdict()
         state = part.get("folder") or part["state"]
@@ -155,19 +153,15 @@ def _hold_out(found: dict[PurePosixPath, dict | str]) -> None:
     first normal recordings in the order of their numbers, the same ones at every signal-to-noise ratio.
     """
     recordings = defaultdict(lambda: (set(), set()))
-    for name, clip in found.items():
-        if isinstance(clip, dict):
-            recordings[clip["machine_type"], clip["machine_id"]][clip["anomaly"]].add(name.stem)
+    clips = {name: clip for name, clip in found.items() if isinstance(clip, dict)}
+    for name, clip in clips.items():
+        recordings[clip["machine_type"], clip["machine_id"]][clip["anomaly"]].add(name.stem)
     held_out = {
         machine: set(sorted(normal)[: min(len(abnormal), len(normal) // 2)])
         for machine, (normal, abnormal) in recordings.items()
     }
-    for name, clip in found.items():
-        if (
-            isinstance(clip, dict)
-            and not clip["anomaly"]
-            and name.stem in held_out[clip["machine_type"], clip["machine_id"]]
-        ):
+    for name, clip in clips.items():
+        if not clip["anomaly"] and name.stem in held_out[clip["machine_type"], clip["machine_id"]]:
             clip["split"] = "test"
 
 
@@ -192,21 +186,16 @@ def read_manifest(path: Path) -> dict[Path, dict | str]:
         If a column is missing, a value has another form, or a file is named twice.
     """
     found: dict[Path, dict | str] = {}
+    columns = ("path", "machine_type", "machine_id", "split", "anomaly")
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        rows.fieldnames = [name.strip().lower().replace(" ", "_") for name in rows.fieldnames or []]
         names = {"type": "machine_type", "id": "machine_id", "file": "path"}
-        rows.fieldnames = [names.get(name, name) for name in rows.fieldnames]
-        missing = [
-            name
-            for name in ("path", "machine_type", "machine_id", "split", "anomaly")
-            if name not in rows.fieldnames
-        ]
+        given = [name.strip().lower().replace(" ", "_") for name in rows.fieldnames or []]
+        rows.fieldnames = [names.get(name, name) for name in given]
+        missing = [name for name in columns if name not in rows.fieldnames]
         if missing:
-            raise UserError(
-                f"{path}: no column {', '.join(missing)}; the first line must be "
-                "path,machine_type,machine_id,split,anomaly"
-            )
+            first = f"the first line must be {','.join(columns)}"
+            raise UserError(f"{path}: no column {', '.join(missing)}; {first}")
         for row in rows:
             row = {key: (value or "").strip() for key, value in row.items() if key}
             where = f"{path}, line {rows.line_num}"
@@ -222,15 +211,12 @@ def read_manifest(path: Path) -> dict[Path, dict | str]:
             elif not clip.is_file():
                 found[clip] = "no such file"
             else:
+                truth = int(row["anomaly"]) if row["anomaly"] else None
                 found[clip] = {
                     "machine_type": row["machine_type"],
                     "machine_id": row["machine_id"],
                     "split": row["split"],
-                    "anomaly": 0
-                    if row["split"] == "train"
-                    else int(row["anomaly"])
-                    if row["anomaly"]
-                    else None,
+                    "anomaly": 0 if row["split"] == "train" else truth,
                     "subset": row.get("subset") or "development",
                     "domain": row.get("domain", ""),
                     "attributes": row.get("attributes", ""),

@@ -130,14 +130,11 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
     """
     known = [score for score in scores if score.anomaly is not None]
     if not known:
-        raise UserError(
-            "no clip has a known truth, so there is nothing to measure; labels may be given by a file"
-        )
-    for score in known:
-        if not math.isfinite(score.score):
-            raise UserError(
-                f"{score.machine_type} {score.file}: the score is {score.score}, not a finite number"
-            )
+        what = "no clip has a known truth, so there is nothing to measure"
+        raise UserError(f"{what}; labels may be given by a file")
+    for one in known:
+        if not math.isfinite(one.score):
+            raise UserError(f"{one.machine_type} {one.file}: the score is {one.score}, not a finite number")
     grouped: dict[str, dict[str, list[Score]]] = {}
     for score in known:
         grouped.setdefault(score.machine_type, {}).setdefault(score.machine_id, []).append(score)
@@ -203,10 +200,7 @@ def _areas(truth: np.ndarray, value: np.ndarray, weight: np.ndarray | None = Non
         return {"auc": auc(truth, value), "pauc": auc(truth, value, MAX_FPR)}
     if len(np.unique(truth)) < 2:
         return {"auc": None, "pauc": None}
-    return {
-        "auc": weighted_auc(truth, value, weight),
-        "pauc": weighted_auc(truth, value, weight, MAX_FPR),
-    }
+    return {"auc": weighted_auc(truth, value, weight), "pauc": weighted_auc(truth, value, weight, MAX_FPR)}
 
 
 def _summary(pooled: dict[str, Any], ids: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -234,10 +228,8 @@ def _resample(truth: np.ndarray, times: int, random: np.random.Generator) -> np.
     weight = np.zeros((times, len(truth)), np.int64)
     for value in (0, 1):
         members = np.flatnonzero(truth == value)
-        if len(members):
-            weight[:, members] = random.multinomial(
-                len(members), np.full(len(members), 1 / len(members)), times
-            )
+        if count := len(members):
+            weight[:, members] = random.multinomial(count, np.full(count, 1 / count), times)
     return weight
 
 
@@ -278,10 +270,8 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
                 except (IndexError, ValueError) as error:
                     if not row:
                         continue
-                    text = ",".join(row)
-                    raise UserError(
-                        f"{path}, line {number}: expected `file name,score`, got {text!r}"
-                    ) from error
+                    got = f"got {','.join(row)!r}"
+                    raise UserError(f"{path}, line {number}: expected `file name,score`, {got}") from error
                 stem = Path(name).stem
                 if stem.startswith(("anomaly_", "normal_")):
                     anomaly = int(stem.startswith("anomaly_"))
@@ -297,17 +287,14 @@ def write_metrics(metrics: dict[str, Any], out: Path | str) -> None:
     """Write metrics.json and metrics.csv in `out`."""
     out = Path(out)
     write_json(out / "metrics.json", metrics)
-    header = ["level", "type", "id", "normal", "anomaly", "auc", "pauc", *NAMES]
-    entries = [("id", entry) for entry in metrics["ids"]] + [("type", entry) for entry in metrics["types"]]
-    entries.append(("average", metrics["average"]))
-    write_csv(
-        out / "metrics.csv",
-        [*header, "interval"],
-        [
-            [level, *(entry.get(name) for name in header[1:]), entry.get("interval")]
-            for level, entry in entries
-        ],
-    )
+    names = ["type", "id", "normal", "anomaly", "auc", "pauc", *NAMES, "interval"]
+    levels = {"id": metrics["ids"], "type": metrics["types"], "average": [metrics["average"]]}
+    rows = [
+        [level, *(entry.get(name) for name in names)]
+        for level, entries in levels.items()
+        for entry in entries
+    ]
+    write_csv(out / "metrics.csv", ["level", *names], rows)
 
 
 def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] = ()) -> list[list[str]]:
@@ -329,10 +316,8 @@ def percent(entry: dict[str, Any], name: str) -> str:
     """A figure of an entry in percent, with its interval where there is one; "-" where there is none."""
     if entry.get(name) is None:
         return "-"
-    interval = (entry.get("interval") or {}).get(name)
-    return f"{100 * entry[name]:.2f}" + (
-        f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
-    )
+    low, high = (entry.get("interval") or {}).get(name) or (None, None)
+    return f"{100 * entry[name]:.2f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:

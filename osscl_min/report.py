@@ -122,9 +122,8 @@ def results_table(run: Path | str) -> list[list[str]]:
     """
     trained, untrained = (_metrics(Path(run) / name) for name in ("evaluation", "untrained"))
     if not trained:
-        raise UserError(
-            f"{run}: no metrics in it; run `python -m osscl_min evaluate` on clips of known truth"
-        )
+        todo = "run `python -m osscl_min evaluate` on clips of known truth"
+        raise UserError(f"{run}: no metrics in it; {todo}")
     rows = table(trained, [("average, untrained", untrained["average"])] if untrained else [])
     recognised = {"machine type": "machine recognised"}
     for row, name in (("average", "evaluation"), ("average, untrained", "untrained")):
@@ -170,9 +169,8 @@ def thresholds_table(run: Path | str) -> list[list[str]]:
             alarms = f"{found['false_alarms']} of {found['normal_clips']}"
             detected = f"{found['detected']} of {found['anomalous_clips']}"
             share = f"{100 * found['rate_found']:.1f} %"
-            table.append(
-                [method, f"{100 * rate:g} %", found["threshold_from"], alarms, share, *intervals, detected]
-            )
+            asked = [method, f"{100 * rate:g} %", found["threshold_from"]]
+            table.append([*asked, alarms, share, *intervals, detected])
     return table
 
 
@@ -336,20 +334,13 @@ def _markdown(text: str) -> str:
 def _high_frequency(ablation: dict[str, Any]) -> str:
     if not ablation:
         return _missing("ablate high-frequency --checkpoint RUN/best.pt --data DATA --out RUN/high_frequency")
-    rows = [
-        [
-            "filter",
-            "cut-off (Hz)",
-            "average",
-            *(e["type"] for e in ablation["conditions"][0]["metrics"]["types"]),
-        ]
-    ]
+    types = [entry["type"] for entry in ablation["conditions"][0]["metrics"]["types"]]
+    rows = [["filter", "cut-off (Hz)", "average", *types]]
     for condition in ablation["conditions"]:
         metrics = condition["metrics"]
+        cutoff = f"{condition['cutoff_hz']:g}" if condition["cutoff_hz"] else "-"
         cells = [percent(entry, "auc_id_mean") for entry in (metrics["average"], *metrics["types"])]
-        rows.append(
-            [condition["filter"], f"{condition['cutoff_hz']:g}" if condition["cutoff_hz"] else "-", *cells]
-        )
+        rows.append([condition["filter"], cutoff, *cells])
     text = "AUC, id-mean, percent. Filter: {filter}, order {order}, of clips at {sample_rate} Hz."
     return f"<p>{escape(text.format(**ablation))}</p>" + _table(rows)
 

@@ -73,13 +73,8 @@ def examine(task: tuple[Path, str, str], audio: AudioConfig, channel: int | None
     entry = Entry(file, split, *stamp(path), file_hash(path))
     try:
         info = soundfile.info(path)
-        entry = replace(
-            entry,
-            rate=info.samplerate,
-            channels=info.channels,
-            frames=info.frames,
-            encoding=info.subtype,
-        )
+        found = {"rate": info.samplerate, "channels": info.channels, "frames": info.frames}
+        entry = replace(entry, **found, encoding=info.subtype)
     except RuntimeError:
         pass  # `decode` says why
     try:
@@ -121,28 +116,22 @@ def read_index(store: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]
     store = Path(store)
     if not (store / INDEX).is_file():
         raise UserError(f"{store}: its packing was not finished; run the same `pack` again, it goes on")
-    again = f"{store / INDEX} is damaged; run the same `pack` again"
+    again = "run the same `pack` again"
     try:
         with open(store / INDEX, encoding="utf-8") as file:
             header, *lines = map(json.loads, file)
         complete = header["format"] == FORMAT and header["files"] == len(lines)
         complete = complete and all(line.keys() >= {*NAMES, *CLIP_NAMES} for line in lines)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(again) from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
     if not complete:
-        raise UserError(again)
+        raise UserError(f"{store / INDEX} is damaged; {again}")
     for split in ("train", "test"):
         array = store / ARRAY.format(split)
-        ends = (
-            line["offset"] + line["length"]
-            for line in lines
-            if line["split"] == split and not line["problem"]
-        )
-        needed = max(ends, default=0) * SAMPLE.itemsize
+        usable = [line for line in lines if line["split"] == split and not line["problem"]]
+        needed = max((line["offset"] + line["length"] for line in usable), default=0) * SAMPLE.itemsize
         if size_of(array) < needed:
-            raise UserError(
-                f"{array} is damaged: {size_of(array)} bytes, not {needed}; run the same `pack` again"
-            )
+            raise UserError(f"{array} is damaged: {size_of(array)} bytes, not {needed}; {again}")
     return header, lines
 
 
