@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import compress, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -57,29 +57,23 @@ def false_alarms(best: Path, data: Path, device: str) -> list[dict[str, Any]]:
     truth = np.array([clip.anomaly for clip in test])
     machines = [clip.machine for clip in test]
     own, held_out = trained.held_out()
-    # each machine's first half of normal clips, counted from 0
-    half = np.array(
-        [label == 0 and int(clip.path.stem[-1]) % 2 == 0 for clip, label in zip(test, truth, strict=True)]
-    )
-    every = np.zeros(len(test), bool)
+    none = np.zeros(len(test), bool)
+    half = (truth == 0) & [int(clip.path.stem[-1]) % 2 == 0 for clip in test]  # each machine's even numbers
     rows = []
-    for name, more in (("validation split", every), ("and half of the test normals", half)):
-        for method, rate in itertools.product(("empirical", "gamma"), RATES):
-            known = [*own, *(m for m, chosen in zip(machines, more, strict=True) if chosen)]
+    for name, more in (("validation split", none), ("and half of the test normals", half)):
+        for method, rate in product(("empirical", "gamma"), RATES):
+            known = [*own, *compress(machines, more)]
             calibration = Calibration(known, [*held_out, *scores[more]], rate, method)
-            counted = ~more
-            chosen = [machine for machine, one in zip(machines, counted, strict=True) if one]
-            found = calibration.alarms(chosen, scores[counted], truth[counted])
-            first = {"held_out_clips": f"{name}, {len(known)}", "method": method, "rate_asked": rate}
-            rows.append(
-                first | {key: found[key] for key in found if key not in ("detected", "anomalous_clips")}
-            )
+            found = calibration.alarms(list(compress(machines, ~more)), scores[~more], truth[~more])
+            del found["anomalous_clips"], found["detected"]
+            asked = {"held_out_clips": f"{name}, {len(known)}", "method": method, "rate_asked": rate}
+            rows.append(asked | found)
     return rows
 
 
 def _many(folder: Path, files: Sequence[Path], count: int) -> Path:
     """A folder of `count` clips: links to `files`, again and again."""
-    for number, file in zip(range(count), itertools.cycle(files), strict=False):
+    for number, file in zip(range(count), cycle(files), strict=False):
         place = folder / str(number // len(files)) / Path(*file.parts[-3:])
         place.parent.mkdir(parents=True, exist_ok=True)
         os.symlink(file, place)
@@ -91,7 +85,7 @@ def _long(folder: Path, files: Sequence[Path], seconds: float) -> Path:
     path = folder / "fan" / "id_00" / "long.wav"
     path.parent.mkdir(parents=True)
     with soundfile.SoundFile(path, "w", 16_000, 1, "PCM_16") as out:
-        for file in itertools.cycle(files):
+        for file in cycle(files):
             out.write(soundfile.read(file, dtype="int16")[0])
             if out.frames >= seconds * 16_000:
                 return folder
@@ -118,21 +112,16 @@ def bench_score(out: Path, *, data: Path | None = None, device: str = "auto") ->
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         data = write_dataset(work / "data", SynthConfig()) if data is None else Path(data).resolve()
-        origin = (
-            "Synthetic: simulated machines" if (data / "synthetic.json").is_file() else f"Data {data.name}"
-        )
+        synthetic = (data / "synthetic.json").is_file()
+        origin = "Synthetic: simulated machines" if synthetic else f"Data {data.name}"
         best = train(data, work / "run", config, device=str(where))
         clips = sorted(data.glob("*/test/*.wav"))
         normal = [clip for clip in clips if clip.parts[-3] == "fan" and clip.stem.startswith("normal_id_00")]
         cases = [(f"{count} files", _many(work / f"many{count}", clips, count)) for count in FILES]
         cases += [(f"one of {m} minutes", _long(work / f"long{m}", normal, 60 * m)) for m in MINUTES]
         for what, folder in cases:
-            rows.append(
-                {
-                    "recordings": what,
-                    **fresh("osscl_min.bench_score:case", str(best), str(folder), str(where)),
-                }
-            )
+            figures = fresh("osscl_min.bench_score:case", str(best), str(folder), str(where))
+            rows.append({"recordings": what, **figures})
         alarms = false_alarms(best, data, str(where))
     what = f"{origin}; preset `quick`, {config.train.epochs} epochs."
     write_rows(

@@ -32,6 +32,11 @@ class Checkpoint:
     synthetic: bool = False  # trained on simulated machines
     calibration: dict[str, torch.Tensor] | None = None  # "labels", "scores" (n,) of held-out normal clips
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.model.arcface.weight.device
+
     def labels_of(self, clips: Iterable[Clip]) -> np.ndarray:
         """Each clip's class, (clips,) int64; -1 where its machine was never trained on."""
         numbers = {machine: label for label, machine in enumerate(self.classes)}

@@ -82,13 +82,12 @@ def score_clips(
     description : str
         For the progress bar.
     """
-    device = trained.model.arcface.weight.device
     labels = trained.labels_of(reader.clips)
     positions = np.arange(len(reader)) if positions is None else np.asarray(positions)
     if (labels[positions] < 0).any():
         raise UserError("a clip of a machine that was never trained on cannot be scored against itself")
+    device, model = trained.device, trained.model.eval()
     front = FrontEnd(trained.config.model.audio).to(device)
-    model = trained.model.eval()
     ranks = current() if len(positions) >= current().size else Ranks()
     own = ranks.blocks(positions)[ranks.rank]
     scores, predicted, embeddings = [], [], []
@@ -187,13 +186,11 @@ def evaluate(
             for row, clip, label in zip(rows, scored.clips, scored.predicted, strict=True)
         ],
     )
-    for machine_type, machine_id in sorted({clip.machine for clip in scored.clips}):
-        with replacing(out / f"anomaly_score_{machine_type}_id_{machine_id}.csv") as file:
-            file.writelines(
-                f"{row.file},{row.score!r}\n"
-                for row in rows
-                if (row.machine_type, row.machine_id) == (machine_type, machine_id)
-            )
+    machines = sorted({clip.machine for clip in scored.clips})
+    for machine in machines:
+        own = [row for row in rows if (row.machine_type, row.machine_id) == machine]
+        with replacing(out / f"anomaly_score_{'_id_'.join(machine)}.csv") as file:
+            file.writelines(f"{row.file},{row.score!r}\n" for row in own)
     with replacing(out / "embeddings.npz", "wb") as file:
         np.savez(file, embeddings=scored.embeddings.astype(np.float32), labels=scored.labels)
     measured = {}
@@ -212,7 +209,7 @@ def evaluate(
         "not_scored": left_out,
         "problems": opened.dataset.problems,
         "identity_accuracy": scored.identity_accuracy,
-        "machines": len({clip.machine for clip in scored.clips}),
+        "machines": len(machines),
         "ms_per_clip": 1000 * scored.seconds / len(rows),
         "peak_memory_mb": peak_memory_mb(),
         "config": to_dict(trained.config),

@@ -125,7 +125,7 @@ def input_maps(
     Log-mel in dB over Hz; Tgram and TFgram as the network has learned them, whose channels have no order.
     """
     audio, inputs = trained.config.model.audio, trained.config.model.inputs
-    wave = to_wave(reader.read(positions), trained.model.arcface.weight.device)
+    wave = to_wave(reader.read(positions), trained.device)
     with torch.no_grad():
         maps = trained.model.maps(wave, LogMel(audio).to(wave.device)(wave)).cpu().numpy()
     kinds = {0: "normal", 1: "anomalous", None: "unlabelled"}

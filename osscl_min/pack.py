@@ -142,11 +142,9 @@ def _update(
             del entries[entry.split, entry.file]
 
     free = {}
-    for name in arrays:
-        taken = {
-            entry.offset for held in (indexed, entries) for (split, _), entry in held.items() if split == name
-        }
-        free[name] = itertools.filterfalse(taken.__contains__, itertools.count(0, audio.samples))
+    for split in arrays:
+        taken = {entry.offset for entry in (*indexed.values(), *entries.values()) if entry.split == split}
+        free[split] = itertools.filterfalse(taken.__contains__, itertools.count(0, audio.samples))
     tasks = [
         (clip.path, file, split, arrays[split], next(free[split]))
         for (split, file), clip in clips.items()
@@ -194,20 +192,20 @@ def _what_is_there(store: Path, header: dict) -> tuple[dict[Key, Entry], dict[Ke
         raise UserError(f"{store} is not empty and no packed store; choose another folder")
     for left in store.glob(f".{INDEX}.*.part"):
         left.unlink()
-    indexed, _ = _read_entries(store, INDEX, header)
-    noted, whole = _read_entries(store, JOURNAL, header)
+    indexed, _ = _read_entries(store / INDEX, header)
+    noted, whole = _read_entries(store / JOURNAL, header)
     if (store / JOURNAL).is_file():
         os.truncate(store / JOURNAL, whole)
     return indexed, noted
 
 
-def _read_entries(store: Path, name: str, header: dict) -> tuple[dict[Key, Entry], int]:
+def _read_entries(path: Path, header: dict) -> tuple[dict[Key, Entry], int]:
     """Entries up to the first line that is damaged, and the bytes up to there."""
     entries: dict[Key, Entry] = {}
     whole = 0
-    if not (store / name).is_file():
+    if not path.is_file():
         return entries, whole
-    with open(store / name, "rb") as file:
+    with open(path, "rb") as file:
         for line in file:
             try:
                 content = json.loads(line if line.endswith(b"\n") else "")
@@ -220,7 +218,8 @@ def _read_entries(store: Path, name: str, header: dict) -> tuple[dict[Key, Entry
             except (ValueError, KeyError, TypeError):
                 break
             if not whole and there != here:
-                raise UserError(f"{store} holds {there}, not {here}; choose another folder or remove it")
+                todo = "choose another folder or remove it"
+                raise UserError(f"{path.parent} holds {there}, not {here}; {todo}")
             whole += len(line)
     return entries, whole
 
@@ -239,10 +238,9 @@ def write_index(store: Path, header: dict, clips: dict[Key, Clip], entries: dict
     for array in store.glob(ARRAY.format("*")):
         with open(array, "rb") as file:
             os.fsync(file.fileno())
+    usable = [clips[key] for key, entry in entries.items() if key[0] == "train" and not entry.problem]
     try:
-        classes = label_table(
-            clips[key] for key, entry in entries.items() if key[0] == "train" and not entry.problem
-        )
+        classes = label_table(usable)
     except UserError:  # one machine alone
         classes = ()
     numbers = {machine: number for number, machine in enumerate(classes)}

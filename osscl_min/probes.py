@@ -53,8 +53,8 @@ class Subject:
         reader = getattr(self.data, split)
         labels = self.trained.labels_of(reader.clips)
         cuts = batches_of(np.flatnonzero(labels >= 0), self.config.batch_size, least=1)
-        device = self.trained.model.arcface.weight.device
-        for (samples, target), cut in zip(load_batches(reader, labels, cuts, device), cuts, strict=True):
+        loaded = load_batches(reader, labels, cuts, self.trained.device)
+        for (samples, target), cut in zip(loaded, cuts, strict=True):
             yield samples, target, cut.tolist()
 
 
@@ -126,15 +126,14 @@ def scored_otherwise(subject: Subject) -> Measured:
 
 def machine_levels(subject: Subject) -> torch.Tensor:
     """Mean log-mel (dB) of each machine's training clips over clips and frames: (classes, mels)."""
-    trained = subject.trained
-    audio = trained.config.model.audio
-    front = FrontEnd(audio).to(trained.model.arcface.weight.device)
-    total = torch.zeros(len(trained.classes), audio.mels, device=trained.model.arcface.weight.device)
-    count = torch.zeros(len(total), 1, device=total.device)
+    audio, classes = subject.trained.config.model.audio, len(subject.trained.classes)
+    front = FrontEnd(audio).to(subject.trained.device)
+    total = torch.zeros(classes, audio.mels, device=subject.trained.device)
+    count = torch.zeros(classes, dtype=torch.int64, device=total.device)
     for samples, labels, _ in subject.batches("train"):
         total.index_add_(0, labels, front(samples)[1].mean((1, 3)))
-        count.index_add_(0, labels, torch.ones(len(labels), 1, device=total.device))
-    return total / count.clamp(min=1)
+        count += labels.bincount(minlength=classes)
+    return total / count[:, None].clamp(min=1)
 
 
 def energy_shares(subject: Subject) -> list[dict[str, Any]]:

@@ -145,7 +145,7 @@ class Scorer:
         if machine_type is not None and machine_type not in self.types:
             raise UserError(self._unknown(machine_type))
         self.machine_type, self.machine_id = machine_type, machine_id
-        self.device = trained.model.arcface.weight.device
+        self.device = trained.device
         self.front = FrontEnd(self.audio).to(self.device)
 
     def _unknown(self, machine_type: str) -> str:

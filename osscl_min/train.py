@@ -106,8 +106,8 @@ def train(
             raise UserError(f"{dataset.root}: {len(reader)} training clips are too few")
         config = with_classes(config, len(classes))
         labels = np.array([classes.index(clip.machine) for clip in reader.clips])
-        split = split_validation(len(reader), config.train.validation_fraction, config.train.seed)
-        training, held_out = split
+        fraction, seed = config.train.validation_fraction, config.train.seed
+        training, held_out = split_validation(len(reader), fraction, seed)
         about = {
             "config": to_dict(config),
             "data": {
@@ -125,7 +125,7 @@ def train(
             "provenance": provenance(where),
         }
         say(f"training in {running}")
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(seed)
         trainer = Trainer(config, where, ranks=ranks)
         source = resident(reader, config.model.audio.samples, where, config.engine.resident)
         files = [clip.path.name for clip in reader.clips]
@@ -184,7 +184,7 @@ class Run:
     def train_epoch(self) -> None:
         """The rest of an epoch; a checkpoint now and then, and one where a signal asks for the end."""
         trainer, position, config = self.trainer, self.position, self.trainer.config
-        ranks, device = trainer.ranks, trainer.device
+        ranks, device, seed = trainer.ranks, trainer.device, config.train.seed
         trainer.start_epoch(position.epoch)
         batches = self.batches()
         todo = batches[position.step :]
@@ -194,15 +194,13 @@ class Run:
         for batch, (samples, target) in zip(todo, loaded, strict=True):
             step = position.step + len(pending)
             sizes = [len(block) for block in ranks.blocks(batch)]
-            mix, partners = draw_mixing(
-                config.train.seed, position.epoch, step, config.loss.mixup_alpha, sizes
-            )
+            mix, partners = draw_mixing(seed, position.epoch, step, config.loss.mixup_alpha, sizes)
             if device.type == "cuda":
                 mix = to_device(np.array(mix, np.float32), device)
             drawn = mix, to_device(partners[ranks.rank], device)
             share, noise = len(target) / len(batch), None
             if config.train.noise:
-                random = np.random.default_rng([config.train.seed, 3, position.epoch, step, ranks.rank])
+                random = np.random.default_rng([seed, 3, position.epoch, step, ranks.rank])
                 noise = training_noise(config.train.noise, config.model.audio, random)
             pending.append(trainer.batch_step(samples, target, *drawn, share=share, transform=noise))
             self.bar.update()
@@ -282,34 +280,29 @@ class Run:
         """Go on from last.pt, where there is one; otherwise begin the folder."""
         last = self.out / "last.pt"
         found, ranks = last.is_file(), self.trainer.ranks
-        if len(set(ranks.gather((found, self.about["data"]["clips"])))) > 1:
+        clips = self.about["data"]["clips"]
+        if len(set(ranks.gather((found, clips)))) > 1:
             raise UserError(
                 f"{self.out}: the processes see different data or run folders; they must share one"
             )
         if not found:
-            if self.trainer.ranks.first:
+            if ranks.first:
                 write_json(self.out / "config.json", self.about)
                 self._write("initial.pt", 0)
             return False
         content = checkpoint.read(last, self.trainer.device)
-        configs = [
-            {name: value for name, value in config.items() if name != "engine"}
-            for config in (self.about["config"], content["config"])
-        ]
-        for name, here, there in (
-            ("configuration", *configs),
-            ("data", {"clips": self.about["data"]["clips"]}, {"clips": content["clips"]}),
+        configs = [config | {"engine": None} for config in (self.about["config"], content["config"])]
+        for name, difference in (
+            ("configuration", _first_difference(*configs)),
+            ("data", _first_difference(clips, content["clips"], "clips")),
         ):
-            difference = _first_difference(here, there)
             if difference:
-                raise UserError(
-                    f"{self.out} holds a run with another {name} ({difference}); choose another folder or "
-                    "remove it"
-                )
+                todo = "choose another folder or remove it"
+                raise UserError(f"{self.out} holds a run with another {name} ({difference}); {todo}")
         self.trainer.load(content)
         self.position = Position(**content["position"])
         before, now = content.get("running"), self.about["running"]
-        if before and before != now and self.trainer.ranks.first:
+        if before and before != now and ranks.first:
             # sums are taken in another order
             tqdm.write(f"goes on in {now} after {before}: the last bits will differ from one run in one go")
         return True
@@ -337,9 +330,8 @@ class Run:
 
     def _write_last(self, name: str) -> None:
         about = {"clips": self.about["data"]["clips"], "running": self.about["running"]}
-        self._write(
-            name, self.position.epoch, position=asdict(self.position), **self.trainer.state(), **about
-        )
+        state = {"position": asdict(self.position), **self.trainer.state(), **about}
+        self._write(name, self.position.epoch, **state)
 
     def _write(self, name: str, epoch: int, **content: Any) -> None:
         content = {"ema": self.trainer.ema.state_dict(), "epoch": epoch} | content
