@@ -50,9 +50,8 @@ class ModelConfig:
     inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")  # maps (paper)
     classes: int = 41  # machine identities of DCASE 2020 Task 2 (code); other data sets it to their own
     embedding: int = 128  # dimensions (code)
-    head: Literal["basic", "leaky", "none"] = (
-        "basic"  # feature perturbation head: ReLU, LeakyReLU 0.01 (paper)
-    )
+    # feature perturbation head: ReLU, LeakyReLU 0.01 (paper)
+    head: Literal["basic", "leaky", "none"] = "basic"
     frozen: tuple[Literal["tgram", "tfgram"], ...] = ()  # convolutions left as they were drawn (ours)
     scale: float = 30.0  # ArcFace s (code)
     margin: float = 0.4  # ArcFace m, radians (code)
@@ -84,13 +83,11 @@ class TrainConfig:
     learning_rate: float = 1e-4  # AdamW, default betas, eps and weight decay 0.01 (code)
     final_learning_rate: float = 1e-5  # cosine annealing over the epochs (code)
     ema_decay: float = 0.9999  # after every step, over every float entry of the state (code)
-    student_decay: float = (
-        2e-6  # every such entry of the student times 1 - this, after the EMA (code); 0 is off
-    )
+    # every such entry of the student times 1 - this, after the EMA (code); 0 is off
+    student_decay: float = 2e-6
     pretrain_epochs: int = 0  # first epochs with SupCon of clean clips alone, then cross-entropy alone (ours)
-    noise: float = (
-        0.0  # share of the training clips that get white or pink noise added, 20 to -10 dB SNR (ours)
-    )
+    # share of the training clips that get white or pink noise added, 20 to -10 dB SNR (ours)
+    noise: float = 0.0
     precision: Precision = "fp32"  # of the network (code); cosines, losses and statistics stay float32
     validation_fraction: float = 0.05  # random split (code)
     seed: int = 2024  # of every random draw (code)
@@ -114,9 +111,8 @@ class EvaluateConfig:
     batch_size: int = 16  # clips (ours; the authors score one clip at a time)
     precision: Precision = "fp32"  # of the network (code)
     bootstrap: int = 1000  # resamples for the 95 % intervals (ours); 0 leaves them out
-    score: Literal["exact", "upstream"] = (
-        "exact"  # upstream: cross-entropy in float32, which ties at 0 (code)
-    )
+    # upstream: cross-entropy in float32, which ties at 0 (code)
+    score: Literal["exact", "upstream"] = "exact"
 
 
 @dataclass(frozen=True)

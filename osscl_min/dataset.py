@@ -132,13 +132,8 @@ def scan(root: Path | str, channel: int | None = None) -> Dataset:
     Parameters
     ----------
     root : Path or str
-        A folder in one of these layouts, recognised by its file names, of wav or flac files:
-        DCASE 2020 (TYPE/train/normal_id_00_00000000.wav, TYPE/test/anomaly_id_00_00000000.wav);
-        DCASE 2021 to 2025 (TYPE/train/section_00_source_train_normal_0000.wav; the section is the id);
-        MIMII (6_dB_fan/fan/id_00/normal/00000000.wav); plain (TYPE/ID/any_name.wav, all normal, and, if you
-        have them, test/TYPE/ID/normal/..., test/TYPE/ID/anomaly/...).
-        Or a manifest: a CSV file with the columns path, machine_type, machine_id, split, anomaly, or a folder
-        with a manifest.csv.
+        A folder of wav or flac files in one of `layouts.LAYOUTS`, recognised by its file names, or with a
+        manifest.csv; or a manifest, see `layouts.read_manifest`.
     channel : int, optional
         The channel to take of files with several; left out, the layout's own: 0 for MIMII, else their mean.
 

@@ -58,9 +58,8 @@ def replacing(path: Path | str, mode: str = "w") -> Iterator[IO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         os.fchmod(descriptor, 0o644)
-        with os.fdopen(
-            descriptor, mode, **({} if "b" in mode else {"newline": "", "encoding": "utf-8"})
-        ) as file:
+        as_text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+        with os.fdopen(descriptor, mode, **as_text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -116,16 +115,11 @@ def provenance(device: Any = None) -> dict[str, str]:
     import numpy
     import torch
 
+    describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= with changes"]
     root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root)]
     try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-        version = commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True)
+        version = commit.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         version = "not a git checkout"
     name = "cpu" if device is None else str(device)

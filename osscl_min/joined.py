@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from osscl_min.config import AudioConfig
-from osscl_min.dataset import Clip, Dataset
+from osscl_min.dataset import Clip
 from osscl_min.files import UserError
 from osscl_min.reader import Data, open_data
 from osscl_min.synth import SynthConfig, write_dataset
@@ -93,14 +93,11 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
             f"{own.dataset.root} and {added.dataset.root} both have a machine {' id '.join(min(same))}; "
             "give one of them another type or id"
         )
-    dataset = Dataset(
-        own.dataset.root,
-        own.dataset.clips + added.dataset.clips,
-        problems=own.dataset.problems
-        | {f"{added.dataset.root.name}/{file}": why for file, why in added.dataset.problems.items()},
+    problems = {f"{added.dataset.root.name}/{file}": why for file, why in added.dataset.problems.items()}
+    dataset = replace(
+        own.dataset,
+        clips=own.dataset.clips + added.dataset.clips,
+        problems=own.dataset.problems | problems,
         remarks=own.dataset.remarks + added.dataset.remarks,
-        synthetic=own.dataset.synthetic,
-        layout=own.dataset.layout,
-        channel=own.dataset.channel,
     )
     return Data(dataset, JoinedReader([own.train, added.train]))
