@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,24 @@ if not torch.cuda.is_available():
 
 from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig  # noqa: E402
 
-# a whole training in seconds
-TINY = replace(
-    PRESETS["quick"],
-    model=ModelConfig(audio=AudioConfig(seconds=1.0)),
-    train=replace(PRESETS["quick"].train, epochs=3, batch_size=5),
-)
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+COMMAND = [sys.executable, "-m", "osscl_min"]
+
+
+def tiny(train, **parts):
+    """Preset quick with clips of one second, other settings of the training and other parts."""
+    quick = PRESETS["quick"]
+    parts = {"model": ModelConfig(audio=AudioConfig(seconds=1.0)), **parts}
+    return replace(quick, train=replace(quick.train, **train), **parts)
+
+
+TINY = tiny({"epochs": 3, "batch_size": 5})  # a whole training in seconds
+
+
+def environment(**more):
+    """For a process of its own that imports the packages."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"} | more
 
 
 def pytest_report_header(config):
@@ -72,13 +84,7 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     counts = SynthConfig(seconds=1.0, ids_per_type=2, train_clips=3, test_normal=2, test_anomaly=2)
     data = write_dataset(run / "data", counts)
     scoring = EvaluateConfig(batch_size=24, bootstrap=20)
-    config = replace(
-        PRESETS["quick"],
-        model=ModelConfig(audio=AudioConfig(seconds=1.0)),
-        train=replace(PRESETS["quick"].train, epochs=2),
-        evaluate=scoring,
-    )
-    best = train(data, run, config, device="cpu")
+    best = train(data, run, tiny({"epochs": 2}, evaluate=scoring), device="cpu")
     evaluate(best, data, run / "evaluation", config=scoring, device="cpu")
     evaluate(run / "initial.pt", data, run / "untrained", config=scoring, device="cpu")
     examine(

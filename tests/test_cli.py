@@ -1,38 +1,24 @@
 """The command line and reproduce.sh, as a user types them."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import COMMAND, ROOT, environment
 
-ROOT = Path(__file__).parent.parent
 
-
-def run(*command, **environment):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "NO_COLOR": "1", **environment}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
+def run(*command):
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment(NO_COLOR="1")}
+    return subprocess.run(list(map(str, command)), **options)
 
 
 def osscl(*arguments):
-    return run(sys.executable, "-m", "osscl_min", *arguments)
+    return run(*COMMAND, *arguments)
 
 
 def test_help_lists_the_commands():
     text = osscl("--help").stdout
-    for command in (
-        "synth",
-        "download",
-        "inspect",
-        "pack",
-        "train",
-        "evaluate",
-        "metrics",
-        "report",
-        "bench",
-    ):
+    for command in "synth download inspect pack train evaluate metrics report bench".split():
         assert command in text
 
 

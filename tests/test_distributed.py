@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY
+from conftest import TINY, environment
 from test_train import equal, state
 
 from osscl_min import checkpoint
@@ -27,7 +27,6 @@ from osscl_min.score import score
 from osscl_min.train import read_log, train
 from osscl_min.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 ROWS, SIZES, STEPS = 7, (2, 3), 2  # blocks of 4 and 3, and of 3, 2 and 2
 FRAME_MAPS = ("log_mel", "tgram")  # TFgram's statistics cannot be frozen in training
@@ -158,11 +157,9 @@ def test_ranks_share_recordings(folder):
 
 
 def torchrun(*arguments):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*launcher, "-m", "osscl_min", *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
+    command = [*launcher, "-m", "osscl_min", *map(str, arguments)]
+    return subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
 
 
 def test_torchrun_trains_and_evaluates(data, tmp_path):

@@ -3,13 +3,12 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
-import sys
 import threading
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from conftest import COMMAND, environment
 
 from osscl_min import download as module
 from osscl_min.dataset import scan
 from osscl_min.download import CHECKSUM, CORRUPT, FULL, NETWORK, UNWRITABLE, download
 from osscl_min.files import UserError
 
-ROOT = Path(__file__).parent.parent
 IDS = {"fan": ("00", "01"), "ToyCar": ("01", "05")}  # one of the development set, one of the evaluation set
 TYPES = tuple(IDS)
 CLIPS = 3  # of a kind
@@ -34,13 +33,13 @@ LABELS = "".join(
 ).encode()
 
 
-def packed(names):
-    """A zip with a tiny sound for each name."""
+def packed(names, samples=1600):
+    """A zip with a short sound for each name."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for number, name in enumerate(names):
+        for name in names:
             sound = io.BytesIO()
-            noise = np.random.default_rng(number).integers(-9000, 9000, 1600, dtype=np.int16)
+            noise = np.random.default_rng(list(name.encode())).integers(-9000, 9000, samples, dtype=np.int16)
             soundfile.write(sound, noise, 16000, format="WAV", subtype="PCM_16")
             archive.writestr(name, sound.getvalue())
     return content.getvalue()
@@ -73,11 +72,22 @@ class Zenodo(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.faults, self.checksums, self.asked = miniature(), {}, {}, Counter()
+        self.files, self.faults, self.checksums, self.asked = files, {}, {}, Counter()
         self.stalled, self.resume = threading.Event(), threading.Event()
+
+    @classmethod
+    @contextmanager
+    def serving(cls, files):
+        """A server at work, of (record, file) -> content."""
+        with cls(files) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            yield server
+            server.shutdown()
+            thread.join()
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -116,13 +126,8 @@ class Answer(BaseHTTPRequestHandler):
 def zenodo(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda seconds: None))
-    server = Zenodo()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with Zenodo.serving(miniature()) as server:
+        yield server
 
 
 def fetch(zenodo, folder, **options):
@@ -336,11 +341,9 @@ def test_an_interrupted_run_goes_on(zenodo, tmp_path, monkeypatch):
 
 
 def osscl(zenodo, *options):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "osscl_min", "download", *map(str, options), "--mirror", zenodo.url]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    command = [*COMMAND, "download", *map(str, options), "--mirror", zenodo.url]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=environment(NO_COLOR="1"))
 
 
 def test_a_killed_run_goes_on(zenodo, tmp_path):

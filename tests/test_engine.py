@@ -1,7 +1,6 @@
 """The training engine: runs go on bit for bit from any moment, and nothing bad replaces a checkpoint."""
 
 import io
-import os
 import random
 import re
 import resource
@@ -13,12 +12,11 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import COMMAND, TINY, environment
 from test_train import equal, state
 
 from osscl_min import train
@@ -29,7 +27,6 @@ from osscl_min.model import OSSCL
 from osscl_min.ranks import Ranks
 from osscl_min.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
 EVERY_STEP = replace(TINY, engine=EngineConfig(checkpoint_seconds=0))
 CPU = torch.device("cpu")
 
@@ -38,16 +35,10 @@ def command(folder, out, *more):
     """The same run as EVERY_STEP, as a process of its own with as many threads."""
     settings = ["--preset", "quick", "--model.audio.seconds", "1", "--train.epochs", "3"]
     settings += ["--train.batch-size", "5", "--engine.checkpoint-seconds", "0", "--device", "cpu"]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # bits depend on it
-    environment = os.environ | threads | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    arguments = [sys.executable, "-m", "osscl_min", "train", "--data", str(folder), "--out", str(out)]
-    return subprocess.Popen(
-        [*arguments, *settings, *more],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    threads = environment(OMP_NUM_THREADS=str(torch.get_num_threads()))  # bits depend on it
+    arguments = [*COMMAND, "train", "--data", str(folder), "--out", str(out), *settings, *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(arguments, env=threads, **pipes, text=True)
 
 
 def wait_for_checkpoint(out, process):

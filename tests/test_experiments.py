@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import tiny
 
 from osscl_min import checkpoint, embeddings, experiment_figures, experiments, probe_tables, probes
-from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig
+from osscl_min.config import AudioConfig, EvaluateConfig
 from osscl_min.evaluate import evaluate
 from osscl_min.features import LogMel, to_wave
 from osscl_min.files import UserError
@@ -20,12 +21,7 @@ from osscl_min.synth import SynthConfig, write_dataset
 
 AUDIO = AudioConfig(seconds=1.0)
 SCORING = EvaluateConfig(batch_size=24, bootstrap=30)
-TINY = replace(
-    PRESETS["quick"],
-    model=ModelConfig(audio=AUDIO),
-    train=replace(PRESETS["quick"].train, epochs=1),
-    evaluate=SCORING,
-)
+TINY = tiny({"epochs": 1}, evaluate=SCORING)
 SUFFIXES = ("json", "csv", "md", "tex", "png", "pdf")
 
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
+from conftest import tiny
 
 from osscl_min import checkpoint
-from osscl_min.config import PRESETS, AudioConfig, ModelConfig
+from osscl_min.config import AudioConfig
 from osscl_min.evaluate import evaluate
 from osscl_min.files import UserError
 from osscl_min.joined import with_others
@@ -16,9 +17,7 @@ from osscl_min.reader import open_data
 from osscl_min.train import train
 
 AUDIO = AudioConfig(seconds=1.0)
-TINY = replace(
-    PRESETS["quick"], model=ModelConfig(audio=AUDIO), train=replace(PRESETS["quick"].train, epochs=1)
-)
+TINY = tiny({"epochs": 1})
 
 
 def write(path, seed, samples=16_000):

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from conftest import COMMAND, environment, tiny
 
-from osscl_min.config import PRESETS, AudioConfig, ModelConfig
+from osscl_min.config import AudioConfig, EvaluateConfig
 from osscl_min.evaluate import evaluate
 from osscl_min.files import UserError
 from osscl_min.pack import pack
@@ -24,7 +24,6 @@ from osscl_min.store import read_index
 from osscl_min.synth import SynthConfig, write_dataset
 from osscl_min.train import read_log, train
 
-ROOT = Path(__file__).parent.parent
 AUDIO = AudioConfig(seconds=1.0)
 
 
@@ -191,9 +190,8 @@ def test_kill_9_while_packing(data, tmp_path):
             data / "fan/train/normal_id_00_00000000.wav", data / f"fan/train/normal_id_00_{k + 100:08d}.wav"
         )
     store = tmp_path / "store"
-    command = [sys.executable, "-m", "osscl_min", "pack", data, store, "--jobs", "2", "--seconds", "1"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    command = [*COMMAND, "pack", data, store, "--jobs", "2", "--seconds", "1"]
+    process = subprocess.Popen(command, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
     journal, noted = store / "journal.jsonl", 0
     while process.poll() is None and noted < 60:
         noted = journal.read_bytes().count(b"\n") if journal.is_file() else 0
@@ -277,11 +275,8 @@ def test_one_packing_at_a_time(data, tmp_path):
 
 def test_a_write_error_is_one_line_and_the_next_call_goes_on(data, tmp_path):
     limit = ["bash", "-c", 'ulimit -f 128; exec "$@"', "limit"]
-    arguments = [sys.executable, "-m", "osscl_min", "pack", data, tmp_path / "store", "--seconds", "1"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    result = subprocess.run(
-        [*limit, *map(str, arguments), "--jobs", "1"], capture_output=True, text=True, env=environment
-    )
+    command = [*limit, *COMMAND, "pack", data, tmp_path / "store", "--seconds", "1", "--jobs", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"osscl: cannot write {tmp_path / 'store'}: File too large; run the same")
     assert "kept, 0 removed" in (text := pack(data, tmp_path / "store", AUDIO, jobs=1))
@@ -374,12 +369,7 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
     same(tmp_path / "list", tmp_path / "store2")
 
 
-TINY = replace(
-    PRESETS["quick"],
-    model=ModelConfig(audio=AUDIO),
-    train=replace(PRESETS["quick"].train, epochs=2, batch_size=5),
-    evaluate=replace(PRESETS["quick"].evaluate, bootstrap=0),
-)
+TINY = tiny({"epochs": 2, "batch_size": 5}, evaluate=EvaluateConfig(batch_size=32, bootstrap=0))
 
 
 def equal_runs(data, store, out, config):
@@ -388,24 +378,12 @@ def equal_runs(data, store, out, config):
     for name, source in (("folder", data), ("store", store)):
         best = train(source, out / name, config, device="cpu")
         summary = evaluate(best, source, out / name / "evaluation", config=config.evaluate, device="cpu")
-        times = ("ms_per_clip", "peak_memory_mb", "provenance")
         settings = json.loads((out / name / "config.json").read_text())
-        del settings["provenance"]
-        runs.append(
-            {
-                "log": [
-                    {
-                        key: value
-                        for key, value in entry.items()
-                        if not key.endswith(("second", "seconds", "mb"))
-                    }
-                    for entry in read_log(out / name)
-                ],
-                "settings": settings,
-                "scores": (out / name / "evaluation" / "scores.csv").read_text(),
-                "summary": {key: value for key, value in summary.items() if key not in times},
-            }
-        )
+        for entry in (settings, summary, *(log := read_log(out / name))):
+            for key in ("seconds", "clips_per_second", "ms_per_clip", "peak_memory_mb", "provenance"):
+                entry.pop(key, None)
+        scores = (out / name / "evaluation" / "scores.csv").read_text()
+        runs.append({"log": log, "settings": settings, "scores": scores, "summary": summary})
     assert runs[0] == runs[1]
     assert runs[0]["scores"].count("\n") > 5
     return train(data, out / "store", config, device="cpu")  # either may go on with the other's run

@@ -6,43 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
-import soundfile
-from test_download import Zenodo
+from conftest import ROOT
+from test_download import Zenodo, packed
 
 from osscl_min.dataset import BENCHMARK
 from osscl_min.download import PARTS, TYPES
 from osscl_min.store import read_index
 from osscl_min.train import read_log
 
-ROOT = Path(__file__).parent.parent
-
-
-def zipped(names):
-    """A zip with a second of noise for each name."""
-    content = BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for name in names:
-            sound = BytesIO()
-            noise = np.random.default_rng(list(name.encode())).integers(-9000, 9000, 16_000, dtype=np.int16)
-            soundfile.write(sound, noise, 16_000, format="WAV", subtype="PCM_16")
-            archive.writestr(name, sound.getvalue())
-    return content.getvalue()
-
 
 @pytest.fixture
 def zenodo():
     """Zenodo's four records with two machines of every type: one of each set, a clip of a kind."""
-    server, labels = Zenodo(), []
-    server.files = {}
+    files, labels = {}, []
     for name in TYPES:
         development, evaluation = [number for machine_type, number in BENCHMARK if machine_type == name][:2]
         names = {
@@ -51,18 +32,13 @@ def zenodo():
             "eval-train": [f"{name}/train/normal_id_{evaluation}_00000000.wav"],
             "eval-test": [f"{name}/test/id_{evaluation}_{k:08d}.wav" for k in range(2)],
         }
-        for part, (record, pattern) in PARTS.items():
-            if part in names:
-                server.files[record, pattern.format(name)] = zipped(names[part])
+        for part in names:
+            record, pattern = PARTS[part]
+            files[record, pattern.format(name)] = packed(names[part], 16_000)
         labels += [name, *(f"id_{evaluation}_{k:08d}.wav,x_{k}.wav,{k}" for k in range(2))]
-    record, name = PARTS["labels"]
-    server.files[record, name] = "\n".join([*labels, ""]).encode()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    files[PARTS["labels"]] = "\n".join([*labels, ""]).encode()
+    with Zenodo.serving(files) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,23 +1,22 @@
 """Sweeps: equal runs once, what is done stays, a failed run costs only itself, differences have noise."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import tiny
 
 from osscl_min import experiments, sweep
 from osscl_min.cli import main
-from osscl_min.config import PRESETS, AudioConfig, ModelConfig
+from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig
 from osscl_min.files import UserError
 from osscl_min.metrics import Score, as_latex, average, evaluate_scores, resampled
 from osscl_min.synth import SynthConfig, write_dataset
 
-TINY = replace(
-    PRESETS["quick"],
+TINY = tiny(
+    {"epochs": 1},
     model=ModelConfig(audio=AudioConfig(seconds=1.0), inputs=("log_mel",)),
-    train=replace(PRESETS["quick"].train, epochs=1),
-    evaluate=replace(PRESETS["quick"].evaluate, bootstrap=50),
+    evaluate=EvaluateConfig(batch_size=32, bootstrap=50),
 )
 
 
