@@ -70,7 +70,7 @@ class Resident:
 
     Parameters
     ----------
-    reader : FolderReader or StoreReader
+    reader : Reader
     device : torch.device
     chunk : int
         Clips read at a time.
@@ -90,7 +90,7 @@ def resident(reader: Any, samples: int, device: torch.device, wanted: str = "aut
 
     Parameters
     ----------
-    reader : FolderReader or StoreReader
+    reader : Reader
     samples : int
         Of a clip.
     device : torch.device
@@ -114,7 +114,7 @@ def load_batches(
 
     Parameters
     ----------
-    source : FolderReader, StoreReader or Resident
+    source : Reader or Resident
     labels : (clips,) int64
     batches : sequence of int arrays
         Positions of clips.

@@ -24,7 +24,7 @@ from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, wr
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
 from osscl_min.ranks import Ranks, current, joined
-from osscl_min.reader import FolderReader, open_data
+from osscl_min.reader import Reader, open_data
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Scored:
 @torch.no_grad()
 def score_clips(
     trained: Checkpoint,
-    reader: FolderReader,
+    reader: Reader,
     *,
     config: EvaluateConfig = EvaluateConfig(),
     positions: Sequence[int] | None = None,
@@ -69,7 +69,7 @@ def score_clips(
     Parameters
     ----------
     trained : Checkpoint
-    reader : FolderReader
+    reader : Reader
         Its clips' machines must be among the checkpoint's classes.
     config : EvaluateConfig
         Clips at once, which bounds the memory, and the form of the score.
@@ -114,7 +114,7 @@ def score_clips(
     )
 
 
-def known_machines(trained: Checkpoint, reader: FolderReader) -> tuple[list[int], str]:
+def known_machines(trained: Checkpoint, reader: Reader) -> tuple[list[int], str]:
     """Positions of the clips whose machine was trained on, and a line about the others ("" without any)."""
     classes = set(trained.classes)
     known = [position for position, clip in enumerate(reader.clips) if clip.machine in classes]

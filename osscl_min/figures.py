@@ -26,7 +26,7 @@ from osscl_min.dataset import Clip
 from osscl_min.features import LogMel, hertz_to_mel, to_wave
 from osscl_min.files import UserError, read_csv, read_json, replacing
 from osscl_min.metrics import MAX_FPR, auc
-from osscl_min.reader import FolderReader, open_data
+from osscl_min.reader import Reader, open_data
 from osscl_min.train import read_log
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = COLOURS = (
@@ -118,7 +118,7 @@ def mel_ticks(audio: AudioConfig) -> tuple[np.ndarray, list[int]]:
 
 
 def input_maps(
-    trained: checkpoint.Checkpoint, reader: FolderReader, positions: Sequence[int], synthetic: bool
+    trained: checkpoint.Checkpoint, reader: Reader, positions: Sequence[int], synthetic: bool
 ) -> Figure:
     """What the encoder sees of some of the reader's clips, a column each; `synthetic` says what they are.
 

@@ -9,46 +9,34 @@ from pathlib import Path
 import numpy as np
 
 from osscl_min.config import AudioConfig
-from osscl_min.dataset import Clip
 from osscl_min.files import UserError
-from osscl_min.reader import Data, open_data
+from osscl_min.reader import Data, Reader, open_data
 from osscl_min.synth import SynthConfig, write_dataset
 
 SIMULATED = "simulated"
 
 
-class JoinedReader:
+class JoinedReader(Reader):
     """Several readers as one: positions count through the clips of the first, then of the second, ...
 
     Parameters
     ----------
-    readers : sequence of FolderReader
-
-    Attributes
-    ----------
-    clips : list of Clip
+    readers : sequence of Reader
+        Of clips of one length.
     """
 
-    def __init__(self, readers: Sequence):
+    def __init__(self, readers: Sequence[Reader]):
         self.readers = list(readers)
-        self.clips: list[Clip] = [clip for reader in readers for clip in reader.clips]
+        self.clips = [clip for reader in readers for clip in reader.clips]
+        self.length = max(reader.length for reader in readers)  # 0 of an empty store
         self._starts = np.cumsum([0, *(len(reader) for reader in readers[:-1])])
 
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Samples of the clips at `positions`: (len(positions), samples) int16, into `out` where given."""
-        positions = np.asarray(positions)
+    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
         owner = np.searchsorted(self._starts, positions, side="right") - 1
         for number, reader in enumerate(self.readers):
             rows = np.flatnonzero(owner == number)
             if len(rows):
-                samples = reader.read(positions[rows] - self._starts[number])
-                if out is None:
-                    out = np.empty((len(positions), samples.shape[1]), samples.dtype)
-                out[rows] = samples
-        return out
+                out[rows] = reader.read(positions[rows] - self._starts[number])
 
 
 def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, strict: bool = False) -> Data:

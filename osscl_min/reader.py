@@ -17,8 +17,36 @@ from osscl_min.files import UserError
 from osscl_min.store import ARRAY, SAMPLE, describe, is_store, read_store
 
 
-class FolderReader:
-    """Batches of samples straight from sound files; what fits is decoded once and kept.
+class Reader:
+    """Batches of samples of clips, wherever they come from.
+
+    Attributes
+    ----------
+    clips : list of Clip
+        The usable ones; `read` counts positions in this list.
+    length : int
+        Samples of a clip.
+    """
+
+    clips: list[Clip]
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Samples of the clips at `positions`: (len(positions), length) int16, into `out` where given."""
+        if out is None:
+            out = np.empty((len(positions), self.length), np.int16)
+        self._fill(out, np.asarray(positions, int))
+        return out
+
+    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class FolderReader(Reader):
+    """Samples straight from sound files; what fits is decoded once and kept.
 
     Parameters
     ----------
@@ -29,16 +57,10 @@ class FolderReader:
     audio : AudioConfig
     keep : int
         Bytes of decoded samples to hold in memory; a larger set is decoded anew for every batch.
-
-    Attributes
-    ----------
-    clips : list of Clip
-        The usable ones; `read` counts positions in this list.
     """
 
     def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
-        self.audio = audio
-        self.channel = dataset.channel
+        self.audio, self.length, self.channel = audio, audio.samples, dataset.channel
         self.samples: np.ndarray | None = None
         fits = len(clips) * audio.samples * 2 <= keep
         if fits:
@@ -60,23 +82,16 @@ class FolderReader:
         if fits and not all(usable):
             self.samples = self.samples[np.array(usable)]
 
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Samples of the clips at `positions`: (len(positions), samples) int16, into `out` where given."""
-        if out is None:
-            out = np.empty((len(positions), self.audio.samples), np.int16)
+    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
         for row, position in zip(out, positions, strict=True):
             if self.samples is not None:
                 row[:] = self.samples[position]
             else:
                 row[:], _ = decode(self.clips[position].path, self.audio, self.channel)
-        return out
 
 
-class StoreReader:
-    """Batches of samples from a packed store, mapped and not held in memory; as `FolderReader` gives them.
+class StoreReader(Reader):
+    """Samples from a packed store, mapped and not held in memory; the same as `FolderReader` gives.
 
     Parameters
     ----------
@@ -88,11 +103,6 @@ class StoreReader:
         The split's files, usable or not.
     lines : sequence of dict
         Their lines of the store's index.
-
-    Attributes
-    ----------
-    clips : list of Clip
-        The usable ones; `read` counts positions in this list.
     """
 
     def __init__(self, array: Path, dataset: Dataset, clips: Sequence[Clip], lines: Sequence[dict]):
@@ -102,20 +112,10 @@ class StoreReader:
         self.offsets = np.array([line["offset"] for line, ok in zip(lines, usable, strict=True) if ok], int)
         self.samples = np.memmap(array, SAMPLE, "r") if self.clips else np.empty(0, SAMPLE)
 
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Samples of the clips at `positions`: (len(positions), samples) int16, into `out` where given."""
-        if out is None:
-            out = np.empty((len(positions), self.length), np.int16)
-        offsets = self.offsets[np.asarray(positions, int)]
+    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
+        offsets = self.offsets[positions]
         for place in np.argsort(offsets):  # in the order of the disk
             out[place] = self.samples[offsets[place] : offsets[place] + self.length]
-        return out
-
-
-Reader = FolderReader | StoreReader
 
 
 def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[str]]) -> list[bool]:
