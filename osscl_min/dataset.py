@@ -253,7 +253,7 @@ def _read_section_truth(path: Path) -> dict[tuple[str, str], int]:
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[soundfile.SoundFile]:
+def open_sound(path: Path | str) -> Iterator[soundfile.SoundFile]:
     """A sound file to read from; what libsndfile cannot do with it is a UserError."""
     try:
         with soundfile.SoundFile(path) as file:
@@ -266,7 +266,7 @@ def _opened(path: Path | str) -> Iterator[soundfile.SoundFile]:
 
 def duration(path: Path | str) -> float:
     """Seconds of a sound file, by its header."""
-    with _opened(path) as file:
+    with open_sound(path) as file:
         return file.frames / file.samplerate
 
 
@@ -300,7 +300,7 @@ def decode(
         If the file cannot be read or is truncated, empty, silent, shorter than one second or holds NaN.
     """
     remarks = []
-    with _opened(path) as file:
+    with open_sound(path) as file:
         one = file.channels == 1 or channel is not None
         exact = file.subtype == "PCM_16" and file.samplerate == audio.sample_rate and one
         rate, channels, expected = file.samplerate, file.channels, file.frames

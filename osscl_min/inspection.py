@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-from osscl_min.dataset import Clip, Dataset, scan
+from osscl_min.dataset import Clip, Dataset, open_sound, scan
 from osscl_min.files import UserError, first_lines, write_csv, write_json
 from osscl_min.store import is_store, read_store
 
@@ -44,17 +43,14 @@ def listen(path: Path | str) -> Sound:
         If it cannot be read or is empty.
     """
     digest, peak_count, square, count, low, high = hashlib.sha256(), 0, 0.0, 0, np.inf, -np.inf
-    try:
-        with soundfile.SoundFile(path) as file:
-            digest.update(f"{file.samplerate} {file.channels}".encode())
-            for block in file.blocks(blocksize=1 << 18, dtype="float64", always_2d=True):
-                digest.update(block.astype("<f4").tobytes())
-                peak_count += int((np.abs(block) >= FULL_SCALE).sum())
-                square, count = square + float(np.square(block).sum()), count + block.size
-                low, high = min(low, block.min(initial=np.inf)), max(high, block.max(initial=-np.inf))
-            rate, channels, encoding = file.samplerate, file.channels, file.subtype
-    except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise UserError(f"not a readable sound file ({error})") from error
+    with open_sound(path) as file:
+        digest.update(f"{file.samplerate} {file.channels}".encode())
+        for block in file.blocks(blocksize=1 << 18, dtype="float64", always_2d=True):
+            digest.update(block.astype("<f4").tobytes())
+            peak_count += int((np.abs(block) >= FULL_SCALE).sum())
+            square, count = square + float(np.square(block).sum()), count + block.size
+            low, high = min(low, block.min(initial=np.inf)), max(high, block.max(initial=-np.inf))
+        rate, channels, encoding = file.samplerate, file.channels, file.subtype
     if not count:
         raise UserError("empty")
     power = square / count
