@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-from osscl_min.config import AudioConfig, Config, from_dict, to_dict
+from osscl_min.config import Config, from_dict, to_dict
 from osscl_min.evaluate import evaluate
 from osscl_min.files import UserError, provenance, read_csv, read_json, write_csv, write_json, write_text
 from osscl_min.metrics import NAMES, Resampled, Score, as_latex, as_text, average, interval, resampled
@@ -163,11 +163,6 @@ def difference(
     }
 
 
-def filter_of(audio: AudioConfig) -> dict[str, Any]:
-    """The filter that a detector hears every clip through."""
-    return {"filter": audio.filter, "cutoff_hz": None if audio.filter == "none" else audio.cutoff}
-
-
 def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: int = 1000) -> dict[str, Any]:
     """Means and spread over the seeds of every variant, and its difference to the first one.
 
@@ -176,9 +171,8 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
     UserError
         If no run of the first variant, the baseline, is done.
     """
-    done: dict[str, list[Run]] = {}
+    done: dict[str, list[Run]] = {run.variant: [] for run in runs}
     for run in runs:
-        done.setdefault(run.variant, [])
         if run not in failed:
             done[run.variant].append(run)
     first, base = next(iter(done.items()))
@@ -193,8 +187,9 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
         measured = [read_json(run.folder / "evaluation" / "metrics.json") for run in members]
         said = [read_json(run.folder / "evaluation" / "evaluation.json") for run in members]
         logs = [read_log(run.folder) for run in members]
+        model = members[0].config.model
         with torch.device("meta"):
-            parameters = list(OSSCL(members[0].config.model).parameters())
+            parameters = list(OSSCL(model).parameters())
         averages = {key: [one["average"][key] for one in measured] for key in NAMES}
         to_best = [
             sum(entry["seconds"] for entry in log if entry["epoch"] <= one["epoch"])
@@ -214,7 +209,8 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
             "seconds_to_best": float(np.mean(to_best)),
             "peak_memory_mb": max(entry["peak_memory_mb"] or 0 for log in logs for entry in log),
             "metrics": average([resamples[run] for run in members]),
-            **filter_of(members[0].config.model.audio),
+            "filter": model.audio.filter,
+            "cutoff_hz": None if model.audio.filter == "none" else model.audio.cutoff,
         }
         shared = [(run, other) for run in members for other in base if run.seed == other.seed]
         if variant != first and shared:
