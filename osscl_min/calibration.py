@@ -59,8 +59,12 @@ def empirical_threshold(scores: np.ndarray, rate: float) -> float | None:
     Its rank among n scores is ceil((n + 1) (1 - rate)): split conformal prediction (Vovk, Gammerman and
     Shafer, 2005). None where that is beyond the largest.
     """
-    rank = math.ceil((len(scores) + 1) * (1 - rate) - 1e-9)
+    rank = _rank(len(scores), rate)
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else None
+
+
+def _rank(clips: int, rate: float) -> int:
+    return math.ceil((clips + 1) * (1 - rate) - 1e-9)  # which may be off by a rounding error
 
 
 def gamma_threshold(scores: np.ndarray, rate: float) -> float | None:
@@ -90,7 +94,7 @@ def chance(thresholds: Sequence[Threshold], draws: int = 20_000, seed: int = 0) 
     random = np.random.default_rng(seed)
     alarms = np.zeros(draws)
     for threshold, count in Counter(thresholds).items():
-        rank = int(np.ceil((threshold.clips + 1) * (1 - threshold.rate) - 1e-9))
+        rank = _rank(threshold.clips, threshold.rate)
         shares = random.beta(threshold.clips + 1 - rank, rank, draws)
         alarms += random.binomial(count, shares)
     low, high = np.quantile(alarms, (0.025, 0.975)) / len(thresholds)

@@ -17,6 +17,8 @@ from osscl_min.synth import SynthConfig
 
 Positional = tyro.conf.Positional
 Preset = Literal["paper", "small", "quick"]
+Experiment = Literal["components", "inputs", "training", "precision", "high-frequency-training",
+                     "high-frequency", "bands", "noise", "scores", "embeddings"]  # fmt: skip
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
 
 
@@ -219,20 +221,10 @@ def commands(preset: Config) -> dict[str, Callable]:
         from osscl_min.score import score as run
 
         scorer, summary = run(
-            checkpoint,
-            files,
-            machine_type=machine,
-            machine_id=id,
-            rate=false_alarm_rate,
-            method=threshold,
-            calibrate_with=calibrate,
-            step=window_step,
-            batch_size=batch_size,
-            channel=channel,
-            csv_path=csv,
-            json_path=json,
-            device=device,
-        )
+            checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate, method=threshold,
+            calibrate_with=calibrate, step=window_step, batch_size=batch_size, channel=channel, csv_path=csv,
+            json_path=json, device=device,
+        )  # fmt: skip
         if prints():
             print(summary.text(scorer))
         if (plot or explain) and prints():
@@ -264,20 +256,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         print(as_text(table(result)))
 
     def ablate(
-        name: Positional[
-            Literal[
-                "components",
-                "inputs",
-                "training",
-                "precision",
-                "high-frequency-training",
-                "high-frequency",
-                "bands",
-                "noise",
-                "scores",
-                "embeddings",
-            ]
-        ],
+        name: Positional[Experiment],
         data: Path,
         out: Path,
         checkpoint: Path | None = None,

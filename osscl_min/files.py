@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+ROOT = Path(__file__).resolve().parent.parent  # of the project
+
 
 class UserError(Exception):
     """A mistake in the input: what, where, what to do, in one line, which is all the command line prints.
@@ -116,9 +118,8 @@ def provenance(device: Any = None) -> dict[str, str]:
     import torch
 
     describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= with changes"]
-    root = Path(__file__).resolve().parent.parent
     try:
-        commit = subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True)
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
         version = commit.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         version = "not a git checkout"

@@ -111,13 +111,9 @@ def training_losses(
     wave : (B, samples)
     log_mel : (B, 1, mels, frames), dB, of the unmixed waves
     labels : (B,) int64
-    mix : float or 0-d tensor
-        lambda.
-    permutation : (B,) int64
-        Position of each clip's partner.
-    config : LossConfig
-    group : torch.distributed.ProcessGroup, optional
-    share : float
+    mix, permutation
+        See `mixup`.
+    config, group, share
         See `os_scl_loss`.
 
     Returns

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from osscl_min import paper
-from osscl_min.files import UserError, read_csv, read_json, replacing, write_json, write_text
+from osscl_min.files import ROOT, UserError, read_csv, read_json, replacing, write_json, write_text
 from osscl_min.metrics import as_text
 from osscl_min.report import origin as described
 from osscl_min.report import results_table, thresholds_table
@@ -113,10 +113,9 @@ def fill(document: Path | str) -> str:
     the project's folder.
     """
     document = Path(document)
-    root = Path(__file__).resolve().parent.parent
 
     def block(match: re.Match) -> str:
-        source = root / match[2]
+        source = ROOT / match[2]
         if not source.is_file():
             raise UserError(f"{document}: {match[2]} does not exist")
         return f"{match[1]}\n{source.read_text(encoding='utf-8').strip()}\n\n{match[4]}"
@@ -126,9 +125,8 @@ def fill(document: Path | str) -> str:
 
 def write_documents() -> list[Path]:
     """Fill README.md and kernels/README.md; returns those that changed."""
-    root = Path(__file__).resolve().parent.parent
     changed = []
-    for document in (root / "README.md", root / "kernels" / "README.md"):
+    for document in (ROOT / "README.md", ROOT / "kernels" / "README.md"):
         if document.is_file() and (text := fill(document)) != document.read_text(encoding="utf-8"):
             write_text(document, text)
             changed.append(document)

@@ -227,21 +227,14 @@ def score(
     trained = checkpoint.load(checkpoint_path, where)
     prepare(where, trained.config.train.precision)
     scorer = Scorer(
-        trained,
-        machine_type=machine_type,
-        machine_id=machine_id,
-        step=step,
-        batch_size=batch_size,
+        trained, machine_type=machine_type, machine_id=machine_id, step=step, batch_size=batch_size,
         channel=channel,
-    )
+    )  # fmt: skip
     calibration = calibrate(scorer, rate, method, calibrate_with)
     summary = Summary()
     with joined(where) as ranks, ExitStack() as stack:
-        writers = [
-            stack.enter_context(rows(path))
-            for rows, path in ((_csv_rows, csv_path), (_json_rows, json_path))
-            if path is not None and ranks.first
-        ]
+        wanted = ((_csv_rows, csv_path), (_json_rows, json_path)) if ranks.first else ()
+        writers = [stack.enter_context(rows(path)) for rows, path in wanted if path is not None]
         scored, hidden = shared(scorer, expand(files), ranks), None if ranks.first else True
         for recording in tqdm(scored, "scoring", unit="file", disable=hidden, leave=False):
             row = recording.row(trained.classes, calibration)
