@@ -16,20 +16,12 @@ def test_a_preset_survives_json(name):
 
 def test_the_paper_preset_is_the_papers():
     train, loss, model = PRESETS["paper"].train, PRESETS["paper"].loss, PRESETS["paper"].model
-    assert (train.epochs, train.batch_size, train.learning_rate, train.final_learning_rate) == (
-        300,
-        64,
-        1e-4,
-        1e-5,
-    )
+    assert (train.epochs, train.batch_size) == (300, 64)
+    assert (train.learning_rate, train.final_learning_rate) == (1e-4, 1e-5)
     assert (train.ema_decay, train.student_decay, train.seed) == (0.9999, 2e-6, 2024)
     assert (loss.mixup_alpha, loss.temperature, loss.base_temperature) == (0.5, 0.02, 0.07)
-    assert (model.scale, model.margin, model.classes, model.inputs) == (
-        30,
-        0.4,
-        41,
-        ("log_mel", "tgram", "tfgram"),
-    )
+    assert (model.scale, model.margin, model.classes) == (30, 0.4, 41)
+    assert model.inputs == ("log_mel", "tgram", "tfgram")
 
 
 def test_frames():
