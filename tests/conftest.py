@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import soundfile
 import torch
 
 if not torch.cuda.is_available():
@@ -38,6 +39,13 @@ def pytest_report_header(config):
     return (
         f"torch {torch.__version__}, Triton kernels: {mode}, real data: {os.environ.get('OSSCL_REAL_DATA')}"
     )
+
+
+def write_sound(path, samples, rate=16_000, **options):
+    """Write a sound file and the folders that it lies in; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, rate, **options)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +101,11 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     figures.write_all(run, data)
     report.write(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run):
+    """The network of `tiny_run`."""
+    from osscl_min import checkpoint
+
+    return checkpoint.load(tiny_run / "best.pt")

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import scipy.signal
-import soundfile
+from conftest import write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.dataset import BENCHMARK, decode, duration, label_table, read_truth, scan
@@ -23,10 +23,7 @@ def tone(seconds=2.0, rate=16_000, frequency=440.0, amplitude=0.3):
 
 
 def write(path, samples=None, rate=16_000, **options):
-    """Write a sound file and its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, tone() if samples is None else samples, rate, **options)
-    return path
+    return write_sound(path, tone() if samples is None else samples, rate, **options)
 
 
 @pytest.fixture

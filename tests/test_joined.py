@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
-from conftest import tiny
+from conftest import tiny, write_sound
 
 from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
@@ -21,8 +21,7 @@ TINY = tiny({"epochs": 1})
 
 
 def write(path, seed, samples=16_000):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, 0.1 * np.random.default_rng(seed).standard_normal(samples), 16_000)
+    write_sound(path, 0.1 * np.random.default_rng(seed).standard_normal(samples))
 
 
 @pytest.fixture

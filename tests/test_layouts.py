@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pytest
 import soundfile
+from conftest import write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.dataset import label_table, scan
@@ -18,10 +19,8 @@ AUDIO = AudioConfig(seconds=2.0)
 def make(root, *names, channels=1):
     """Write 2 s of noise under every name."""
     for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(number).standard_normal((32_000, channels)) * 0.1
-        soundfile.write(path, noise, 16_000)
+        write_sound(root / name, noise)
     return root
 
 

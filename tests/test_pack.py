@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-from conftest import COMMAND, environment, tiny
+from conftest import COMMAND, environment, tiny, write_sound
 
 from osscl_min.config import AudioConfig, EvaluateConfig
 from osscl_min.evaluate import evaluate
@@ -32,27 +31,21 @@ def noise(seed, seconds=1.0, channels=1):
     return np.random.default_rng(seed).integers(-9000, 9000, shape, dtype=np.int16)
 
 
-def write(path, samples, rate=16_000):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, samples, rate)
-    return path
-
-
 @pytest.fixture
 def data(tmp_path):
     """Two machines, of clips that are usual, long, short, stereo, of another rate, and no sound at all."""
     root = tmp_path / "data"
     for machine in ("00", "02"):
         for k in range(4):
-            write(root / f"fan/train/normal_id_{machine}_{k:08d}.wav", noise(k + 10 * int(machine)))
-    write(root / "fan/train/normal_id_02_00000004.flac", noise(50, 1.5))
-    write(root / "fan/train/normal_id_02_00000005.wav", noise(51, 1.2, 2))
-    write(root / "fan/train/normal_id_02_00000006.wav", noise(52, 3.0), 44_100)
+            write_sound(root / f"fan/train/normal_id_{machine}_{k:08d}.wav", noise(k + 10 * int(machine)))
+    write_sound(root / "fan/train/normal_id_02_00000004.flac", noise(50, 1.5))
+    write_sound(root / "fan/train/normal_id_02_00000005.wav", noise(51, 1.2, 2))
+    write_sound(root / "fan/train/normal_id_02_00000006.wav", noise(52, 3.0), 44_100)
     (root / "fan/train/normal_id_02_00000007.wav").write_text("no sound")
     (root / "fan/train/notes.txt").write_text("louder than usual")
     for k, name in enumerate(("normal_id_00_00000000", "anomaly_id_00_00000000", "id_02_00000000")):
-        write(root / f"fan/test/{name}.wav", noise(100 + k))
-    write(root / "fan/test/normal_id_00_00000001.wav", np.zeros(16_000, np.int16))
+        write_sound(root / f"fan/test/{name}.wav", noise(100 + k))
+    write_sound(root / "fan/test/normal_id_00_00000001.wav", np.zeros(16_000, np.int16))
     return root
 
 
@@ -110,7 +103,7 @@ def test_the_index_describes_every_file(data, tmp_path):
 def test_clipped_samples_are_counted(tmp_path):
     loud = noise(0)
     loud[:3], loud[3:5], loud[5:7] = 32767, -32768, 32766
-    write(tmp_path / "data/fan/train/normal_id_00_00000000.wav", loud)
+    write_sound(tmp_path / "data/fan/train/normal_id_00_00000000.wav", loud)
     pack(tmp_path / "data", tmp_path / "store", AUDIO, jobs=1)
     assert read_index(tmp_path / "store")[1][0]["clipped"] == 5
 
@@ -123,9 +116,9 @@ def test_changes_are_followed_and_nothing_else_is_decoded(data, tmp_path):
     assert state(store) == before
     old = open_data(store, AUDIO)  # opened before the change, it still reads what it opened
     expected = old.train.read(range(11))
-    write(train_folder / "normal_id_00_00000000.wav", noise(70))
-    write(train_folder / "normal_id_00_00000009.wav", noise(71))
-    write(train_folder / "normal_id_02_00000007.wav", noise(72))
+    write_sound(train_folder / "normal_id_00_00000000.wav", noise(70))
+    write_sound(train_folder / "normal_id_00_00000009.wav", noise(71))
+    write_sound(train_folder / "normal_id_02_00000007.wav", noise(72))
     (train_folder / "normal_id_02_00000001.wav").unlink()
     (data / "fan/test/anomaly_id_00_00000000.wav").rename(data / "fan/test/anomaly_id_00_00000001.wav")
     text = pack(data, store, AUDIO, jobs=1)
@@ -133,7 +126,7 @@ def test_changes_are_followed_and_nothing_else_is_decoded(data, tmp_path):
     same(data, store)
     assert np.array_equal(old.train.read(range(11)), expected)
     size = (store / "train.int16").stat().st_size
-    write(train_folder / "normal_id_00_00000008.wav", noise(73))  # takes a place that is free by now
+    write_sound(train_folder / "normal_id_00_00000008.wav", noise(73))  # takes a place that is free by now
     assert "1 decoded" in pack(data, store, AUDIO, jobs=1)
     same(data, store)
     assert (store / "train.int16").stat().st_size == size
@@ -153,7 +146,7 @@ def test_verify_finds_what_size_and_time_hide(data, tmp_path):
     pack(data, store, AUDIO, jobs=1)
     assert pack(data, store, AUDIO, verify=True, jobs=1).endswith("0 decoded, 16 kept, 0 removed")
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    write(path, noise(80))
+    write_sound(path, noise(80))
     os.utime(path, ns=times)
     with open(store / "test.int16", "r+b") as file:  # a row damaged on the disk
         file.seek(40_000)
@@ -238,7 +231,7 @@ def test_an_update_cut_short_leaves_the_store_as_it_was(data, tmp_path, monkeypa
     pack(data, store, AUDIO, jobs=1)
     before = open_data(store, AUDIO).train.read(range(11))
     for k in range(3):
-        write(data / f"fan/train/normal_id_00_0000000{k}.wav", noise(90 + k))
+        write_sound(data / f"fan/train/normal_id_00_0000000{k}.wav", noise(90 + k))
 
     def interrupted(task, **options):
         if task[1].endswith("00_00000002.wav"):
@@ -254,7 +247,7 @@ def test_an_update_cut_short_leaves_the_store_as_it_was(data, tmp_path, monkeypa
     assert np.array_equal(open_data(store, AUDIO).train.read(range(11)), before)
     with open(store / "journal.jsonl", "a") as file:  # the last line may be half there
         file.write('{"file": "fan/tr')
-    write(data / "fan/train/normal_id_00_00000000.wav", noise(99))
+    write_sound(data / "fan/train/normal_id_00_00000000.wav", noise(99))
     with pytest.raises(KeyboardInterrupt):
         pack(data, store, AUDIO, jobs=1)
     monkeypatch.undo()
@@ -340,7 +333,7 @@ def test_a_store_of_something_else_is_refused(data, tmp_path):
         pack(data, data / "store", AUDIO)
     with pytest.raises(UserError, match="is not empty and no packed store"):
         pack(data, tmp_path, AUDIO)
-    write(tmp_path / "other/pump/train/normal_id_00_00000000.wav", noise(1))
+    write_sound(tmp_path / "other/pump/train/normal_id_00_00000000.wav", noise(1))
     with pytest.raises(UserError, match="store is the store of other data; choose another folder"):
         pack(tmp_path / "other", store, AUDIO)
     assert state(store) == before
@@ -351,7 +344,7 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
     for k in range(3):
         for state_, seed in (("normal", 0), ("abnormal", 50)):
             path = tmp_path / f"mimii/6_dB_fan/fan/id_00/{state_}/{k:08d}.wav"
-            write(path, noise(seed + k, 2.0, 8))
+            write_sound(path, noise(seed + k, 2.0, 8))
     half = AudioConfig(sample_rate=8_000, seconds=1.0, f_max=4_000.0)
     pack(tmp_path / "mimii", tmp_path / "store", half, jobs=1)
     same(tmp_path / "mimii", tmp_path / "store", half)
@@ -359,8 +352,8 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
     assert (opened.dataset.layout, opened.dataset.channel) == ("MIMII", 0)
     assert opened.train.clips[0].domain == "6_dB" and opened.train.read([0]).shape == (1, 8_000)
     assert opened.dataset.remarks["with several channels, channel 0 taken"] == 6
-    write(tmp_path / "elsewhere/a.wav", noise(1))
-    write(tmp_path / "list/b.wav", noise(2))
+    write_sound(tmp_path / "elsewhere/a.wav", noise(1))
+    write_sound(tmp_path / "list/b.wav", noise(2))
     (tmp_path / "list/manifest.csv").write_text(
         "path,machine_type,machine_id,split,anomaly\n"
         f"{tmp_path / 'elsewhere/a.wav'},saw,1,train,0\nb.wav,saw,2,test,\n../elsewhere/a.wav,saw,3,test,1\n"

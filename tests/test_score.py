@@ -13,16 +13,12 @@ import scipy.signal
 import scipy.stats
 import soundfile
 import torch
+from conftest import write_sound
 
-from osscl_min import checkpoint, cli
+from osscl_min import cli
 from osscl_min.files import UserError
 from osscl_min.recordings import Scorer, expand
 from osscl_min.score import calibrate, score
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_run):
-    return checkpoint.load(tiny_run / "best.pt")
 
 
 def run(tiny_run, files, **options):
@@ -168,10 +164,7 @@ def long(tiny_run, tmp_path):
     parts = [samples(path) for path in sorted((tiny_run / "data/fan/test").iterdir())[:5]]
     wave = np.concatenate([*parts, parts[0][:5_000]])
     wave[32_000:48_000] = 0
-    path = tmp_path / "fan/id_00/long.wav"
-    path.parent.mkdir(parents=True)
-    soundfile.write(path, wave, 16_000)
-    return path
+    return write_sound(tmp_path / "fan/id_00/long.wav", wave)
 
 
 @pytest.mark.parametrize("step", [None, 0.7])
@@ -183,10 +176,9 @@ def test_a_window_scores_as_the_clip_cut_there(tiny_run, tmp_path, long, step):
     expected = np.append(np.arange(0, last, step or 0.5), last)
     np.testing.assert_allclose(starts, expected)
     cuts = tmp_path / "cuts/fan/id_00"
-    cuts.mkdir(parents=True)
     for number, start in enumerate(starts):
         first = round(start * 16_000)
-        soundfile.write(cuts / f"{number:02d}.wav", wave[first : first + 16_000], 16_000)
+        write_sound(cuts / f"{number:02d}.wav", wave[first : first + 16_000])
     alone = run(tiny_run, [cuts], out=tmp_path)[2]
     scores = []
     for number, (start, value) in enumerate(row["timeline"]):
@@ -203,9 +195,7 @@ def test_a_window_scores_as_the_clip_cut_there(tiny_run, tmp_path, long, step):
 
 def test_a_recording_barely_longer_than_the_model_is_one_window(tiny_run, tmp_path):
     wave = samples(clip(tiny_run))
-    path = tmp_path / "fan/id_00/a.wav"
-    path.parent.mkdir(parents=True)
-    soundfile.write(path, np.concatenate([wave, wave[:7_900]]), 16_000)
+    path = write_sound(tmp_path / "fan/id_00/a.wav", np.concatenate([wave, wave[:7_900]]))
     row = run(tiny_run, [path], out=tmp_path)[2]["a.wav"]
     assert row["windows"] == 1 and "timeline" not in row and "cropped to 1 s" in row["remarks"]
     assert row["score"] == pytest.approx(run(tiny_run, [clip(tiny_run)], out=tmp_path)[1].first[0]["score"])
@@ -214,10 +204,9 @@ def test_a_recording_barely_longer_than_the_model_is_one_window(tiny_run, tmp_pa
 def test_other_rates_and_channels(tiny_run, tmp_path):
     wave = samples(clip(tiny_run)) / 32768
     place = tmp_path / "fan/id_00"
-    place.mkdir(parents=True)
-    soundfile.write(place / "same.wav", wave, 16_000, subtype="FLOAT")
-    soundfile.write(place / "stereo.wav", np.stack([wave, 0 * wave], 1), 16_000, subtype="FLOAT")
-    soundfile.write(place / "up.wav", scipy.signal.resample_poly(wave, 3, 1), 48_000, subtype="FLOAT")
+    write_sound(place / "same.wav", wave, subtype="FLOAT")
+    write_sound(place / "stereo.wav", np.stack([wave, 0 * wave], 1), subtype="FLOAT")
+    write_sound(place / "up.wav", scipy.signal.resample_poly(wave, 3, 1), 48_000, subtype="FLOAT")
     rows = run(tiny_run, [place], out=tmp_path, channel=0)[2]
     expected = rows["same.wav"]["score"]
     assert rows["stereo.wav"]["score"] == pytest.approx(expected, rel=1e-6)

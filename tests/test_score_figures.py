@@ -2,17 +2,12 @@
 
 import numpy as np
 import pytest
-import soundfile
+from conftest import write_sound
 
-from osscl_min import checkpoint, score_figures
+from osscl_min import score_figures
 from osscl_min.features import hertz_to_mel
 from osscl_min.recordings import Recording, Scorer
 from osscl_min.score import score
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_run):
-    return checkpoint.load(tiny_run / "best.pt")
 
 
 @pytest.fixture
@@ -20,10 +15,7 @@ def recording(tmp_path):
     """3.3 s of noise, the second second silent."""
     wave = 0.05 * np.random.default_rng(0).standard_normal(52_800)
     wave[16_000:32_000] = 0
-    path = tmp_path / "fan/id_00/a.wav"
-    path.parent.mkdir(parents=True)
-    soundfile.write(path, wave, 16_000)
-    return str(path)
+    return str(write_sound(tmp_path / "fan/id_00/a.wav", wave))
 
 
 def test_the_time_line_shows_every_window_and_the_whole_spectrogram(trained, recording, monkeypatch):
@@ -53,9 +45,7 @@ def test_the_occlusion_finds_the_place_of_a_tone(trained, tmp_path, monkeypatch)
     time = np.arange(16_000) / 16_000
     wave = 0.01 * np.random.default_rng(0).standard_normal(16_000)
     wave[9_000:10_500] += 0.2 * np.sin(2 * np.pi * 3_000 * time[9_000:10_500])
-    path = tmp_path / "fan/id_00/a.wav"
-    path.parent.mkdir(parents=True)
-    soundfile.write(path, wave, 16_000)
+    path = write_sound(tmp_path / "fan/id_00/a.wav", wave)
 
     class Meter(Scorer):
         def scores(self, samples, rows, labels, transform=None):
@@ -68,8 +58,8 @@ def test_the_occlusion_finds_the_place_of_a_tone(trained, tmp_path, monkeypatch)
     part = next(number for number, frames in enumerate(parts) if 9_750 // 512 in frames)
     scorer = Meter(trained)
     (one,) = scorer([str(path)])
-    quiet = tmp_path / "fan/id_00/quiet.wav"
-    soundfile.write(quiet, 0.01 * np.random.default_rng(1).standard_normal(16_000), 16_000)
+    noise = 0.01 * np.random.default_rng(1).standard_normal(16_000)
+    quiet = write_sound(tmp_path / "fan/id_00/quiet.wav", noise)
     for level in (None, score_figures.usual_level(scorer, [str(quiet)])):
         patches, bands = score_figures.occlusion(scorer, one, level)
         band = int(hertz_to_mel(np.array(3_000.0)) / hertz_to_mel(np.array(8_000.0)) * score_figures.BANDS)
