@@ -26,6 +26,7 @@ from osscl_min.files import UserError
 IDS = {"fan": ("00", "01"), "ToyCar": ("01", "05")}  # one of the development set, one of the evaluation set
 TYPES = tuple(IDS)
 CLIPS = 3  # of a kind
+FAN = {"parts": ("dev",), "types": ("fan",)}  # one file
 LABELS = "".join(
     f"{machine_type}\n"
     + "".join(f"id_{IDS[machine_type][1]}_{n:08d}.wav,normal_{n}.wav,{n % 2}\n" for n in range(CLIPS))
@@ -182,7 +183,7 @@ def test_the_inventory_tells_what_differs(zenodo, tmp_path):
 
 
 def test_parts_and_types_can_be_chosen(zenodo, tmp_path):
-    fetch(zenodo, tmp_path, parts=("dev",), types=("fan",))
+    fetch(zenodo, tmp_path, **FAN)
     assert set(zenodo.asked) == {"3678171", "dev_data_fan.zip"}
     with pytest.raises(UserError, match="cannot download fans; choose from fan,pump"):
         fetch(zenodo, tmp_path, types=("fans",))
@@ -245,16 +246,14 @@ def test_no_network_and_no_record(zenodo, tmp_path):
 
 def test_a_wrong_checksum(zenodo, tmp_path):
     zenodo.checksums["dev_data_fan.zip"] = "0" * 32
-    refused(
-        zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content: wrong checksum", types=("fan",), parts=("dev",)
-    )
+    refused(zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content: wrong checksum", **FAN)
     assert tree(tmp_path) == set() and not leftovers(tmp_path)
 
 
 def test_a_truncated_zip(zenodo, tmp_path):
     whole = zenodo.files[3678171, "dev_data_fan.zip"]
     zenodo.files[3678171, "dev_data_fan.zip"] = whole[: len(whole) // 2]
-    refused(zenodo, tmp_path, CORRUPT, "dev_data_fan.zip.*a corrupt zip", parts=("dev",), types=("fan",))
+    refused(zenodo, tmp_path, CORRUPT, "dev_data_fan.zip.*a corrupt zip", **FAN)
     assert tree(tmp_path) == set()
     zenodo.files[3678171, "dev_data_fan.zip"] = whole
     fetch(zenodo, tmp_path)
@@ -266,7 +265,7 @@ def test_a_zip_with_a_damaged_clip_leaves_nothing(zenodo, tmp_path):
     last = zipfile.ZipFile(io.BytesIO(content)).infolist()[-1]
     content[last.header_offset + 1500] ^= 0xFF
     zenodo.files[3678171, "dev_data_fan.zip"] = bytes(content)
-    refused(zenodo, tmp_path, CORRUPT, "a corrupt zip", parts=("dev",), types=("fan",))
+    refused(zenodo, tmp_path, CORRUPT, "a corrupt zip", **FAN)
     assert tree(tmp_path) == set()
     assert leftovers(tmp_path) == ["dev_data_fan.zip"]
 
@@ -276,23 +275,21 @@ def test_a_zip_with_a_damaged_clip_leaves_nothing(zenodo, tmp_path):
 )
 def test_a_zip_that_would_leave_the_folder(evil, zenodo, tmp_path):
     zenodo.files[3678171, "dev_data_fan.zip"] = packed(["fan/train/normal_id_00_00000000.wav", evil])
-    refused(
-        zenodo, tmp_path / "data", CORRUPT, "evil.*would leave the folder", parts=("dev",), types=("fan",)
-    )
+    refused(zenodo, tmp_path / "data", CORRUPT, "evil.*would leave the folder", **FAN)
     assert tree(tmp_path / "data") == set()
     assert [path.name for path in tmp_path.iterdir()] == ["data"] and not Path("/evil").exists()
 
 
 def test_a_zip_without_clips(zenodo, tmp_path):
     zenodo.files[3678171, "dev_data_fan.zip"] = packed(["__MACOSX/fan/train/._a.wav", "fan/readme.wav"])
-    refused(zenodo, tmp_path, CORRUPT, "no TYPE/train", parts=("dev",), types=("fan",))
+    refused(zenodo, tmp_path, CORRUPT, "no TYPE/train", **FAN)
 
 
 def test_too_little_space_is_said_first(zenodo, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
     size = len(zenodo.files[3678171, "dev_data_fan.zip"])
     needed = f"{2 * size / 1e9:.3g} GB needed and 1e-05 GB free"
-    refused(zenodo, tmp_path, FULL, needed, parts=("dev",), types=("fan",))
+    refused(zenodo, tmp_path, FULL, needed, **FAN)
     assert set(zenodo.asked) == {"3678171"}
 
 
@@ -302,9 +299,9 @@ def test_a_disk_that_fills_up(zenodo, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "copyfileobj", full)
-        refused(zenodo, tmp_path, FULL, "the disk is full", parts=("dev",), types=("fan",))
+        refused(zenodo, tmp_path, FULL, "the disk is full", **FAN)
     assert tree(tmp_path) == set() and leftovers(tmp_path) == ["dev_data_fan.zip"]
-    fetch(zenodo, tmp_path, parts=("dev",), types=("fan",))
+    fetch(zenodo, tmp_path, **FAN)
     assert zenodo.asked["dev_data_fan.zip"] == 1, "the zip was kept"
 
 
@@ -312,9 +309,7 @@ def test_a_disk_that_fills_up(zenodo, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written(place, zenodo, tmp_path):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("in the way")
-    refused(
-        zenodo, tmp_path / "data", UNWRITABLE, f"{place}.*cannot be written", parts=("dev",), types=("fan",)
-    )
+    refused(zenodo, tmp_path / "data", UNWRITABLE, f"{place}.*cannot be written", **FAN)
     assert (tmp_path / place).read_text() == "in the way"
 
 
