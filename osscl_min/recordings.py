@@ -86,14 +86,15 @@ class Recording:
         if self.problem:
             return row
         starts, scores = self.timeline()
-        score = float(scores[self.highest])
+        highest = self.highest
+        score = float(scores[highest])
         threshold, p = calibration(self.machine, score)
         row |= {
             "scored_as": " id ".join(classes[self.label]),
             "score": score,
             "p_value": p,
             "windows": len(self.windows),
-            "at_seconds": float(starts[self.highest]),
+            "at_seconds": float(starts[highest]),
         }
         if threshold is not None:
             row |= {"threshold": threshold.value, "anomaly": int(score > threshold.value)}

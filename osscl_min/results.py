@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from osscl_min import paper
 from osscl_min.files import ROOT, UserError, read_csv, read_json, replacing, write_json, write_text
@@ -47,10 +48,9 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
     except OSError as error:
         missing = f"{run} is not a complete run of reproduce.sh: {error.filename} is missing"
         raise UserError(missing) from error
-    origin = evaluation["provenance"]
     facts = ("synthetic", "data", "clips", "machines", "ms_per_clip", "identity_accuracy")
-    kept = {name: evaluation[name] for name in facts} | metrics | {"provenance": origin}
-    write_json(folder / "metrics.json", kept)
+    about = {name: evaluation[name] for name in facts}
+    write_json(folder / "metrics.json", about | metrics | {"provenance": evaluation["provenance"]})
     for name, table in (("table", results_table(run)), ("thresholds", thresholds_table(run))):
         if table:
             write_text(folder / f"{name}.md", f"{as_text(table)}\n\n{described(run)}\n")
@@ -61,6 +61,14 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
     for path in paper.write(run):
         text = path.read_text(encoding="utf-8")
         write_text(folder.parent / "paper" / f"{folder.name}_{path.name}", text)
+    write_text(folder / "cost.md", run_cost(run, evaluation, log, tests))
+
+
+def run_cost(
+    run: Path, evaluation: dict[str, Any], log: list[dict[str, float]], tests: Path | str | None
+) -> str:
+    """How long a run and its steps took and what they needed, as Markdown."""
+    origin = evaluation["provenance"]
     memory = max(evaluation["peak_memory_mb"], *(entry["peak_memory_mb"] for entry in log)) / 1000
     lines = [f"On {origin['processor']}, torch {origin['torch']}, device {origin['device']}:", ""]
     if (run / "timing.csv").is_file():
@@ -71,12 +79,11 @@ def keep(run: Path | str, folder: Path | str, tests: Path | str | None = None) -
         lines.append(f"  ({parts}),")
         lines.append(f"  {memory:.1f} GB of memory at most, {disk:.0f} MB on disk;")
     train_ms = 1000 / (sum(entry["clips_per_second"] for entry in log) / len(log))
-    lines.append(
-        f"- training {train_ms:.0f} ms a clip, evaluation {evaluation['ms_per_clip']:.0f} ms a clip."
-    )
     if tests is not None and Path(tests).is_file():
-        lines.insert(-1, f"- `bash reproduce.sh --test`: {_minutes(sum(read_timing(tests).values()))};")
-    write_text(folder / "cost.md", "\n".join(lines) + "\n")
+        lines.append(f"- `bash reproduce.sh --test`: {_minutes(sum(read_timing(tests).values()))};")
+    evaluation_ms = evaluation["ms_per_clip"]
+    lines.append(f"- training {train_ms:.0f} ms a clip, evaluation {evaluation_ms:.0f} ms a clip.")
+    return "\n".join(lines) + "\n"
 
 
 def experiments_cost(run: Path) -> str:
