@@ -63,9 +63,8 @@ def test_doubles_are_found_by_content_whatever_the_container(folder):
         "fan/test/normal_id_00_00000007.flac",
         "fan/train/normal_id_00_00000001.wav",
     ]
-    assert [sorted(files) for files in result["duplicates"]] == [same]
-    assert [sorted(files) for files in result["across"]] == [same]
-    assert [sorted(files) for files in result["conflicts"]] == [same]
+    for kind in ("duplicates", "across", "conflicts"):
+        assert [sorted(files) for files in result[kind]] == [same]
     text = inspection.remarks(result)
     assert "in train and in test" in text and "two truths" in text and "1 files cannot be used" in text
 
