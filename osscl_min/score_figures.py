@@ -186,7 +186,10 @@ def write(
 ) -> None:
     """Draw the most anomalous recording; `normal` recordings tell what is usual."""
     _, recording, threshold = summary.strangest
+    figures = {}
     if plot is not None:
-        save(timeline(scorer, recording, threshold), plot)
+        figures[plot] = timeline(scorer, recording, threshold)
     if explain is not None:
-        save(explanation(scorer, recording, usual_level(scorer, normal)), explain)
+        figures[explain] = explanation(scorer, recording, usual_level(scorer, normal))
+    for path, figure in figures.items():
+        save(figure, path)
