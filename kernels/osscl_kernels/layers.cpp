@@ -13,7 +13,7 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #ifdef __AVX512BF16__
@@ -109,6 +109,27 @@ inline void store(bfloat16* p, Vector v) {  // to the nearest, ties to even; NaN
   rounded = v == v ? rounded : (bits >> 16) | 0x40;
   Halves h = __builtin_convertvector(rounded, Halves);
   std::memcpy(p, &h, sizeof h);
+#endif
+}
+
+// Writes past the caches what is too large to stay there, and returns it as it will be read.
+inline Vector stream(float* p, Vector v) {
+#ifdef __AVX512F__
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+  return v;
+}
+inline Vector stream(bfloat16* p, Vector v) {  // half a line at once is better left to the caches
+  store(p, v);
+  return load(p);
+}
+inline void settle_streams() {
+#ifdef __AVX__
+  _mm_sfence();
 #endif
 }
 
@@ -559,8 +580,7 @@ void finish(const Step& s, int64_t part, const float* out, Layout layout, int64_
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) {
         T* to = y + r * n + c + k * LANES;
-        store(to, load(out + layout(r, c + k * LANES)));
-        Vector x = load(to) - about[k];
+        Vector x = stream(to, load(out + layout(r, c + k * LANES))) - about[k];
         one[k] += x;
         two[k] += x * x;
       }
@@ -596,7 +616,7 @@ void descend(const Step& s, int64_t part, Run run, const float* gradient, Layout
           products[k] += g * (x - load(s.mean + channel));
           total[k] += g;
         }
-        store(d + i, g);
+        stream(d + i, g);
       }
     if (s.below)
       for (int k = 0; k < K; ++k) {
@@ -965,9 +985,15 @@ void pool_backward(const Step& s, int64_t part) {
 
 }  // namespace
 
-#define EXPORT(NAME)                                                                                      \
-  extern "C" void NAME##_float32(const Step* step, int64_t part) { NAME<float>(*step, part); }            \
-  extern "C" void NAME##_bfloat16(const Step* step, int64_t part) { NAME<bfloat16>(*step, part); }
+template <class F>
+void call(F function, const Step* step, int64_t part) {
+  function(*step, part);
+  settle_streams();  // other threads read them next
+}
+
+#define EXPORT(NAME)                                                                                               \
+  extern "C" void NAME##_float32(const Step* step, int64_t part) { call(NAME<float>, step, part); }       \
+  extern "C" void NAME##_bfloat16(const Step* step, int64_t part) { call(NAME<bfloat16>, step, part); }
 
 EXPORT(product_forward)
 EXPORT(product_backward)
