@@ -26,7 +26,7 @@
 inline bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }  // ARCH_REQ_XCOMP_PERM, XTILEDATA
 #endif
 
-// One layer and its clips; chain_cpu.py has the same fields in the same order. Pointers that do not apply are null.
+// One layer and its clips; native.py has the same fields in the same order. Pointers that do not apply are null.
 struct Step {
   int64_t clips, parts;                                   // a call computes one of the parts
   int64_t rows, inputs, outputs;                          // input rows of a clip (height * width), channels
@@ -44,9 +44,9 @@ struct Step {
   void *kept, *y;
   float* centre;
   double* sums;
-  // Backward: of the output, dy = dz + y centre_scale + centre_shift; of the input, the gradient plus `extra`, through f
-  // where there is a layer `below` to normalise with `mean`, to `d`; weight gradients of each part; and of each part
-  // `sums`, (3, inputs): dz (below - mean), dz, and gradient times z where z <= 0. Of the first layer: (12, inputs).
+  // Backward: the output's dy = dz + y centre_scale + centre_shift; the input's gradient plus `extra`, through f where
+  // there is a layer `below`, to `d`; weight gradients of each part; and of each part `sums`, (3, inputs): of
+  // dz (below - mean), of dz, and of the gradient times z where z <= 0. Of the first layer: (12, inputs).
   const void* dz;
   const float *centre_scale, *centre_shift, *mean;
   const void* extra;
@@ -336,7 +336,8 @@ void multiply(const bfloat16* a, const bfloat16* weight, float* out, int64_t row
 #pragma GCC unroll 12
           for (int j = 0; j < ROWS; ++j)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(from + j * k + i), b[v]);
+            for (int v = 0; v < VECTORS; ++v)
+              sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(from + j * k + i), b[v]);
         }
       }
       for (int j = 0; j < ROWS; ++j)
@@ -479,7 +480,8 @@ inline void patch(const Step& s, int64_t clip, int64_t r, Body body) {
 // Rows first <= r < last of the layer's input; zeros outside the run, for dense rows.
 template <class T, class E>
 void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layout layout) {
-  int64_t n = s.inputs, from = std::min(std::max<int64_t>(first, 0), last), end = std::max(std::min(last, run.rows), from);
+  int64_t n = s.inputs, from = std::min(std::max<int64_t>(first, 0), last);
+  int64_t end = std::max(std::min(last, run.rows), from);
   if (from > first) std::memset((void*)to, 0, (from - first) * n * sizeof(E));
   to += layout(from - first, 0);
   if (last > end) std::memset((void*)(to + layout(end - from, 0)), 0, (last - end) * n * sizeof(E));
@@ -535,7 +537,8 @@ void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layo
 // Rows first <= r < last, `rows` at most, of the output's gradient; zeros outside, for dense rows.
 template <class T, class E>
 void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, int64_t last, E* to, Layout layout) {
-  int64_t n = s.outputs, from = std::min(std::max<int64_t>(first, 0), last), end = std::max(std::min(last, rows), from);
+  int64_t n = s.outputs, from = std::min(std::max<int64_t>(first, 0), last);
+  int64_t end = std::max(std::min(last, rows), from);
   if (from > first) std::memset((void*)to, 0, (from - first) * n * sizeof(E));
   to += layout(from - first, 0);
   if (last > end) std::memset((void*)(to + layout(end - from, 0)), 0, (last - end) * n * sizeof(E));
@@ -666,7 +669,11 @@ void clear(const Step& s, int64_t part, int64_t positions, int64_t sums) {  // w
 
 // --- layers: products along the rows --------------------------------------------------------------------------------
 
-int64_t product_rows(int64_t count) { return round_up(count, use_tiles() ? 2 * LANES : ROWS); }
+// How many rows a product computes to have `count`.
+template <class E>
+int64_t product_rows(int64_t count) {
+  return round_up(count, std::is_same<E, bfloat16>::value && use_tiles() ? 2 * LANES : ROWS);
+}
 
 // weight: (taps, inputs, outputs), packed as `multiply` takes it.
 template <class T>
@@ -679,7 +686,7 @@ void product_forward(const Step& s, int64_t part) {
   bool begun = false;
   by_runs(s, part, [&](Run run) {
     for (int64_t first = 0; first < run.rows; first += BLOCK) {
-      int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows(count);
+      int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows<E>(count);
       input_rows<T>(s, run, first - reach, first + rows + reach, input, dense(s.inputs));
       multiply(input, (const E*)s.weight, out, rows, s.taps, s.dilation, s.inputs, s.outputs);
       finish<T>(s, part, out, dense(s.outputs), run.offset + first, count, begun);
@@ -701,7 +708,7 @@ void product_backward(const Step& s, int64_t part) {
   clear(s, part, positions, (s.wave ? WINDOW + 1 : 3) * s.inputs);
   by_runs(s, part, [&](Run run) {
     for (int64_t first = 0; first < run.rows; first += BLOCK) {
-      int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows(count);
+      int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows<E>(count);
       input_rows<T>(s, run, first, first + rows, input, dense(s.inputs));
       gradient_rows<T>(s, run.offset, run.rows, first - reach, first + rows + reach, dy, dense(s.outputs));
       weight_products(input, dy, gradient, count, s.taps, s.dilation, s.inputs, s.outputs);
