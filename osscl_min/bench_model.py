@@ -170,7 +170,7 @@ def table(
     return rows
 
 
-def bench_model(out: Path, *, rounds: int = 1) -> Path:
+def bench_model(out: Path, *, rounds: int = 2) -> Path:
     """Measure every part and pass, ours and plain, and write OUT/model_cpu.csv and .md.
 
     Parameters
