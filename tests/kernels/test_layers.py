@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
-from osscl_kernels import native
-from osscl_kernels.chain_cpu import Threads
+from osscl_kernels import chain_cpu, native
+from osscl_kernels.chain_cpu import Threads, part_count
 from torch.nn import functional as F
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -37,6 +37,11 @@ def layers(request, tmp_path_factory):
         assert found.tiles() or request.param != "tiles"
         patch.setattr(native, "library", lambda: found)
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _parts_of_several_clips(monkeypatch):
+    monkeypatch.setattr(chain_cpu, "PARTS", 2)
 
 
 def close(found, expected, bound):
@@ -88,7 +93,7 @@ def convolve(x, weight, dilation):
 @pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (3, 1), (3, 2), (3, 3)])
 @pytest.mark.parametrize(
     ("clips", "rows", "inputs", "outputs"),
-    [(1, 1, 32, 64), (2, 7, 64, 32), (3, 96, 64, 64), (1, 97, 96, 32), (2, 211, 32, 128)],
+    [(1, 1, 32, 64), (2, 7, 64, 32), (4, 96, 64, 64), (1, 97, 96, 32), (4, 211, 32, 128)],
 )
 def test_products(layers, clips, rows, inputs, outputs, taps, dilation, dtype):
     torch.manual_seed(rows)
@@ -97,7 +102,10 @@ def test_products(layers, clips, rows, inputs, outputs, taps, dilation, dtype):
     x = activation(below, a, other.double())
     sizes = {"rows": rows, "inputs": inputs, "outputs": outputs, "taps": taps, "dilation": dilation}
     y, kept = torch.empty(clips, rows, outputs, dtype=dtype), torch.empty_like(below)
-    centre, sums = torch.empty(clips, outputs), torch.empty(clips, 2, outputs, dtype=torch.float64)
+    centre, sums = (
+        torch.empty(part_count(clips), outputs),
+        torch.empty(part_count(clips), 2, outputs, dtype=torch.float64),
+    )
     calls("product_forward", dtype, clips, below=below, other=other, weight=native.pack(weight, dtype), y=y,
           centre=centre, sums=sums, kept=kept, **sizes, **a)  # fmt: skip
     kernel = as_operand(weight, dtype).permute(2, 1, 0)
@@ -114,8 +122,8 @@ def test_products(layers, clips, rows, inputs, outputs, taps, dilation, dtype):
     centring = {"centre_scale": draw(outputs), "centre_shift": draw(outputs)}
     dy = dz.double() + y.double() * centring["centre_scale"] + centring["centre_shift"]
     for stored in (kept, None):
-        d, sums = torch.empty_like(below), torch.empty(clips, 3, inputs, dtype=torch.float64)
-        partial = torch.empty(clips, taps, inputs, outputs)
+        d, sums = torch.empty_like(below), torch.empty(part_count(clips), 3, inputs, dtype=torch.float64)
+        partial = torch.empty(part_count(clips), taps, inputs, outputs)
         calls("product_backward", dtype, clips, dz=dz, y=y, x=stored, below=below, extra=extra, d=d,
               sums=sums, weight=native.pack(weight.flip(0).transpose(1, 2), dtype), weight_gradient=partial,
               **sizes, **centring, **a)  # fmt: skip
@@ -141,7 +149,7 @@ def maps(x, size):
 @pytest.mark.parametrize("kind", ["stride 1", "stride 2", "whole"])
 def test_channel_by_channel(layers, kind, size, dtype):
     torch.manual_seed(size[1])
-    clips, n, stride = 3, 48, 2 if kind == "stride 2" else 1
+    clips, n, stride = 4, 48, 2 if kind == "stride 2" else 1
     rows, whole = size[0] * size[1], kind == "whole"
     out = (1, 1) if whole else tuple((s - 1) // stride + 1 for s in size)
     below, a = draw(clips, rows, n, dtype=dtype), affine(n)
@@ -152,7 +160,10 @@ def test_channel_by_channel(layers, kind, size, dtype):
         "out_width": out[1], "stride": stride,
     }  # fmt: skip
     y = torch.empty(clips, out[0] * out[1], n, dtype=dtype)
-    centre, sums = torch.empty(clips, n), torch.empty(clips, 2, n, dtype=torch.float64)
+    centre, sums = (
+        torch.empty(part_count(clips), n),
+        torch.empty(part_count(clips), 2, n, dtype=torch.float64),
+    )
     calls(name + "_forward", dtype, clips, below=below, weight=weight, y=y, centre=centre, sums=sums,
           **sizes, **a)  # fmt: skip
     x = maps(activation(below, a), size).requires_grad_()
@@ -166,8 +177,8 @@ def test_channel_by_channel(layers, kind, size, dtype):
     centring = {"centre_scale": draw(n), "centre_shift": draw(n)}
     dy = dz.double() + y.double() * centring["centre_scale"] + centring["centre_shift"]
     to_x, to_w = torch.autograd.grad(exact, (x, kernel), maps(dy, out))
-    d, partial = torch.empty_like(below), torch.empty(clips, *weight.shape)
-    sums = torch.empty(clips, 3, n, dtype=torch.float64)
+    d, partial = torch.empty_like(below), torch.empty(part_count(clips), *weight.shape)
+    sums = torch.empty(part_count(clips), 3, n, dtype=torch.float64)
     calls(name + "_backward", dtype, clips, dz=dz, y=y, below=below, weight=weight, d=d, sums=sums,
           weight_gradient=partial, **sizes, **centring, **a)  # fmt: skip
     z = below.double() * a["scale"] + a["shift"]
@@ -182,7 +193,7 @@ def test_channel_by_channel(layers, kind, size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("number", "size", "stride"), [(3, (13, 10), 2), (1, (1, 1), 2), (2, (5, 4), 1)])
 def test_patches_of_an_image(layers, number, size, stride, dtype):
-    clips, outputs, inputs = 2, 64, native.CHANNELS
+    clips, outputs, inputs = 4, 64, native.CHANNELS
     out = tuple((s - 1) // stride + 1 for s in size)
     image, weight = draw(clips, *size, number, dtype=dtype), draw(9 * number, outputs) / 5
     padded = F.pad(weight, (0, 0, 0, inputs - len(weight)))[None]
@@ -192,7 +203,10 @@ def test_patches_of_an_image(layers, number, size, stride, dtype):
         "maps": number,
     }  # fmt: skip
     y = torch.empty(clips, out[0] * out[1], outputs, dtype=dtype)
-    centre, sums = torch.empty(clips, outputs), torch.empty(clips, 2, outputs, dtype=torch.float64)
+    centre, sums = (
+        torch.empty(part_count(clips), outputs),
+        torch.empty(part_count(clips), 2, outputs, dtype=torch.float64),
+    )
     calls("product_forward", dtype, clips, x=image, weight=native.pack(padded, dtype), y=y, centre=centre,
           sums=sums, **sizes)  # fmt: skip
     x = image.double().permute(0, 3, 1, 2).requires_grad_()
@@ -202,7 +216,7 @@ def test_patches_of_an_image(layers, number, size, stride, dtype):
 
     dz, nothing = draw(*y.shape, dtype=dtype), torch.zeros(outputs)
     to_x, to_w = torch.autograd.grad(exact, (x, kernel), maps(dz, out))
-    d, partial = torch.zeros(clips, *size, number), torch.empty(clips, 1, inputs, outputs)
+    d, partial = torch.zeros(clips, *size, number), torch.empty(part_count(clips), 1, inputs, outputs)
     calls("product_backward", dtype, clips, dz=dz, y=y, x=image, d=d, weight_gradient=partial,
           weight=native.pack(padded.transpose(1, 2), dtype), centre_scale=nothing, centre_shift=nothing,
           **sizes)  # fmt: skip
@@ -232,7 +246,7 @@ def test_stores_round_to_nearest_and_keep_what_is_not_finite(layers):
 def test_maximum_pools(layers, rows, windows, dtype):
     """Windows of four rows with some left over, and adaptive ones of unequal width, which overlap."""
     torch.manual_seed(rows)
-    clips, n, number = 2, 48, torch.arange(windows)
+    clips, n, number = 4, 48, torch.arange(windows)
     if rows // 4 == windows:
         start, end = 4 * number, 4 * number + 4
     else:
@@ -250,7 +264,7 @@ def test_maximum_pools(layers, rows, windows, dtype):
     exact = torch.stack([z[:, i:j].max(1).values for i, j in zip(start, end, strict=True)], 1).relu()
     close(y, exact.detach(), ROUNDING[dtype])
 
-    d, sums = torch.full_like(below, float("nan")), torch.empty(clips, 3, n, dtype=torch.float64)
+    d, sums = torch.full_like(below, float("nan")), torch.empty(part_count(clips), 3, n, dtype=torch.float64)
     calls("pool_backward", dtype, clips, dz=dz, d=d, sums=sums, **fields)
     first = z.detach()
     expected = torch.zeros_like(first)
@@ -264,9 +278,9 @@ def test_maximum_pools(layers, rows, windows, dtype):
 
 
 def test_moments_of_the_first_windows(layers):
-    clips, rows = 3, 1000
+    clips, rows = 4, 1000
     wave = draw(clips, 5 * (rows - 1) + 16)
-    sums = torch.empty(clips, 12, 16, dtype=torch.float64)
+    sums = torch.empty(part_count(clips), 12, 16, dtype=torch.float64)
     calls("window_moments", torch.float32, clips, wave=wave, samples=wave.shape[1], rows=rows, sums=sums)
     windows = wave.double().unfold(1, 11, 5)[:, :rows].flatten(0, 1)
     close(sums.sum(0)[:11, :11], windows.T @ windows, 1e-12)
