@@ -197,6 +197,32 @@ class Tiles {
 // The compiler does not know what tile instructions read and write.
 inline void settle() { asm volatile("" ::: "memory"); }
 
+// Tiles 0 to 3 are a block of sums, 32 by 32 floats of rows of n.
+inline void load_sums(const float* at, int64_t n) {
+  _tile_loadd(0, at, 4 * n);
+  _tile_loadd(1, at + LANES, 4 * n);
+  _tile_loadd(2, at + LANES * n, 4 * n);
+  _tile_loadd(3, at + LANES * n + LANES, 4 * n);
+}
+inline void store_sums(float* at, int64_t n) {
+  _tile_stored(0, at, 4 * n);
+  _tile_stored(1, at + LANES, 4 * n);
+  _tile_stored(2, at + LANES * n, 4 * n);
+  _tile_stored(3, at + LANES * n + LANES, 4 * n);
+}
+// Adds products of 16 pairs: rows from `upper` and `lower` on, columns from `left` and `right` on; strides in bytes.
+inline void add_products(const bfloat16* upper, const bfloat16* lower, int64_t rows, const bfloat16* left,
+                         const bfloat16* right, int64_t columns) {
+  _tile_loadd(4, upper, rows);
+  _tile_loadd(5, lower, rows);
+  _tile_loadd(6, left, columns);
+  _tile_loadd(7, right, columns);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 void transpose(__m512i* r) {  // 16 x 16 values of 32 bits
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -302,22 +328,10 @@ void multiply(const bfloat16* a, const bfloat16* weight, float* out, int64_t row
         _tile_zero(3);
         for (int64_t tap = 0; tap < taps; ++tap) {
           const bfloat16* from = a + (r + tap * dilation) * k;
-          for (int64_t i = 0; i < k; i += 2 * LANES, w += 2 * LANES * PANEL) {
-            _tile_loadd(4, from + i, 2 * k);
-            _tile_loadd(5, from + LANES * k + i, 2 * k);
-            _tile_loadd(6, w, 4 * PANEL);
-            _tile_loadd(7, w + 2 * LANES, 4 * PANEL);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
+          for (int64_t i = 0; i < k; i += 2 * LANES, w += 2 * LANES * PANEL)
+            add_products(from + i, from + LANES * k + i, 2 * k, w, w + 2 * LANES, 4 * PANEL);
         }
-        float *upper = out + r * n + o, *lower = upper + LANES * n;
-        _tile_stored(0, upper, 4 * n);
-        _tile_stored(1, upper + LANES, 4 * n);
-        _tile_stored(2, lower, 4 * n);
-        _tile_stored(3, lower + LANES, 4 * n);
+        store_sums(out + r * n + o, n);
       }
     settle();
     return;
@@ -363,26 +377,13 @@ void outer(const bfloat16* a, const bfloat16* g, float* out, int64_t pairs, int6
     settle();
     for (int64_t o = 0; o < n; o += 2 * LANES)
       for (int64_t i = 0; i < k; i += 2 * LANES) {
-        float *upper = out + i * n + o, *lower = upper + LANES * n;
-        _tile_loadd(0, upper, 4 * n);
-        _tile_loadd(1, upper + LANES, 4 * n);
-        _tile_loadd(2, lower, 4 * n);
-        _tile_loadd(3, lower + LANES, 4 * n);
-        const bfloat16 *left = a + 2 * i * pairs, *below = left + 2 * LANES * pairs;
-        for (int64_t p = 0; p < pairs; p += LANES) {
-          _tile_loadd(4, left + 2 * LANES * p, 64);
-          _tile_loadd(5, below + 2 * LANES * p, 64);
-          _tile_loadd(6, g + 2 * (p * n + o), 4 * n);
-          _tile_loadd(7, g + 2 * (p * n + o + LANES), 4 * n);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
+        load_sums(out + i * n + o, n);
+        const bfloat16 *upper = a + 2 * i * pairs, *lower = upper + 2 * LANES * pairs;
+        for (int64_t p = 0; p < pairs; p += LANES, upper += 2 * LANES * LANES, lower += 2 * LANES * LANES) {
+          const bfloat16* right = g + 2 * (p * n + o);
+          add_products(upper, lower, 64, right, right + 2 * LANES, 4 * n);
         }
-        _tile_stored(0, upper, 4 * n);
-        _tile_stored(1, upper + LANES, 4 * n);
-        _tile_stored(2, lower, 4 * n);
-        _tile_stored(3, lower + LANES, 4 * n);
+        store_sums(out + i * n + o, n);
       }
     settle();
     return;
