@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from osscl_min.files import UserError
+from osscl_min.files import ROOT, UserError
 from osscl_min.results import KEPT, fill, keep
 
 
@@ -61,3 +61,10 @@ def test_the_time_of_experiments_is_kept(tmp_path):
     assert "synthetic data, 2 trainings of 4 epochs, preset quick, 1 min 15 s in all" in text
     assert "| scores | 1 min 10 s |\n| components | 0 min 5 s |" in text
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["cost.md"]
+
+
+def test_every_block_and_heading_of_a_document_is_there_once():
+    for document in (ROOT / "README.md", ROOT / "kernels" / "README.md"):
+        lines = document.read_text(encoding="utf-8").splitlines()
+        marks = [line for line in lines if line.startswith(("<!-- generated from", "## "))]
+        assert len(marks) > 5 and len(marks) == len(set(marks)), document

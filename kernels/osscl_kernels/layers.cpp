@@ -19,7 +19,7 @@
 #ifdef __AVX512BF16__
 #define PAIRS  // products of two bfloat16 pairs at once
 #endif
-#if defined(__AMX_BF16__) && defined(__linux__) && !defined(TILES)
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__) && !defined(TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define TILES
