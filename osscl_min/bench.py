@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from osscl_min.files import ROOT, UserError, peak_memory_mb, provenance, write_csv, write_text
+from osscl_min.runtime.files import ROOT, UserError, peak_memory_mb, provenance, write_csv, write_text
 
 
 def measure(call: Callable[[], Any], seconds: float = 1.5, least: int = 3) -> dict[str, float]:

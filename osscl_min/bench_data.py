@@ -14,12 +14,12 @@ import torch
 
 from osscl_min.bench import fresh, measure, write_rows
 from osscl_min.config import AudioConfig
-from osscl_min.dataset import BENCHMARK, Clip, scan
-from osscl_min.device import prepare
+from osscl_min.data.clips import BENCHMARK, Clip, scan
+from osscl_min.data.pack import pack, write_index
+from osscl_min.data.reader import FolderReader, open_data
+from osscl_min.data.store import ARRAY, FORMAT, SAMPLE, Entry
 from osscl_min.features import FrontEnd
-from osscl_min.pack import pack, write_index
-from osscl_min.reader import FolderReader, open_data
-from osscl_min.store import ARRAY, FORMAT, SAMPLE, Entry
+from osscl_min.runtime.device import prepare
 
 AUDIO = AudioConfig()
 BATCH = 64

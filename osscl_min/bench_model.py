@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from osscl_min.bench import fresh, interleaved, measure, write_rows
 from osscl_min.config import PRESETS, AudioConfig, Config
-from osscl_min.device import autocast, prepare
 from osscl_min.losses import training_losses
 from osscl_min.model import OSSCL
+from osscl_min.runtime.device import autocast, prepare
 from osscl_min.textbook import TextbookOSSCL
 from osscl_min.trainer import Trainer
 

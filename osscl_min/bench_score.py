@@ -15,14 +15,14 @@ import soundfile
 
 from osscl_min import checkpoint
 from osscl_min.bench import fresh, write_rows
-from osscl_min.calibration import Calibration
 from osscl_min.config import PRESETS
-from osscl_min.device import choose_device
-from osscl_min.files import peak_memory_mb
-from osscl_min.reader import open_data
-from osscl_min.recordings import Scorer
-from osscl_min.score import score
-from osscl_min.synth import SynthConfig, write_dataset
+from osscl_min.data.reader import open_data
+from osscl_min.data.synth import SynthConfig, write_dataset
+from osscl_min.inference.calibration import Calibration
+from osscl_min.inference.recordings import Scorer
+from osscl_min.inference.score import score
+from osscl_min.runtime.device import choose_device
+from osscl_min.runtime.files import peak_memory_mb
 from osscl_min.train import train
 
 FILES = (250, 2000)

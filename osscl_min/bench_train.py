@@ -25,13 +25,13 @@ from matplotlib.figure import Figure
 from osscl_min.batches import load_batches
 from osscl_min.bench import fresh, interleaved, write_rows
 from osscl_min.config import PRESETS, Config
-from osscl_min.dataset import decode, label_table
-from osscl_min.device import choose_device, prepare
+from osscl_min.data.clips import decode, label_table
+from osscl_min.data.reader import open_data
 from osscl_min.features import LogMel, to_wave
-from osscl_min.figures import COLOURS, STYLE, save
-from osscl_min.files import peak_memory_mb
 from osscl_min.losses import training_losses
-from osscl_min.reader import open_data
+from osscl_min.runtime.device import choose_device, prepare
+from osscl_min.runtime.files import peak_memory_mb
+from osscl_min.runtime.plotting import COLOURS, STYLE, save
 from osscl_min.textbook import TextbookOSSCL
 from osscl_min.trainer import Trainer
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from osscl_min.config import AudioConfig, Config, ModelConfig, from_dict, to_dict
-from osscl_min.dataset import BENCHMARK, Clip
-from osscl_min.files import UserError, replacing
+from osscl_min.data.clips import BENCHMARK, Clip
 from osscl_min.model import OSSCL, load_upstream_state
+from osscl_min.runtime.files import UserError, replacing
 
 FORMAT = 1
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from osscl_min.config import PRESETS, AudioConfig, Config, EvaluateConfig
-from osscl_min.files import UserError
-from osscl_min.synth import SynthConfig
+from osscl_min.data.synth import SynthConfig
+from osscl_min.runtime.files import UserError
 
 Positional = tyro.conf.Positional
 Preset = Literal["paper", "small", "quick"]
@@ -41,7 +41,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             out: The new folder.
             config: What to simulate.
         """
-        from osscl_min.synth import write_dataset
+        from osscl_min.data.synth import write_dataset
 
         print(write_dataset(out, config))
 
@@ -64,7 +64,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             jobs: Files at a time.
             mirror: Address of a copy that answers like https://zenodo.org.
         """
-        from osscl_min.download import download as run
+        from osscl_min.data.download import download as run
 
         print(run(directory, parts=parts.split(","), types=types.split(","), jobs=jobs, mirror=mirror))
 
@@ -75,14 +75,17 @@ def commands(preset: Config) -> dict[str, Callable]:
             data: Data folder, manifest or packed store.
             out: Folder for inspect.json, inspect.csv and inspect.png.
         """
-        from osscl_min import figures, inspection
-        from osscl_min.metrics import as_text
+        from osscl_min.data import inspection
+        from osscl_min.report import figures
+        from osscl_min.runtime.tables import markdown
 
         result = inspection.inspect(data)
-        print(f"{as_text(inspection.table(result))}\n{inspection.remarks(result)}".strip())
+        print(f"{markdown(inspection.table(result))}\n{inspection.remarks(result)}".strip())
         if out is not None:
             inspection.write(result, out)
-            figures.save(figures.inventory(result), out / "inspect.png")
+            from osscl_min.runtime.plotting import save
+
+            save(figures.inventory(result), out / "inspect.png")
 
     def pack(
         data: Positional[Path],
@@ -108,7 +111,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             seconds: Length of the packed clips.
             preset: Chooses the defaults of the rate and the length.
         """
-        from osscl_min.pack import pack as run
+        from osscl_min.data.pack import pack as run
 
         audio = AudioConfig(sample_rate=sample_rate, seconds=seconds)
         print(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
@@ -170,7 +173,8 @@ def commands(preset: Config) -> dict[str, Callable]:
             strict: Stop if any file cannot be used.
         """
         from osscl_min.evaluate import evaluate as run
-        from osscl_min.metrics import as_text, table
+        from osscl_min.metrics import table
+        from osscl_min.runtime.tables import markdown
 
         result = run(checkpoint, data, out, config=config, device=device, strict=strict)
         if not prints():
@@ -178,7 +182,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         if result["metrics"] is None:
             print(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
         else:
-            print(as_text(table(result["metrics"])))
+            print(markdown(table(result["metrics"])))
 
     def score(
         checkpoint: Positional[Path],
@@ -218,7 +222,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             channel: The channel to take of files with several.
             device: Where to compute.
         """
-        from osscl_min.score import score as run
+        from osscl_min.inference.score import score as run
 
         scorer, summary = run(
             checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate, method=threshold,
@@ -228,7 +232,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         if prints():
             print(summary.text(scorer))
         if (plot or explain) and prints():
-            from osscl_min import score_figures
+            from osscl_min.inference import explain as score_figures
 
             score_figures.write(scorer, summary, plot, explain, calibrate)
         if summary.skipped:
@@ -248,12 +252,13 @@ def commands(preset: Config) -> dict[str, Callable]:
             labels: eval_data_list.csv, for files whose names do not tell the truth.
             bootstrap: Resamples for the 95 % intervals; 0 leaves them out.
         """
-        from osscl_min.metrics import as_text, evaluate_scores, read_scores, table, write_metrics
+        from osscl_min.metrics import evaluate_scores, read_scores, table, write_metrics
+        from osscl_min.runtime.tables import markdown
 
         result = evaluate_scores(read_scores(scores, labels), bootstrap)
         if out is not None:
             write_metrics(result, out)
-        print(as_text(table(result)))
+        print(markdown(table(result)))
 
     def ablate(
         name: Positional[Experiment],
@@ -295,16 +300,16 @@ def commands(preset: Config) -> dict[str, Callable]:
             run: The run's folder.
             data: Its data folder; without it, the clips' own pictures are left out.
         """
-        from osscl_min import figures, paper
-        from osscl_min import report as page
-        from osscl_min.metrics import as_text
+        from osscl_min.report import figures, paper
+        from osscl_min.report import pages as page
+        from osscl_min.runtime.tables import markdown
 
         figures.write_all(run, data)
         written = page.write(run)
         print(f"report: {written}")
         if page.is_measured(run):
             print(f"tables for a paper: {paper.write(run)[0].parent}")
-            print(as_text(page.results_table(run)))
+            print(markdown(page.results_table(run)))
 
     def keep(run: Positional[Path], folder: Positional[Path], tests: Path | None = None) -> None:
         """Copy a run's measured tables into a folder of results/.
@@ -314,13 +319,13 @@ def commands(preset: Config) -> dict[str, Callable]:
             folder: Such as results/quick.
             tests: timing.csv of `reproduce.sh --test`.
         """
-        from osscl_min.results import keep as run_keep
+        from osscl_min.report.update import keep as run_keep
 
         run_keep(run, folder, tests)
 
     def readme() -> None:
         """Write the tables of results/ into README.md and kernels/README.md."""
-        from osscl_min.results import write_documents
+        from osscl_min.report.update import write_documents
 
         for document in write_documents():
             print(document)
@@ -356,7 +361,7 @@ def prints() -> bool:
 
 def run_experiment(name: str, data: Path, out: Path, config: Config, **settings: Any) -> NoReturn:
     """Run an experiment and print its table; exit status 1 where a run failed."""
-    from osscl_min.experiments import run
+    from osscl_min.experiments.variants import run
 
     result = run(name, data, out, config, **settings)
     stem = out / name.replace("-", "_")

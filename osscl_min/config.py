@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from osscl_min.files import UserError
+from osscl_min.runtime.files import UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 

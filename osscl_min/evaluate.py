@@ -17,14 +17,14 @@ from osscl_min import checkpoint
 from osscl_min.batches import batches_of, load_batches
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig, to_dict
-from osscl_min.dataset import Clip
-from osscl_min.device import autocast, choose_device, prepare
+from osscl_min.data.clips import Clip
+from osscl_min.data.reader import Reader, open_data
 from osscl_min.features import FrontEnd
-from osscl_min.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, evaluate_scores, write_metrics
-from osscl_min.ranks import Ranks, current, joined
-from osscl_min.reader import Reader, open_data
+from osscl_min.runtime.device import autocast, choose_device, prepare
+from osscl_min.runtime.distributed import Ranks, current, joined
+from osscl_min.runtime.files import UserError, peak_memory_mb, provenance, replacing, write_csv, write_json
 
 
 @dataclass
@@ -88,7 +88,7 @@ def score_clips(
         raise UserError("a clip of a machine that was never trained on cannot be scored against itself")
     device, model = trained.device, trained.model.eval()
     front = FrontEnd(trained.config.model.audio).to(device)
-    ranks = current() if len(positions) >= current().size else Ranks()
+    ranks = current() if len(positions) >= current().world_size else Ranks()
     own = ranks.blocks(positions)[ranks.rank]
     scores, predicted, embeddings = [], [], []
     began = time.perf_counter()

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from osscl_min.config import AudioConfig
-from osscl_min.files import UserError
+from osscl_min.runtime.files import UserError
 
 
-def hertz_to_mel(frequency: np.ndarray) -> np.ndarray:
+def hz_to_mel(frequency: np.ndarray) -> np.ndarray:
     """Slaney's mel scale: linear below 1 kHz, logarithmic above (Auditory Toolbox, 1998)."""
     frequency = np.asarray(frequency, np.float64)
     return np.where(
@@ -24,8 +24,8 @@ def hertz_to_mel(frequency: np.ndarray) -> np.ndarray:
     )
 
 
-def mel_to_hertz(mel: np.ndarray) -> np.ndarray:
-    """The reverse of `hertz_to_mel`."""
+def mel_to_hz(mel: np.ndarray) -> np.ndarray:
+    """The reverse of `hz_to_mel`."""
     mel = np.asarray(mel, np.float64)
     return np.where(
         mel < 15.0, mel * 200 / 3, 1000.0 * np.exp((np.maximum(mel, 15.0) - 15.0) * np.log(6.4) / 27.0)
@@ -40,13 +40,18 @@ def mel_filters(audio: AudioConfig) -> np.ndarray:
     (mels, n_fft // 2 + 1) float64
     """
     bins = np.linspace(0, audio.sample_rate / 2, audio.n_fft // 2 + 1)  # Hz
-    edges = mel_to_hertz(
-        np.linspace(hertz_to_mel(audio.f_min), hertz_to_mel(audio.f_max), audio.mels + 2)
-    )  # Hz
+    edges = mel_to_hz(np.linspace(hz_to_mel(audio.f_min), hz_to_mel(audio.f_max), audio.mels + 2))  # Hz
     widths = np.diff(edges)[:, None]
     distance = edges[:, None] - bins[None, :]
     rising, falling = -distance[:-2] / widths[:-1], distance[2:] / widths[1:]
     return np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+
+
+def mel_ticks(audio: AudioConfig) -> tuple[np.ndarray, list[int]]:
+    """Where round frequencies lie on an axis that counts mel bands, and these frequencies (Hz)."""
+    hertz = [f for f in (250, 500, 1000, 2000, 4000) if audio.f_min < f < audio.f_max]
+    low, *mel, high = hz_to_mel(np.array([audio.f_min, *hertz, audio.f_max]))
+    return (np.array(mel) - low) / (high - low) * (audio.mels + 1) - 0.5, hertz  # band k's centre: k + 0.5
 
 
 class LogMel(nn.Module):

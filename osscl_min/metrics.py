@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from osscl_min.dataset import read_truth
-from osscl_min.files import UserError, write_csv, write_json
+from osscl_min.data.clips import read_truth
+from osscl_min.runtime.files import UserError, write_csv, write_json
 
 MAX_FPR = 0.1  # pAUC's range of false-positive rates (DCASE 2020 Task 2)
 NAMES = ("auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc")
@@ -318,26 +318,3 @@ def percent(entry: dict[str, Any], name: str) -> str:
         return "-"
     low, high = (entry.get("interval") or {}).get(name) or (None, None)
     return f"{100 * entry[name]:.2f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
-
-
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """A table as aligned Markdown, which reads well in a terminal too."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def as_latex(rows: Sequence[Sequence[str]], note: str) -> str:
-    """A table to \\input in a paper: booktabs, first column left, `note` as a comment on top."""
-
-    def cells(row: Sequence[str]) -> str:
-        return " & ".join(re.sub(r"([%&_#$])", r"\\\1", cell).replace("±", r"$\pm$") for cell in row) + r" \\"
-
-    body = [cells(row) for row in rows]
-    columns = "l" + "r" * (len(rows[0]) - 1)
-    lines = [f"% {note}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:]]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"

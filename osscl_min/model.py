@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from osscl_min.config import ModelConfig
-from osscl_min.files import UserError
+from osscl_min.runtime.files import UserError
 
 
 class Tgram(nn.Module):

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from osscl_min import checkpoint
+from osscl_min.augment import training_noise
 from osscl_min.batches import (
     batches_of,
     draw_mixing,
@@ -30,13 +31,12 @@ from osscl_min.batches import (
     to_device,
 )
 from osscl_min.config import Config, to_dict, with_classes
-from osscl_min.dataset import label_table
-from osscl_min.device import choose_device, prepare
-from osscl_min.files import UserError, peak_memory_mb, provenance, write_json, write_text
-from osscl_min.joined import with_others
-from osscl_min.ranks import joined
-from osscl_min.reader import open_data
-from osscl_min.signals import training_noise
+from osscl_min.data.clips import label_table
+from osscl_min.data.joined import with_others
+from osscl_min.data.reader import open_data
+from osscl_min.runtime.device import choose_device, prepare
+from osscl_min.runtime.distributed import joined
+from osscl_min.runtime.files import UserError, peak_memory_mb, provenance, write_json, write_text
 from osscl_min.trainer import LOSSES, Trainer
 
 
@@ -93,8 +93,8 @@ def train(
     with joined(where) as ranks:
         say = tqdm.write if ranks.first else lambda _: None
         running = prepare(where, config.train.precision)
-        if ranks.size > 1:
-            running += f", {ranks.size} processes"
+        if ranks.world_size > 1:
+            running += f", {ranks.world_size} processes"
         opened = open_data(data, config.model.audio, splits=["train"], strict=strict)
         if others is not None:
             opened = with_others(opened, others, config.model.audio, out, strict)
@@ -102,7 +102,7 @@ def train(
         if opened.report():
             say(opened.report())
         classes = label_table(reader.clips)
-        if len(reader) < 4 * ranks.size:
+        if len(reader) < 4 * ranks.world_size:
             raise UserError(f"{dataset.root}: {len(reader)} training clips are too few")
         config = with_classes(config, len(classes))
         labels = np.array([classes.index(clip.machine) for clip in reader.clips])
@@ -133,7 +133,7 @@ def train(
         if run.take_up() and run.position.epoch >= config.train.epochs:
             say(f"{out}: already trained for {run.position.epoch} epochs, nothing to do")
             return out / "best.pt"
-        with stop_on_signals(ranks.size == 1) as run.stop, run.progress_bar() as run.bar:
+        with stop_on_signals(ranks.world_size == 1) as run.stop, run.progress_bar() as run.bar:
             while run.position.epoch < config.train.epochs:
                 run.train_epoch()
                 run.finish_epoch()
@@ -179,7 +179,7 @@ class Run:
         """The present epoch's batches, each of all ranks together."""
         train, ranks = self.trainer.config.train, self.trainer.ranks
         order = shuffled(self.training, train.seed, self.position.epoch)
-        return batches_of(order, train.batch_size, 2 * ranks.size)
+        return batches_of(order, train.batch_size, 2 * ranks.world_size)
 
     def train_epoch(self) -> None:
         """The rest of an epoch; a checkpoint now and then, and one where a signal asks for the end."""
@@ -207,7 +207,7 @@ class Run:
             last = step + 1 == len(batches)
             due = time.perf_counter() - self.saved >= config.engine.checkpoint_seconds
             # several processes must agree, so they stop only where all look
-            asked = ranks.size == 1 and (self.stop.signal or due)
+            asked = ranks.world_size == 1 and (self.stop.signal or due)
             if not (last or asked or len(pending) >= config.engine.log_steps):
                 continue
             losses = torch.stack(pending).tolist()  # waits for the device

@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from osscl_min.config import Config
-from osscl_min.device import autocast
 from osscl_min.features import FrontEnd
 from osscl_min.losses import anomaly_score, stage_loss, training_losses
 from osscl_min.model import OSSCL
-from osscl_min.ranks import Ranks
+from osscl_min.runtime.device import autocast
+from osscl_min.runtime.distributed import Ranks
 
 LOSSES = ("total", "cross_entropy", "contrastive")
 WARM_UP = 3  # eager steps before a CUDA graph is recorded
@@ -131,7 +131,7 @@ class Trainer:
     def backward(self, loss: torch.Tensor) -> None:
         """The gradients of the global batch's loss, given this rank's part of it."""
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.ranks.size).backward()  # DistributedDataParallel averages over the ranks
+        (loss * self.ranks.world_size).backward()  # DistributedDataParallel averages over the ranks
 
     @torch.no_grad()
     def average(self) -> None:
@@ -205,7 +205,9 @@ class Trainer:
         """The student compiled, or as it is where the compiler fails, which is said in one line."""
         audio = self.config.model.audio
         state = copy.deepcopy(self.model.state_dict())
-        waves = torch.zeros(self.config.train.batch_size // self.ranks.size, audio.samples, dtype=torch.int16)
+        waves = torch.zeros(
+            self.config.train.batch_size // self.ranks.world_size, audio.samples, dtype=torch.int16
+        )
         labels = torch.zeros(len(waves), dtype=torch.int64, device=self.device)
         network = torch.compile(self.model)
         self.model.train()

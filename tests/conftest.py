@@ -60,7 +60,7 @@ def real_data() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> pathlib.Path:
     """Eighteen training clips of one second, six simulated machines."""
-    from osscl_min.synth import SynthConfig, write_dataset
+    from osscl_min.data.synth import SynthConfig, write_dataset
 
     config = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=1, test_anomaly=1)
     return write_dataset(tmp_path_factory.mktemp("machines") / "data", config)
@@ -82,10 +82,11 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
 
     Its network has learned next to nothing. Tests that change it work on a copy.
     """
-    from osscl_min import figures, report
+    from osscl_min.data.synth import SynthConfig, write_dataset
     from osscl_min.evaluate import evaluate
-    from osscl_min.experiments import examine
-    from osscl_min.synth import SynthConfig, write_dataset
+    from osscl_min.experiments.variants import examine
+    from osscl_min.report import figures
+    from osscl_min.report import pages as report
     from osscl_min.train import train
 
     run = tmp_path_factory.mktemp("runs") / "tiny"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from osscl_min.bench import fresh, interleaved, measure, write_rows
-from osscl_min.files import UserError, peak_memory_mb
+from osscl_min.runtime.files import UserError, peak_memory_mb
 
 
 def test_fresh_calls_in_another_process_and_reports_errors():
@@ -20,7 +20,7 @@ def test_fresh_calls_in_another_process_and_reports_errors():
 def test_memory_is_the_processes_own_and_not_its_parents():
     held = np.ones(40_000_000)  # 320 MB here
     assert peak_memory_mb() > 320
-    assert fresh("osscl_min.files:peak_memory_mb") < 200
+    assert fresh("osscl_min.runtime.files:peak_memory_mb") < 200
     del held
 
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from osscl_min import bench_data
 from osscl_min.config import AudioConfig
-from osscl_min.reader import open_data
-from osscl_min.store import read_index
+from osscl_min.data.reader import open_data
+from osscl_min.data.store import read_index
 
 
 def test_the_large_store_is_a_store(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from osscl_min.config import PRESETS, AudioConfig, from_dict, to_dict, with_classes
-from osscl_min.files import UserError
+from osscl_min.runtime.files import UserError
 
 
 @pytest.mark.parametrize("name", PRESETS)

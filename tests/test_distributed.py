@@ -18,12 +18,12 @@ from test_train import equal, state
 
 from osscl_min import checkpoint
 from osscl_min.config import EngineConfig, ModelConfig
+from osscl_min.data.reader import open_data
 from osscl_min.evaluate import evaluate, score_clips
-from osscl_min.files import UserError
+from osscl_min.inference.score import score
 from osscl_min.model import OSSCL
-from osscl_min.ranks import Ranks, current
-from osscl_min.reader import open_data
-from osscl_min.score import score
+from osscl_min.runtime.distributed import Ranks, current
+from osscl_min.runtime.files import UserError
 from osscl_min.train import read_log, train
 from osscl_min.trainer import Trainer
 

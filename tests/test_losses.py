@@ -8,10 +8,10 @@ from osscl_kernels import supcon_loss_ref
 from torch.nn import functional as F
 
 from osscl_min.config import PRESETS, AudioConfig, LossConfig, ModelConfig, TrainConfig
-from osscl_min.device import prepare
-from osscl_min.files import UserError
 from osscl_min.losses import stage_loss, training_losses
 from osscl_min.model import OSSCL
+from osscl_min.runtime.device import prepare
+from osscl_min.runtime.files import UserError
 from osscl_min.trainer import Trainer
 
 SHORT = AudioConfig(seconds=1.0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from osscl_min.files import UserError
 from osscl_min.metrics import Score, evaluate_scores, read_scores, table, weighted_auc, write_metrics
+from osscl_min.runtime.files import UserError
 
 
 def test_real_scores_give_their_authors_figures(real_data, tmp_path):

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from test_download import Zenodo, packed
 
-from osscl_min.dataset import BENCHMARK
-from osscl_min.download import PARTS, TYPES
-from osscl_min.store import read_index
+from osscl_min.data.clips import BENCHMARK
+from osscl_min.data.download import PARTS, TYPES
+from osscl_min.data.store import read_index
 from osscl_min.train import read_log
 
 

@@ -1,0 +1,1 @@
+"""Variants of the training, and analyses of trained detectors."""

@@ -1,0 +1,1 @@
+"""Scores, thresholds and explanations for recordings of one's own."""

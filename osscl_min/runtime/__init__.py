@@ -1,0 +1,1 @@
+"""The ground: devices and processes, files, tables, plotting."""

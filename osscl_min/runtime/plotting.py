@@ -1,0 +1,82 @@
+"""What every figure shares: palette, panels, legends, pictures, saving.
+
+Drawn without pyplot, so that nothing stays open and no display is needed. Colours are Okabe and Ito's and
+matplotlib's perceptually uniform maps, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from osscl_min.runtime.files import replacing
+
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK = COLOURS = (
+    "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000".split()
+)
+GREY = "#777777"
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4"}
+
+
+def panels(
+    title: str, synthetic: bool, names: Sequence[str], columns: int = 3, size=(3.6, 2.9), **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel of `size` (inches) for each name; `shared` goes to `Figure.subplots`."""
+    rows = math.ceil(len(names) / columns)
+    columns = math.ceil(len(names) / rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((max(6.5, size[0] * columns), size[1] * rows + 0.8), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    figure.get_layout_engine().set(h_pad=0.08)
+    figure.suptitle(title + (" (synthetic data)" if synthetic else ""), fontsize=13)
+    for ax, name in zip(axes, names, strict=False):
+        ax.set_title(name, fontsize=10.5)
+        ax.set_axisbelow(True)
+        ax.tick_params(labelbottom=True)
+    for ax in axes[len(names) :]:
+        ax.remove()
+    return figure, axes[: len(names)]
+
+
+def legend(figure: Figure, axes: Sequence[Axes], place: str = "lower center", **look: Any) -> None:
+    """One legend of several panels, outside them; a label that they share is there once."""
+    found = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc=f"outside {place}", frameon=False, **look)
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """The legend of several panels in a few columns."""
+    legend(figure, axes, ncols=4 if figure.get_figwidth() > 9 else 2)
+
+
+def picture(
+    ax: Axes, values: np.ndarray, colours: str, limits: Sequence[float], extent: Sequence[float]
+) -> AxesImage:
+    """Draw rows of values, the first at the bottom, as colours between two limits; returns the image."""
+    image = ax.imshow(values, colours, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+    image.set_clim(*limits)
+    ax.grid(False)
+    return image
+
+
+def save(figure: Figure, path: Path | str) -> None:
+    """Write a figure, replacing the file as a whole; the name's end says the format, else it is PNG."""
+    path = Path(path)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=130)
+
+
+def save_all(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures into a folder by their names, as PNG and PDF; returns the PNG files."""
+    for name, figure in figures.items():
+        for ending in ("png", "pdf"):
+            save(figure, folder / f"{name}.{ending}")
+    return [folder / f"{name}.png" for name in figures]

@@ -1,0 +1,79 @@
+"""One table for the terminal, Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from osscl_min.runtime.files import write_csv, write_text
+
+Rows = Sequence[Sequence[str]]  # the first row is the header
+
+_LATEX = {"±": r"$\pm$", "−": "$-$", "≤": r"$\le$", "≥": r"$\ge$", "\\": r"\textbackslash{}",
+          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+          **{character: rf"\{character}" for character in "%&_#${}"}}  # fmt: skip
+
+
+def markdown(rows: Rows) -> str:
+    """Aligned Markdown, which reads well in a terminal too."""
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def latex(rows: Rows, note: str = "") -> str:
+    """A booktabs tabular to \\input in a paper; `note` is a comment on top."""
+
+    def line(row: Sequence[str]) -> str:
+        return " & ".join(re.sub(".", lambda m: _LATEX.get(m[0], m[0]), cell) for cell in row) + r" \\"
+
+    header, *body = map(line, rows)
+    columns = "l" + "r" * (len(rows[0]) - 1)
+    comment = [f"% {' '.join(note.split())}"] if note else []
+    top = [*comment, rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule"]
+    return "\n".join([*top, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def write_table(
+    stem: Path | str, rows: Rows, records: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = ()
+) -> None:
+    """Write a table as STEM.md and STEM.tex with its notes, and its `records` in full precision as STEM.csv.
+
+    Parameters
+    ----------
+    stem : Path or str
+        Path without a suffix.
+    rows : sequence of rows of str
+    records : sequence of mappings
+        The CSV's rows by column; the first one names the columns. Without any, there is no CSV.
+    notes : sequence of str
+        Paragraphs below the table.
+    """
+    stem = str(stem)
+    write_text(f"{stem}.md", "\n\n".join([markdown(rows), *filter(None, notes)]) + "\n")
+    write_text(f"{stem}.tex", latex(rows, " ".join(filter(None, notes))))
+    if records:
+        write_csv(f"{stem}.csv", list(records[0]), [[r[name] for name in records[0]] for r in records])
+
+
+def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """A fraction in percent, with its interval where there is one; "-" for None."""
+    if value is None:
+        return "-"
+    bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+    return f"{100 * value:.2f}{bounds}"
+
+
+def mean_text(values: Sequence[float], digits: int = 1) -> str:
+    """The mean, with the standard deviation where there are several values."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"

@@ -1,0 +1,124 @@
+"""Inspection: counts, formats, doubles and conflicts of a folder, in the table, the files and the figure."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import write_sound
+from test_cli import osscl
+
+from osscl_min.config import AudioConfig
+from osscl_min.data import inspection
+from osscl_min.data.pack import pack
+from osscl_min.report import figures
+from osscl_min.runtime.files import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two machines and two rates; a sound in train and test with both truths, a clipped and a broken file."""
+    random = np.random.default_rng(0)
+
+    def write(name, samples, rate=16_000, channels=1, **options):
+        shape = (samples, channels) if channels > 1 else samples
+        sound = random.integers(-3000, 3000, shape, dtype=np.int16)
+        return write_sound(tmp_path / "data" / name, sound, rate, **options)
+
+    for k in range(3):
+        write(f"fan/train/normal_id_00_{k:08d}.wav", 16_000)
+        write(f"pump/train/normal_id_02_{k:08d}.wav", 24_000 + 8_000 * k, rate=8_000, channels=2)
+    write("fan/test/normal_id_00_00000000.wav", 16_000)
+    loud = write("fan/test/anomaly_id_00_00000000.wav", 32_000)
+    sound = soundfile.read(loud, dtype="int16")[0]
+    sound[10:13] = 32767
+    soundfile.write(loud, sound, 16_000)
+    samples, rate = soundfile.read(tmp_path / "data/fan/train/normal_id_00_00000001.wav", dtype="int16")
+    for name in ("test/normal_id_00_00000007.flac", "test/anomaly_id_00_00000007.wav"):
+        soundfile.write(tmp_path / "data/fan" / name, samples, rate)
+    (tmp_path / "data/fan/train/normal_id_00_00000009.wav").write_bytes(b"no sound")
+    soundfile.write(tmp_path / "data/pump/train/normal_id_02_00000005.wav", np.zeros(16_000), 8_000)
+    return tmp_path / "data"
+
+
+def test_everything_is_counted(folder):
+    result = inspection.inspect(folder)
+    fan, pump = result["machines"]
+    assert (fan["train"], fan["test_normal"], fan["test_anomaly"], fan["test_unlabelled"]) == (3, 2, 2, 0)
+    assert (fan["seconds"], fan["sample_rates"], fan["channels"]) == ([1, 2], [16_000], [1])
+    assert (pump["seconds"], pump["sample_rates"], pump["channels"]) == ([2, 5], [8_000], [1, 2])
+    assert (fan["silent"], pump["silent"], fan["clipped"]) == (0, 1, 1)
+    assert list(result["problems"]) == ["fan/train/normal_id_00_00000009.wav"]
+    clipped = {row["file"]: row["clipped"] for row in result["files"] if row["clipped"]}
+    assert clipped == {"fan/test/anomaly_id_00_00000000.wav": 3}
+    silent = next(row for row in result["files"] if row["silent"])
+    assert silent["level"] is None
+
+
+def test_doubles_are_found_by_content_whatever_the_container(folder):
+    result = inspection.inspect(folder)
+    same = [
+        "fan/test/anomaly_id_00_00000007.wav",
+        "fan/test/normal_id_00_00000007.flac",
+        "fan/train/normal_id_00_00000001.wav",
+    ]
+    for kind in ("duplicates", "across", "conflicts"):
+        assert [sorted(files) for files in result[kind]] == [same]
+    text = inspection.remarks(result)
+    assert "in train and in test" in text and "two truths" in text and "1 files cannot be used" in text
+
+
+def test_a_store_tells_the_same(folder, tmp_path):
+    pack(folder, tmp_path / "store", AudioConfig(seconds=1.0), jobs=1)
+    here, there = inspection.inspect(folder), inspection.inspect(tmp_path / "store")
+    for row in (*here["files"], *there["files"]):
+        del row["level"], row["content"]  # of the whole file, of the clip as it is packed
+    assert here["problems"].keys() == there["problems"].keys() and len(here["problems"]) == 1
+    del here["problems"], there["problems"]
+    assert here == there
+
+
+def test_the_level_is_the_root_mean_square(tmp_path):
+    sine = 0.5 * np.sin(2 * np.pi * 100 * np.arange(16_000) / 16_000)
+    soundfile.write(tmp_path / "sine.wav", sine, 16_000, subtype="FLOAT")
+    heard = inspection.listen(tmp_path / "sine.wav")
+    assert heard.level == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.01)
+    assert (heard.encoding, heard.clipped, heard.seconds) == ("FLOAT", 0, 1.0)
+
+
+def test_the_command_writes_table_files_and_figure(folder, tmp_path):
+    said = osscl("inspect", folder, "--out", tmp_path / "out")
+    assert said.returncode == 0, said.stderr
+    assert "| fan          | 00 | 3" in said.stdout and "| all " in said.stdout
+    result = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert result == json.loads(json.dumps(inspection.inspect(folder)))
+    with open(tmp_path / "out" / "inspect.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == result["clips"] == 11
+    assert (tmp_path / "out" / "inspect.png").stat().st_size > 10_000
+
+
+def test_the_figure_shows_the_counts(folder):
+    figure = figures.inventory(inspection.inspect(folder))
+    kinds = figure.axes[0].containers
+    assert [[bar.get_width() for bar in kind] for kind in kinds] == [[3, 4], [2, 0], [2, 0]]
+
+
+def test_a_folder_without_a_readable_file_is_refused(folder):
+    for path in [*folder.rglob("*.wav"), *folder.rglob("*.flac")]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no file can be read"):
+        inspection.inspect(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no such data folder"):
+        inspection.inspect(folder)
+
+
+def test_real_clips(real_data):
+    result = inspection.inspect(real_data / "mimii_mini")
+    assert result["clips"] == 480 and not result["synthetic"] and not result["problems"]
+    for row in result["machines"]:
+        assert (row["train"], row["test_normal"], row["test_anomaly"]) == (14, 6, 10)
+        assert row["seconds"] == [10, 10]
+    assert not result["across"] and not result["conflicts"]

@@ -1,0 +1,324 @@
+"""The simulated machines: files, reproducibility, levels, physics, and whether the faults can be learned."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from scipy import signal
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from osscl_min.data.synth import ANOMALIES, IDS, SynthConfig, clip_generator, machine_clip, machine_parameters
+from osscl_min.data.synth import write_dataset as write
+from osscl_min.runtime.files import UserError
+
+SMALL = SynthConfig(seconds=1.0, ids_per_type=2, train_clips=2, test_normal=1, test_anomaly=4, seed=3)
+RATE = 16000
+
+
+def simulate(machine_type, machine_id, index, anomaly=None, config=SynthConfig()):
+    kind = "normal" if anomaly is None else "anomaly"
+    rng = clip_generator(config.seed, machine_type, machine_id, "test", kind, index)
+    return machine_clip(machine_type, machine_id, rng, config, anomaly)
+
+
+def log_spectrogram(wave):
+    """128 equal bands up to 8 kHz, in dB: (128, frames)."""
+    power = np.abs(signal.stft(wave, nperseg=2048, noverlap=1536)[2][:-1]) ** 2
+    return 10 * np.log10(power.reshape(128, 8, -1).mean(1) + 1e-12)
+
+
+def features(wave):
+    bands = log_spectrogram(wave)
+    return np.concatenate([bands.mean(1), bands.std(1)])
+
+
+def line_above_floor(wave, hz):
+    """Power within 1 % of `hz` over the median power around it, in dB."""
+    frequency, power = signal.welch(wave, RATE, nperseg=len(wave))
+    line = power[np.abs(frequency - hz) < 0.01 * hz].max()
+    return 10 * np.log10(line / np.median(power[np.abs(frequency - hz) < 0.3 * hz]))
+
+
+def modulation(wave, hz):
+    """Depth of the modulation of the power above 400 Hz (over a rotor's own tones) within 5 % of `hz`."""
+    band = signal.butter(4, (400, 7000), "bandpass", fs=RATE, output="sos")
+    power = signal.sosfilt(band, wave) ** 2 * np.hanning(len(wave))
+    angle = 2 * np.pi * np.arange(len(wave)) / RATE
+    return max(abs(power @ np.exp(1j * angle * hz * f)) for f in np.linspace(0.95, 1.05, 11)) / power.sum()
+
+
+def median(values):
+    return float(np.median(list(values)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("synth") / "data", SMALL)
+
+
+def snapshot(root: Path):
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# Files
+
+
+def test_layout_and_counts(folder):
+    expected = {
+        f"{machine_type}/{split}/{kind}_id_{machine_id}_{k:08d}.wav"
+        for machine_type, ids in IDS.items()
+        for machine_id in ids[:2]
+        for split, kind, count in (("train", "normal", 2), ("test", "normal", 1), ("test", "anomaly", 4))
+        for k in range(count)
+    }
+    assert set(snapshot(folder)) == expected | {"synthetic.json"}
+    for file in expected:
+        info = soundfile.info(folder / file)
+        assert (info.samplerate, info.channels, info.subtype, info.frames) == (16000, 1, "PCM_16", 16000)
+
+
+def test_record_says_synthetic_and_names_every_fault(folder):
+    record = json.loads((folder / "synthetic.json").read_text())
+    assert record["note"].startswith("Synthetic")
+    assert record["config"]["seed"] == 3 and record["config"]["seconds"] == 1.0
+    anomalous = {path.relative_to(folder).as_posix() for path in folder.glob("*/test/anomaly_*.wav")}
+    assert set(record["anomalies"]) == anomalous
+    faults = [record["anomalies"][f"pump/test/anomaly_id_00_{k:08d}.wav"] for k in range(4)]
+    assert faults == ["leak", "bearing", "imbalance", "leak"]  # the kinds cycle
+    assert record["machines"]["fan/id_02"] == vars(machine_parameters("fan", "02", 3))
+
+
+def test_a_file_is_its_clip_alone(folder):
+    """Any clip can be made again without those before it."""
+    samples, _ = soundfile.read(folder / "valve/test/anomaly_id_02_00000002.wav", dtype="int16")
+    wave = simulate("valve", "02", 2, "rattle", SMALL)
+    np.testing.assert_array_equal(samples, np.round(wave * 32767).astype(np.int16))
+
+
+def test_same_seed_same_bytes_other_seed_other_clips(folder, tmp_path):
+    first = snapshot(folder)
+    assert snapshot(write(tmp_path / "again", SMALL)) == first
+    other = snapshot(write(tmp_path / "other", replace(SMALL, seed=4)))
+    assert other.keys() == first.keys()
+    assert not any(other[file] == first[file] for file in first)
+
+
+def test_clips_differ_from_each_other(folder):
+    clips = [path.read_bytes() for path in folder.rglob("*.wav")]
+    assert len(set(clips)) == len(clips)
+
+
+def test_complete_folder_is_left_alone_and_interrupted_one_is_completed(folder, tmp_path):
+    small = replace(SMALL, ids_per_type=1, train_clips=1, test_anomaly=1)
+    root = write(tmp_path / "data", small)
+    before, times = snapshot(root), {p: p.stat().st_mtime_ns for p in root.rglob("*")}
+    write(root, small)
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == times
+
+    (root / "synthetic.json").unlink()
+    (root / "fan/train/normal_id_00_00000000.wav").unlink()
+    (root / "fan/train/.normal_id_00_00000000.wav.x1.part").write_bytes(b"half a clip")
+    kept = root / "pump/train/normal_id_00_00000000.wav"
+    write(root, small)
+    assert {name: data for name, data in snapshot(root).items() if not str(name).endswith(".part")} == before
+    assert kept.stat().st_mtime_ns == times[kept]
+
+
+@pytest.mark.parametrize("trouble", ["other seed", "other file", "other clip", "broken record", "a file"])
+def test_refuses_what_it_did_not_write(tmp_path, trouble):
+    small = replace(SMALL, ids_per_type=1, train_clips=1, test_anomaly=1)
+    root = tmp_path / "data"
+    if trouble == "a file":
+        root.write_text("mine")
+    elif trouble == "other file":
+        (root / "fan/train").mkdir(parents=True)
+        (root / "fan/train/normal_id_07_00000000.wav").write_bytes(b"a recording")
+    elif trouble == "other clip":  # by name it could be one of ours
+        (root / "valve/train").mkdir(parents=True)
+        (root / "valve/train/normal_id_00_00000000.wav").write_bytes(b"a recording")
+    else:
+        write(root, small)
+        if trouble == "other seed":
+            small = replace(small, seed=99)
+        else:
+            (root / "synthetic.json").write_text("{")
+    before = snapshot(root)
+    with pytest.raises(UserError, match="folder"):
+        write(root, small)
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(seconds=0.5),
+        dict(seconds=float("nan")),
+        dict(sample_rate=8000),
+        dict(ids_per_type=5),
+        dict(train_clips=0),
+        dict(snr_db=float("inf")),
+        dict(seed=-1),
+    ],
+)
+def test_config_rejects_nonsense(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        SynthConfig(**wrong)
+
+
+def test_unknown_machine_and_fault_are_errors():
+    with pytest.raises(UserError, match="'fan' id '99'"):
+        simulate("fan", "99", 0)
+    with pytest.raises(UserError, match="no fault 'leak'"):
+        simulate("fan", "00", 0, "leak")
+
+
+# Levels
+
+
+def test_level_does_not_give_the_fault_away():
+    """Every clip keeps to the same 4 dB of RMS, none clips, and the level ranks no better than chance."""
+    labels, levels = [], []
+    for machine_type, kinds in ANOMALIES.items():
+        for machine_id in IDS[machine_type]:
+            for k in range(6):
+                for fault in (None, kinds[k % len(kinds)]):
+                    wave = simulate(machine_type, machine_id, k, fault)
+                    assert wave.dtype == np.float64 and wave.shape == (32000,)
+                    assert np.max(np.abs(wave)) < 0.98
+                    labels.append(fault is not None)
+                    levels.append(10 * np.log10(np.mean(wave**2)))
+    assert np.min(levels) >= -35.001 and np.max(levels) <= -30.999
+    assert np.std(levels) > 0.8
+    assert 0.38 < roc_auc_score(labels, levels) < 0.62
+
+
+def test_snr_is_as_stated():
+    """The same draws without background give the machine alone; the rest of the clip is background."""
+    for machine_type, machine_id in (("fan", "00"), ("valve", "02")):
+        machine = simulate(machine_type, machine_id, 0, config=SynthConfig(snr_db=300.0))
+        for snr_db in (0.0, 6.0, 20.0):
+            wave = simulate(machine_type, machine_id, 0, config=SynthConfig(snr_db=snr_db))
+            part = machine * (wave @ machine) / (machine @ machine)
+            found = 10 * np.log10(np.mean(part**2) / np.mean((wave - part) ** 2))
+            assert found == pytest.approx(snr_db, abs=0.5)
+
+
+# Physics
+
+
+def test_identities_of_a_type_differ_in_every_parameter():
+    for machine_type, ids in IDS.items():
+        machines = [vars(machine_parameters(machine_type, i, 0)) for i in ids]
+        for name in machines[0]:
+            values = sorted(machine[name] for machine in machines)
+            assert len(set(values)) == len(ids), (machine_type, name)
+            assert values[-1] < 1.9 * values[0], (machine_type, name)  # alike, of one type
+    assert machine_parameters("fan", "00", 0) != machine_parameters("fan", "00", 1)
+
+
+@pytest.mark.parametrize(
+    ("machine_type", "count"),
+    [("fan", "blades"), ("pump", "vanes"), ("ToyCar", "teeth"), ("ToyConveyor", "teeth")],
+)
+def test_rotor_tone_is_a_peak_at_its_own_frequency(machine_type, count):
+    """Blade-pass, vane-pass and gear mesh: speed times count, for each id, and not at a neighbour's place."""
+    for machine_id in IDS[machine_type]:
+        p = machine_parameters(machine_type, machine_id, 0)
+        tone = p.speed * getattr(p, count)
+        waves = [simulate(machine_type, machine_id, k) for k in range(3)]
+        peak = median(line_above_floor(wave, tone) for wave in waves)
+        between = median(
+            line_above_floor(wave, tone + p.speed / 2) for wave in waves
+        )  # no order of the shaft
+        assert peak > 20 and peak > between + 10
+
+
+def test_toy_car_mesh_has_sidebands_at_the_wheel_rate():
+    p = machine_parameters("ToyCar", "01", 0)
+    for side in (-1, 1):
+        tone = p.speed * (p.teeth + side / p.gear_ratio)
+        assert median(line_above_floor(simulate("ToyCar", "01", k), tone) for k in range(3)) > 25
+
+
+@pytest.mark.parametrize("machine_type", ["slider", "valve"])
+def test_strokes_come_at_the_machine_period(machine_type):
+    """The power of each id swings at its own stroke rate, and not at rates beside it."""
+    for machine_id in IDS[machine_type]:
+        period = machine_parameters(machine_type, machine_id, 0).period
+        wave = simulate(machine_type, machine_id, 0, config=SynthConfig(seconds=5.0))
+        # A valve open for half of its period clicks evenly: then the second harmonic is the one to look at.
+        own, slower, faster = (max(modulation(wave, n * f / period) for n in (1, 2)) for f in (1, 0.77, 1.3))
+        assert own > 2 * max(slower, faster)
+
+
+@pytest.mark.parametrize(("machine_type", "fault"), [(t, k) for t, kinds in ANOMALIES.items() for k in kinds])
+def test_each_fault_changes_the_spectrum_or_its_variation(machine_type, fault):
+    """A faulty clip lies farther from the normal ones than they lie from each other."""
+    machine_id = IDS[machine_type][0]
+    normal = np.array([features(simulate(machine_type, machine_id, k)) for k in range(24)])
+    faulty = np.array([features(simulate(machine_type, machine_id, k, fault)) for k in range(6)])
+    centre, spread = normal[:16].mean(0), normal[:16].std(0)
+    distance = [np.sqrt(np.mean(((x - centre) / spread) ** 2, axis=1)) for x in (normal[16:], faulty)]
+    assert np.median(distance[1]) > 1.3 * np.median(distance[0])
+
+
+def test_faults_do_what_their_names_say():
+    def both(measure, machine_type, fault):
+        machine_id = IDS[machine_type][0]
+        return [
+            median(measure(simulate(machine_type, machine_id, k, f)) for k in range(6)) for f in (None, fault)
+        ]
+
+    # An unbalanced rotor modulates everything once a turn, and drives its own tone.
+    fan = machine_parameters("fan", "00", 0)
+    normal, faulty = both(lambda wave: modulation(wave, fan.speed), "fan", "imbalance")
+    assert faulty > 2 * normal
+    # A leak hisses above all else in the upper bands.
+    share = lambda wave: log_spectrogram(wave)[96:].mean() - log_spectrogram(wave).mean()  # noqa: E731
+    normal, faulty = both(share, "pump", "leak")
+    assert faulty > normal + 1.0
+
+    # Of a valve's clicks at least a half is missing.
+    def clicks(wave):
+        envelope = np.abs(signal.sosfilt(signal.butter(2, 500, "highpass", fs=RATE, output="sos"), wave))
+        return len(signal.find_peaks(envelope, height=0.5 * envelope.max(), distance=RATE // 20)[0])
+
+    normal, faulty = both(clicks, "valve", "missing_stroke")
+    assert faulty < 0.7 * normal
+    # A bearing's impulses make the car's sound more peaked.
+    kurtosis = lambda wave: np.mean(wave**4) / np.mean(wave**2) ** 2  # noqa: E731
+    normal, faulty = both(kurtosis, "ToyCar", "bearing")
+    assert faulty > 1.1 * normal
+
+
+def test_faults_can_be_learned_by_an_identity_classifier():
+    """Trained on the identities of normal clips alone, the cross-entropy of its own id ranks faulty clips."""
+    train, train_labels, test, test_labels, faulty, types = [], [], [], [], [], []
+    for machine_type, kinds in ANOMALIES.items():
+        for machine_id in IDS[machine_type][:3]:
+            name = machine_type + machine_id
+            for k in range(12):
+                rng = clip_generator(0, machine_type, machine_id, "train", "normal", k)
+                train.append(features(machine_clip(machine_type, machine_id, rng, SynthConfig())))
+                train_labels.append(name)
+            for k in range(6):
+                for fault in (None, kinds[k % len(kinds)]):
+                    test.append(features(simulate(machine_type, machine_id, k, fault)))
+                    test_labels.append(name)
+                    faulty.append(fault is not None)
+                    types.append(machine_type)
+    scaler = StandardScaler().fit(train)
+    classifier = LogisticRegression(C=0.01, max_iter=200).fit(scaler.transform(train), train_labels)
+    log_p = classifier.predict_log_proba(scaler.transform(test))
+    own = np.searchsorted(classifier.classes_, test_labels)
+    faulty, types = np.array(faulty), np.array(types)
+    assert np.mean(log_p.argmax(1)[~faulty] == own[~faulty]) > 0.9
+    score = -log_p[np.arange(len(own)), own]
+    auc = {t: roc_auc_score(faulty[types == t], score[types == t]) for t in ANOMALIES}
+    assert np.mean(list(auc.values())) > 0.8, auc
+    assert min(auc.values()) > 0.6, auc
