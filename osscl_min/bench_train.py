@@ -22,9 +22,9 @@ import soundfile
 import torch
 from matplotlib.figure import Figure
 
-from osscl_min.batches import load_batches
 from osscl_min.bench import fresh, interleaved, write_rows
 from osscl_min.config import PRESETS, Config
+from osscl_min.data.batches import load_batches
 from osscl_min.data.clips import decode, label_table
 from osscl_min.data.reader import open_data
 from osscl_min.features import LogMel, to_wave

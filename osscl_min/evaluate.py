@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from osscl_min import checkpoint
-from osscl_min.batches import batches_of, load_batches
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig, to_dict
+from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.clips import Clip
 from osscl_min.data.reader import Reader, open_data
 from osscl_min.features import FrontEnd

@@ -21,16 +21,8 @@ from tqdm import tqdm
 
 from osscl_min import checkpoint
 from osscl_min.augment import training_noise
-from osscl_min.batches import (
-    batches_of,
-    draw_mixing,
-    load_batches,
-    resident,
-    shuffled,
-    split_validation,
-    to_device,
-)
 from osscl_min.config import Config, to_dict, with_classes
+from osscl_min.data.batches import batches_of, load_batches, resident, to_device
 from osscl_min.data.clips import label_table
 from osscl_min.data.joined import with_others
 from osscl_min.data.reader import open_data
@@ -38,6 +30,42 @@ from osscl_min.runtime.device import choose_device, prepare
 from osscl_min.runtime.distributed import joined
 from osscl_min.runtime.files import UserError, peak_memory_mb, provenance, write_json, write_text
 from osscl_min.trainer import LOSSES, Trainer
+
+
+def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and to validate on: a random split; at least one clip is held out.
+
+    Returns
+    -------
+    train, validation : sorted int64 arrays
+    """
+    order = np.random.default_rng([seed, 0]).permutation(count)
+    held_out = min(max(1, round(fraction * count)), count - 2)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def shuffled(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch; it follows from seed and epoch alone."""
+    return np.random.default_rng([seed, 1, epoch]).permutation(positions)
+
+
+def draw_mixing(
+    seed: int, epoch: int, step: int, alpha: float, sizes: Sequence[int]
+) -> tuple[float, list[np.ndarray]]:
+    """A step's lambda, one for all ranks, and for each rank the partners within its own block.
+
+    Parameters
+    ----------
+    seed, epoch, step : int
+        The draws follow from these alone.
+    alpha : float
+        lambda ~ Beta(alpha, alpha).
+    sizes : sequence of int
+        Rows of each rank.
+    """
+    random = np.random.default_rng([seed, 2, epoch, step])
+    mix = float(random.beta(alpha, alpha))
+    return mix, [random.permutation(size) for size in sizes]
 
 
 def train(

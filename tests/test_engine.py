@@ -20,11 +20,12 @@ from conftest import COMMAND, TINY, environment
 from test_train import equal, state
 
 from osscl_min import train
-from osscl_min.batches import Resident, draw_mixing, load_batches
 from osscl_min.config import EngineConfig
+from osscl_min.data.batches import Resident, load_batches
 from osscl_min.model import OSSCL
 from osscl_min.runtime.distributed import Ranks
 from osscl_min.runtime.files import UserError
+from osscl_min.train import draw_mixing
 from osscl_min.trainer import Trainer
 
 EVERY_STEP = replace(TINY, engine=EngineConfig(checkpoint_seconds=0))

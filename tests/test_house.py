@@ -18,7 +18,7 @@ ORDER = [
     {"data"},
     {"features", "model", "losses", "augment"},
     {"checkpoint"},
-    {"trainer", "train", "metrics", "evaluate", "batches"},
+    {"trainer", "train", "metrics", "evaluate"},
     {"inference", "experiments"},
     {"report"},
     {"bench", "bench_model", "bench_train", "bench_data", "bench_score", "textbook"},

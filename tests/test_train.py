@@ -9,11 +9,12 @@ import torch
 from conftest import TINY
 
 from osscl_min import checkpoint, train
-from osscl_min.batches import batches_of, split_validation
 from osscl_min.config import PRESETS, ModelConfig, TrainConfig
+from osscl_min.data.batches import batches_of
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate
 from osscl_min.runtime.files import UserError
+from osscl_min.train import split_validation
 
 
 def state(path):

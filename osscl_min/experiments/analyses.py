@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from osscl_min import checkpoint
-from osscl_min.batches import batches_of, load_batches
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import EvaluateConfig
+from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.reader import Data, open_data
 from osscl_min.evaluate import Scored, known_machines, score_clips
 from osscl_min.experiments import perturbations as signals

@@ -1,4 +1,4 @@
-"""From clips to batches on the device: which clips, in what order, with whom they mix, and their samples."""
+"""Batches of samples on the device, read ahead."""
 
 from __future__ import annotations
 
@@ -10,42 +10,6 @@ import numpy as np
 import torch
 
 RESIDENT_SHARE = 0.5  # of a GPU's free memory that samples may take; a step needs the rest
-
-
-def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on and to validate on: a random split; at least one clip is held out.
-
-    Returns
-    -------
-    train, validation : sorted int64 arrays
-    """
-    order = np.random.default_rng([seed, 0]).permutation(count)
-    held_out = min(max(1, round(fraction * count)), count - 2)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def shuffled(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch; it follows from seed and epoch alone."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(positions)
-
-
-def draw_mixing(
-    seed: int, epoch: int, step: int, alpha: float, sizes: Sequence[int]
-) -> tuple[float, list[np.ndarray]]:
-    """A step's lambda, one for all ranks, and for each rank the partners within its own block.
-
-    Parameters
-    ----------
-    seed, epoch, step : int
-        The draws follow from these alone.
-    alpha : float
-        lambda ~ Beta(alpha, alpha).
-    sizes : sequence of int
-        Rows of each rank.
-    """
-    random = np.random.default_rng([seed, 2, epoch, step])
-    mix = float(random.beta(alpha, alpha))
-    return mix, [random.permutation(size) for size in sizes]
 
 
 def batches_of(order: Sequence[int], size: int, least: int = 2) -> list[np.ndarray]:
