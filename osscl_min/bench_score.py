@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import compress, cycle, product
+from itertools import compress, cycle
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,7 @@ def case(best: str, folder: str, device: str) -> dict[str, float]:
         wall, processor = time.perf_counter(), time.process_time()
         _, summary = score(best, [folder], csv_path=Path(out) / "scores.csv", device=device)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    recording = summary.strangest[1]
-    windows = max(summary.scored, len(recording.windows))  # many files of one window, or one file of many
+    windows = summary.windows
     return {
         "windows": windows,
         "windows_per_second": windows / wall,
@@ -61,13 +60,14 @@ def false_alarms(best: Path, data: Path, device: str) -> list[dict[str, Any]]:
     half = (truth == 0) & [int(clip.path.stem[-1]) % 2 == 0 for clip in test]  # each machine's even numbers
     rows = []
     for name, more in (("validation split", none), ("and half of the test normals", half)):
-        for method, rate in product(("empirical", "gamma"), RATES):
+        for rate in RATES:
             known = [*own, *compress(machines, more)]
-            calibration = Calibration(known, [*held_out, *scores[more]], rate, method)
-            found = calibration.alarms(list(compress(machines, ~more)), scores[~more], truth[~more])
-            del found["anomalous_clips"], found["detected"]
-            asked = {"held_out_clips": f"{name}, {len(known)}", "method": method, "rate_asked": rate}
-            rows.append(asked | found)
+            calibration = Calibration(known, [*held_out, *scores[more]], rate)
+            for row in calibration.alarms(list(compress(machines, ~more)), scores[~more], truth[~more]):
+                for name in ("binomial", "chance"):
+                    row[f"{name}_low"], row[f"{name}_high"] = row.pop(name) or (None, None)
+                del row["anomalous_clips"], row["detected"]
+                rows.append({"held_out_clips": f"{name}, {len(known)}", "rate_asked": rate} | row)
     return rows
 
 

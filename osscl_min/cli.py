@@ -190,7 +190,6 @@ def commands(preset: Config) -> dict[str, Callable]:
         machine: str | None = None,
         id: str | None = None,
         false_alarm_rate: float = 0.05,
-        threshold: Literal["empirical", "gamma"] = "empirical",
         calibrate: tuple[str, ...] = (),
         window_step: float | None = None,
         csv: Path | None = None,
@@ -203,21 +202,22 @@ def commands(preset: Config) -> dict[str, Callable]:
     ) -> None:
         """Score recordings of a machine and say which are anomalous.
 
-        Exit status: 0 if every file was scored, 1 if some were skipped (they are listed), 2 for an error.
+        Exit status: 0 if everything was scored, 1 if files or windows were not (they are listed), 2 for an
+        error.
 
         Args:
             checkpoint: A run's best.pt.
             files: Sound files, folders of them, manifests (.csv), or - for names on standard input.
             machine: Machine type of all files; left out, their folders and names say it (fan/id_00/...).
             id: Machine id of all files; one that was never trained on is scored against every id of its type.
-            false_alarm_rate: Share of normal clips that may be called anomalous.
-            threshold: From the ranks of held-out normal clips, or from a gamma distribution fitted to them.
-            calibrate: More normal recordings, files or folders, never trained on, to set the threshold by.
+            false_alarm_rate: Share of normal recordings that may be called anomalous.
+            calibrate: More normal recordings, never trained on, to set the thresholds by: files or folders.
+                Each counts once; for long recordings, give ones that are as long.
             window_step: Seconds between the windows of a long recording; half a window if left out.
             csv: File for the results, a row a file.
             json: File for the results, with the time lines of long recordings.
-            plot: Picture (.png) of the most anomalous recording: scores over time and spectrogram.
-            explain: Picture (.png) of its highest window: which frequencies and times raised the score.
+            plot: Picture (.png, .pdf, .svg) of the strangest recording: scores over time and spectrogram.
+            explain: Picture of its highest window: which frequencies and times raised the score.
             batch_size: Windows at once.
             channel: The channel to take of files with several.
             device: Where to compute.
@@ -225,17 +225,13 @@ def commands(preset: Config) -> dict[str, Callable]:
         from osscl_min.inference.score import score as run
 
         scorer, summary = run(
-            checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate, method=threshold,
+            checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate,
             calibrate_with=calibrate, step=window_step, batch_size=batch_size, channel=channel, csv_path=csv,
-            json_path=json, device=device,
+            json_path=json, plot_path=plot, explain_path=explain, device=device,
         )  # fmt: skip
         if prints():
             print(summary.text(scorer))
-        if (plot or explain) and prints():
-            from osscl_min.inference import explain as score_figures
-
-            score_figures.write(scorer, summary, plot, explain, calibrate)
-        if summary.skipped:
+        if summary.skipped or summary.windows_not_scored:
             sys.exit(1)
 
     def metrics(

@@ -1,8 +1,18 @@
-"""From scores of held-out normal clips to a threshold, a decision and a p-value, at a false-alarm rate.
+"""Decide whether a recording is anomalous, at a false-alarm rate that holds per recording.
 
-The empirical threshold and the p-value are conformal: they use ranks alone, so they hold for scores of any
-distribution, as long as normal clips to come are like those held out. The gamma fit, as in the baselines of
-the DCASE challenges, reaches rates that few clips cannot resolve, and holds as far as the fit does.
+The score of a recording is its highest window's. Windows of one recording resemble each other, so recordings,
+not windows, are the exchangeable units, and m windows are compared with m windows:
+
+1. A block is k consecutive windows. Its p-value is (1 + S) / (n + 1): n normal recordings have at least k
+   windows, and each adds to S the share of its blocks whose highest window scores as high (hierarchical
+   conformal prediction; Lee, Barber and Willett, 2023, arXiv:2306.06342).
+2. A recording of m windows is ceil(m / k) blocks. Its p-value is its lowest block's times their number
+   (Bonferroni, which holds under any dependence). k <= m is chosen by the lowest attainable p-value,
+   ceil(m / k) / (n + 1); with enough normal recordings of m windows k = m, and nothing is corrected.
+
+The rate holds for scores of any distribution if normal recordings are exchangeable and, where their lengths
+differ, a block does not depend on where it begins. It is an average over calibration sets: the rate of one
+set of n recordings spreads by about sqrt(rate (1 - rate) / n).
 """
 
 from __future__ import annotations
@@ -11,190 +21,183 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import compress, groupby
+from typing import Any
 
 import numpy as np
 import scipy.stats
+from numpy.lib.stride_tricks import sliding_window_view
 
-Method = Literal["empirical", "gamma"]
+from osscl_min.runtime.files import UserError
+
+Machine = tuple[str, str]  # machine type, machine id
 
 
-@dataclass(frozen=True)
+def recordings_needed(rate: float, blocks: int = 1) -> int:
+    """The smallest number n of normal recordings that resolves a rate: blocks / (n + 1) <= rate."""
+    return math.ceil(blocks / rate - 1e-9) - 1
+
+
+class _Blocks:
+    """The highest scores of all blocks of k windows; the blocks of a recording weigh 1 together."""
+
+    def __init__(self, recordings: Iterable[np.ndarray], block: int):
+        maxima, weights, self.recordings = [], [], 0
+        long_enough = sorted((own for own in recordings if len(own) >= block), key=len)
+        for length, alike in groupby(long_enough, key=len):
+            scores = np.stack(list(alike))
+            maxima.append(sliding_window_view(scores, block, axis=1).max(axis=2).ravel())
+            weights.append(np.full(len(maxima[-1]), 1 / (length - block + 1)))
+            self.recordings += len(scores)
+        order = np.argsort(np.concatenate(maxima))
+        self.maxima = np.concatenate(maxima)[order]
+        weights = np.concatenate(weights)[order]
+        self.tail = np.append(np.cumsum(weights[::-1])[::-1], 0.0)  # weight of maxima from here on
+
+    def p_value(self, scores: np.ndarray | float, side: str = "left") -> np.ndarray:
+        """How likely a normal block is as high as each score, or, with side "right", higher."""
+        return (1 + self.tail[np.searchsorted(self.maxima, scores, side)]) / (self.recordings + 1)
+
+
+@dataclass(frozen=True, eq=False)
 class Threshold:
-    """The score above which a clip is called anomalous."""
+    """The score above which a recording of so many windows is called anomalous, and its p-values."""
 
-    value: float
-    method: Method  # the one that gave `value`
-    empirical: float | None  # None where so few clips do not resolve the rate
-    gamma: float | None  # None where there is nothing to fit
-    clips: int  # held-out normal clips
-    group: str  # whose they are: "fan id 00", "fan" or "all machines"
-    rate: float  # the false-alarm rate asked for
+    value: float | None  # None where so few normal recordings do not resolve the rate
+    group: str  # whose recordings set it: "fan id 00", "fan" or "all machines"
+    source: str  # what it rests on, in a few words
+    block_count: int
+    blocks: _Blocks
+    windows: _Blocks
 
-    @property
-    def resolution(self) -> float:
-        """The lowest false-alarm rate that so many clips resolve empirically."""
-        return 1 / (self.clips + 1)
+    def p_value(self, score: np.ndarray | float) -> np.ndarray:
+        """How likely the highest window of a normal recording scores as high as each `score`."""
+        return np.minimum(1, self.block_count * self.blocks.p_value(score))
 
-    def __str__(self) -> str:
-        def number(value: float | None, why: str) -> str:
-            return why if value is None else f"{value:.4g}"
-
-        return (
-            f"{self.group}: {self.value:.4g} ({self.method}; "
-            f"empirical {number(self.empirical, 'not resolved')}, "
-            f"gamma fit {number(self.gamma, 'impossible')}) from {self.clips} held-out normal clips, which "
-            f"resolve rates down to {100 * self.resolution:.2g} %"
-        )
-
-
-def clips_needed(rate: float) -> int:
-    """Held-out normal clips that resolve a false-alarm rate: the least n with 1 / (n + 1) <= rate."""
-    return max(1, math.ceil(1 / rate - 1e-9) - 1)
-
-
-def empirical_threshold(scores: np.ndarray, rate: float) -> float | None:
-    """The score that a normal clip to come exceeds with a probability of at most `rate`.
-
-    Its rank among n scores is ceil((n + 1) (1 - rate)): split conformal prediction (Vovk, Gammerman and
-    Shafer, 2005). None where that is beyond the largest.
-    """
-    rank = _rank(len(scores), rate)
-    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else None
-
-
-def _rank(clips: int, rate: float) -> int:
-    return math.ceil((clips + 1) * (1 - rate) - 1e-9)  # which may be off by a rounding error
-
-
-def gamma_threshold(scores: np.ndarray, rate: float) -> float | None:
-    """Quantile of a gamma distribution fitted to the scores; it starts at 0, as cross-entropies do."""
-    if len(np.unique(scores)) < 2 or scores.min() <= 0:
-        return None
-    shape, _, scale = scipy.stats.gamma.fit(scores, floc=0)
-    return float(scipy.stats.gamma.isf(rate, shape, scale=scale))
-
-
-def p_value(scores: np.ndarray, score: float) -> float:
-    """How likely a normal clip scores as high: (1 + number of held-out scores as high) / (n + 1)."""
-    return (1 + int(np.count_nonzero(scores >= score))) / (len(scores) + 1)
-
-
-def chance(thresholds: Sequence[Threshold], draws: int = 20_000, seed: int = 0) -> tuple[float, float]:
-    """The central 95 % of the share of false alarms, if all normal clips of a group are alike.
-
-    The share of clips above the r-th of n held-out scores has a Beta(n + 1 - r, r) distribution, one for the
-    clips of a group together; given it, alarms are binomial.
-
-    Parameters
-    ----------
-    thresholds : sequence of Threshold
-        An empirical one for each normal clip.
-    """
-    random = np.random.default_rng(seed)
-    alarms = np.zeros(draws)
-    for threshold, count in Counter(thresholds).items():
-        rank = _rank(threshold.clips, threshold.rate)
-        shares = random.beta(threshold.clips + 1 - rank, rank, draws)
-        alarms += random.binomial(count, shares)
-    low, high = np.quantile(alarms, (0.025, 0.975)) / len(thresholds)
-    return float(low), float(high)
+    def window_p_value(self, score: np.ndarray | float) -> np.ndarray:
+        """The same for a single window, not corrected for their number."""
+        return self.windows.p_value(score)
 
 
 class Calibration:
-    """Held-out normal scores, and the thresholds they give.
+    """Scores of normal recordings, and the thresholds that follow from them.
 
-    A machine's own clips decide where there are enough to resolve the rate, else its type's, else all: then
-    the rate holds on average over those machines, not for each.
+    A machine's own recordings decide where they resolve the rate, else those of its type, else all; then the
+    rate holds on average over these machines, not for each. Scores are not normalised per machine: estimated
+    from the one to three clips that a small data set holds out, that would break the exchangeability.
 
     Parameters
     ----------
-    machines : sequence of (machine type, machine id)
-        Of each clip.
-    scores : sequence of float
-        Higher = more anomalous; of clips never trained on.
+    machines : iterable of (machine type, machine id)
+        Of each recording.
+    scores : sequence of float or of (windows,) float
+        Of each recording, its windows in order; higher = more anomalous. Recordings that were never trained
+        on and chose no epoch.
     rate : float
-        The false-alarm rate, between 0 and 1.
-    method : {"empirical", "gamma"}
-        "empirical" falls back on the gamma fit where even all clips are too few.
+        Share of normal recordings that may be called anomalous, between 0 and 1.
     """
 
-    def __init__(
-        self,
-        machines: Iterable[tuple[str, str]],
-        scores: Sequence[float],
-        rate: float,
-        method: Method = "empirical",
-    ):
-        self.machines = list(machines)
-        self.scores = np.asarray(scores, np.float64)
-        self.rate, self.method = rate, method
-        self._groups: dict[tuple[str, str], tuple[np.ndarray, Threshold | None]] = {}
+    def __init__(self, machines: Iterable[Machine], scores: Sequence[float | np.ndarray], rate: float):
+        if not 0 < rate < 1:
+            raise UserError(f"a false-alarm rate lies between 0 and 1, such as 0.05; got {rate:g}")
+        self.machines, self.rate = list(machines), rate
+        self.scores = [np.atleast_1d(np.asarray(own, np.float64)) for own in scores]
+        self._thresholds: dict[tuple[Machine, int], Threshold] = {}
+        self._blocks: dict[tuple[str, int], _Blocks] = {}
 
-    def __call__(self, machine: tuple[str, str], score: float) -> tuple[Threshold | None, float | None]:
-        """The threshold for a machine's clips, and a clip's p-value; None of both without calibration."""
-        scores, threshold = self.group(machine)
-        return threshold, None if threshold is None else p_value(scores, score)
-
-    def group(self, machine: tuple[str, str]) -> tuple[np.ndarray, Threshold | None]:
-        """The scores that decide about a machine's clips, and their threshold."""
-        if machine not in self._groups:
-            choices = (
-                (f"{machine[0]} id {machine[1]}", [one == machine for one in self.machines]),
-                (machine[0], [one[0] == machine[0] for one in self.machines]),
+    def threshold(self, machine: Machine, windows: int = 1) -> Threshold | None:
+        """The threshold for a machine's recordings of so many windows; None without any calibration."""
+        key = machine, windows
+        if self.scores and key not in self._thresholds:
+            groups = (
+                (f"{machine[0]} id {machine[1]}", [own == machine for own in self.machines]),
+                (machine[0], [own[0] == machine[0] for own in self.machines]),
                 ("all machines", [True] * len(self.machines)),
             )
-            enough = clips_needed(self.rate)
-            name, chosen = next((c for c in choices if sum(c[1]) >= enough), choices[-1])
-            scores = self.scores[np.array(chosen, bool)]
-            self._groups[machine] = scores, self._threshold(scores, name)
-        return self._groups[machine]
+            for group, members in groups:
+                if any(members):
+                    self._thresholds[key] = self._compare(
+                        group, list(compress(self.scores, members)), windows
+                    )
+                    if self._thresholds[key].value is not None:
+                        break
+        return self._thresholds.get(key)
 
-    def _threshold(self, scores: np.ndarray, name: str) -> Threshold | None:
-        if not len(scores):
-            return None
-        empirical, gamma = empirical_threshold(scores, self.rate), gamma_threshold(scores, self.rate)
-        both = {"empirical": empirical, "gamma": gamma}
-        method = self.method if both[self.method] is not None else next((n for n in both if both[n]), None)
-        if method is None:
-            return None
-        return Threshold(both[method], method, empirical, gamma, len(scores), name, self.rate)
+    def _compare(self, group: str, recordings: list[np.ndarray], windows: int) -> Threshold:
+        lengths = np.array([len(own) for own in recordings])
+
+        def attainable(block: int) -> tuple[float, int]:
+            return math.ceil(windows / block) / (1 + np.count_nonzero(lengths >= block)), -block
+
+        block = min(np.unique(np.minimum(lengths, windows)).tolist(), key=attainable)
+        for size in (block, 1):
+            if (group, size) not in self._blocks:
+                self._blocks[group, size] = _Blocks(recordings, size)
+        blocks, count = self._blocks[group, block], math.ceil(windows / block)
+        enough = count * blocks.p_value(blocks.maxima, "right") <= self.rate + 1e-9
+        value = float(blocks.maxima[enough.argmax()]) if enough.any() else None
+        source = f"{blocks.recordings} normal recordings of {group}"
+        if count > 1:
+            source += f", corrected for {count} blocks of {block} window{'s' if block > 1 else ''}"
+        if value is None:
+            more = recordings_needed(self.rate) - np.count_nonzero(lengths >= windows)
+            source += f"; {100 * self.rate:g} % false alarms need {more} more of {windows} windows"
+        return Threshold(value, group, source, count, blocks, self._blocks[group, 1])
 
     def alarms(
-        self, machines: Sequence[tuple[str, str]], scores: np.ndarray, anomaly: np.ndarray
-    ) -> dict[str, Any]:
-        """Count alarms on clips of known truth that set no threshold.
+        self, machines: Sequence[Machine], scores: np.ndarray, anomaly: np.ndarray
+    ) -> list[dict[str, Any]]:
+        """Count alarms on clips of known truth that set no threshold, per machine type and in total.
 
         Parameters
         ----------
         machines : sequence of (machine type, machine id)
         scores : (n,)
+            Of clips of one window; the caller chooses which are measured together.
         anomaly : (n,) of 0 and 1
 
         Returns
         -------
-        dict
-            "threshold_from" (held-out clips a threshold), "normal_clips", "false_alarms", "rate_found" with
-            its Clopper-Pearson interval "binomial_low" and "binomial_high", "chance_low" and "chance_high"
-            (see `chance`; None where a threshold comes from the gamma fit), "anomalous_clips", "detected".
+        list of dict
+            A row per machine type and a last one, "all": "machine_type", "threshold_from", "normal_clips",
+            "false_alarms", "rate_found" with its Clopper-Pearson interval "binomial", "anomalous_clips",
+            "detected", and "chance", the central 95 % of the rates to be expected of exchangeable clips, which
+            counts in that few recordings place a threshold. What is not known, or not resolved, is None.
         """
-        thresholds = [self.group(machine)[1] for machine in machines]
-        called = np.array([s > t.value for s, t in zip(scores, thresholds, strict=True)], bool)
-        used = [threshold for threshold, truth in zip(thresholds, anomaly, strict=True) if truth == 0]
-        alarms = int(called[anomaly == 0].sum())
-        interval = scipy.stats.binomtest(alarms, len(used)).proportion_ci()
-        ranked = all(threshold.method == "empirical" for threshold in used)
-        low, high = chance(used) if ranked else (None, None)
-        clips = sorted({threshold.clips for threshold in used})
-        return {
-            "threshold_from": f"{clips[0]} to {clips[-1]} clips" if len(clips) > 1 else f"{clips[0]} clips",
-            "normal_clips": len(used),
-            "false_alarms": alarms,
-            "rate_found": alarms / len(used),
-            "binomial_low": float(interval.low),
-            "binomial_high": float(interval.high),
-            "chance_low": low,
-            "chance_high": high,
-            "anomalous_clips": int((anomaly == 1).sum()),
-            "detected": int(called[anomaly == 1].sum()),
-        }
+        thresholds = np.array([self.threshold(machine) for machine in machines], object)
+        resolved = all(threshold is not None and threshold.value is not None for threshold in thresholds)
+        types, rows = np.array([machine_type for machine_type, _ in machines]), []
+        for name in [*sorted(set(types.tolist()), key=str.lower), "all"]:
+            own = (types == name) | (name == "all")
+            normal, anomalous = own & (anomaly == 0), own & (anomaly == 1)
+            row = {
+                "machine_type": name,
+                "threshold_from": "; ".join(sorted({threshold.source for threshold in thresholds[own]})),
+                "normal_clips": int(normal.sum()),
+                **dict.fromkeys(("false_alarms", "rate_found", "binomial", "chance")),
+                "anomalous_clips": int(anomalous.sum()),
+                "detected": None,
+            }
+            if resolved:
+                called = np.array([score > t.value for score, t in zip(scores, thresholds, strict=True)])
+                row |= {"false_alarms": int(called[normal].sum()), "detected": int(called[anomalous].sum())}
+            if resolved and normal.any():
+                test = scipy.stats.binomtest(row["false_alarms"], row["normal_clips"])
+                row |= {"rate_found": test.statistic, "binomial": tuple(test.proportion_ci())}
+                row["chance"] = self._chance(thresholds[normal])
+            rows.append(row)
+        return rows
+
+    def _chance(self, thresholds: Sequence[Threshold]) -> tuple[float, ...]:
+        """The central 95 % of the share of false alarms among normal clips with these thresholds.
+
+        The share of clips above the r-th highest of n scores is Beta(r, n + 1 - r), one draw per group; given
+        it, alarms are binomial.
+        """
+        probability = np.ones(1)  # of each number of false alarms
+        counts = Counter((threshold.group, threshold.blocks.recordings) for threshold in thresholds)
+        for (_, recordings), count in counts.items():
+            rank = math.floor((recordings + 1) * self.rate + 1e-9)
+            share = scipy.stats.betabinom(count, rank, recordings + 1 - rank)
+            probability = np.convolve(probability, share.pmf(np.arange(count + 1)))
+        return tuple((np.searchsorted(np.cumsum(probability), (0.025, 0.975)) / len(thresholds)).tolist())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ from matplotlib.figure import Figure
 
 from osscl_min.data.clips import decode, duration
 from osscl_min.features import hz_to_mel, mel_ticks, mel_to_hz, to_wave
-from osscl_min.inference.calibration import Threshold
-from osscl_min.inference.recordings import Recording, Scorer, expand
-from osscl_min.inference.score import Summary
+from osscl_min.inference.recordings import Recording, Scorer, window_starts
 from osscl_min.runtime.files import UserError
 from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture, save
 
@@ -36,24 +33,21 @@ def _window(scorer: Scorer, recording: Recording, start: float | None) -> tuple[
 
 def spectrogram(scorer: Scorer, recording: Recording) -> np.ndarray:
     """Log-mel (mels, columns) in dB of a whole recording, read piece by piece; silence is NaN."""
-    audio = scorer.audio
-    length = max(duration(recording.file), audio.seconds)
-    together = max(1, int(np.ceil(length / audio.seconds * audio.frames / COLUMNS)))  # frames a column
-    pieces = []
-    for start in np.arange(0, length - 0.01, audio.seconds):
-        begin = None if length == audio.seconds else min(start, length - audio.seconds)
+    audio, pieces = scorer.audio, []
+    starts = window_starts(duration(recording.file), audio, audio.seconds)
+    columns = min(audio.frames, max(1, COLUMNS // len(starts)))  # per piece
+    for number, start in enumerate(starts):
         try:
-            _, log_mel = _window(scorer, recording, begin)
+            _, log_mel = _window(scorer, recording, start)
         except UserError:
             log_mel = np.full((audio.mels, audio.frames), np.nan, np.float32)
-        log_mel = log_mel[:, round((start - (begin or 0)) / audio.seconds * audio.frames) :]
-        kept = log_mel.shape[1]
-        pieces.append(np.add.reduceat(log_mel, range(0, kept, together), axis=1))
-        pieces[-1] /= np.diff([*range(0, kept, together), kept])
-    return np.concatenate(pieces, axis=1)
+        means = [part.mean(axis=1) for part in np.array_split(log_mel, columns, axis=1)]
+        overlap = number - (start or 0) / audio.seconds  # of the last piece with the one before
+        pieces += means[round(overlap * columns) :]
+    return np.stack(pieces, axis=1)
 
 
-def timeline(scorer: Scorer, recording: Recording, threshold: Threshold | None) -> Figure:
+def timeline(scorer: Scorer, recording: Recording, threshold: float | None) -> Figure:
     """Each window's score, the threshold, and the log-mel spectrogram below."""
     audio = scorer.audio
     starts, scores = recording.timeline()
@@ -67,8 +61,7 @@ def timeline(scorer: Scorer, recording: Recording, threshold: Threshold | None) 
     label = f"window of {audio.seconds:g} s"
     above.hlines(scores, starts, starts + audio.seconds, color=BLUE, linewidth=2, label=label)
     if threshold is not None:
-        label = f"threshold, {100 * threshold.rate:g} % false alarms a window"
-        above.axhline(threshold.value, color=VERMILLION, linestyle="--", linewidth=1.2, label=label)
+        above.axhline(threshold, color=VERMILLION, linestyle="--", linewidth=1.2, label="threshold")
     above.set(yscale="log", ylabel="anomaly score")
     levels = spectrogram(scorer, recording)
     image = picture(below, levels, "magma", np.nanpercentile(levels, (1, 99.5)), (0, length, 0, audio.mels))
@@ -87,14 +80,13 @@ def _spectrum(scorer: Scorer, wave: torch.Tensor) -> torch.Tensor:
     return torch.stft(wave, scorer.audio.n_fft, scorer.audio.hop, **options)
 
 
-def usual_level(scorer: Scorer, files: Iterable[str]) -> torch.Tensor | None:
-    """Root mean square of each frequency bin over the first windows of files; None without any."""
+def usual_level(scorer: Scorer, recordings: Iterable[Recording]) -> torch.Tensor | None:
+    """Root mean square of each frequency bin over the first windows of recordings; None without any."""
     powers = []
-    for file in expand(files):
-        recording = file if isinstance(file, Recording) else Recording(file)
-        scorer.identify(recording)
-        wave = to_wave(decode(recording.file, scorer.audio, recording.channel)[0][None], scorer.device)
-        powers.append(_spectrum(scorer, wave).abs().square().mean(dim=(0, 2)))
+    for recording in recordings:
+        samples, _ = decode(recording.file, scorer.audio, recording.channel)
+        spectrum = _spectrum(scorer, to_wave(samples[None], scorer.device))
+        powers.append(spectrum.abs().square().mean(dim=(0, 2)))
     return torch.stack(powers).mean(0).sqrt() if powers else None
 
 
@@ -118,37 +110,27 @@ def occlusion(
     bands : (BANDS,) float64
         Over the whole time.
     """
-    audio, label = scorer.audio, np.array([recording.label])
+    audio = scorer.audio
     samples, _ = _window(scorer, recording, recording.starts[recording.highest])
     spectrum = _spectrum(scorer, to_wave(samples[None], scorer.device))[0]
     if level is None:
         level = spectrum.abs().square().mean(1).sqrt()
-    usual = torch.polar(level[:, None].expand(-1, spectrum.shape[1]).contiguous(), spectrum.angle())
-    hertz = torch.linspace(0, audio.sample_rate / 2, audio.n_fft // 2 + 1)
+    usual = torch.polar(level[:, None].expand_as(spectrum).contiguous(), spectrum.angle())
     low, high = hz_to_mel(np.array([audio.f_min, audio.f_max]))
-    edges = mel_to_hz(np.linspace(low, high, BANDS + 1))
-    frames = np.array_split(np.arange(spectrum.shape[1]), PARTS)
-
-    def variants() -> Iterator[torch.Tensor]:
-        yield spectrum
-        for bottom, top in zip(edges, edges[1:], strict=False):
-            chosen = ((hertz >= bottom) & (hertz < top + (top == edges[-1]))).to(spectrum.device)[:, None]
-            for part in (slice(None), *frames):
-                mask = torch.zeros_like(chosen).repeat(1, spectrum.shape[1])
-                mask[:, part] = chosen
-                yield torch.where(mask, usual, spectrum)
-
-    every, found = variants(), []
-    while waiting := list(islice(every, scorer.batch_size)):
+    edges = mel_to_hz(np.linspace(low, high, BANDS + 1))[1:-1]
+    band = np.digitize(np.linspace(0, audio.sample_rate / 2, len(spectrum)), edges)
+    part = np.arange(spectrum.shape[1]) * PARTS // spectrum.shape[1]
+    falls = []
+    for chosen in range(-1, BANDS):  # -1: none, the score as it is
+        times = [part >= 0, *(part == number for number in range(PARTS))]
+        masks = torch.from_numpy((band == chosen)[None, :, None] & np.array(times)[:, None, :])
         waves = torch.istft(
-            torch.stack(waiting), audio.n_fft, audio.hop,
+            torch.where(masks.to(spectrum.device), usual, spectrum), audio.n_fft, audio.hop,
             window=scorer.front.log_mel.window.float(), length=audio.samples,
         )  # fmt: skip
-        rows = np.arange(len(waiting))
-        repeated = np.repeat(samples[None], len(waiting), 0)
-        found.append(scorer.scores(repeated, rows, label.repeat(len(waiting)), lambda _, waves=waves: waves))
-    whole, *parts = np.concatenate(found)
-    falls = whole - np.array(parts).reshape(BANDS, 1 + PARTS)
+        repeated = np.repeat(samples[None], len(waves), axis=0)
+        falls.append(scorer.scores(repeated, [recording.label], lambda _, waves=waves: waves)[:, 0])
+    falls = falls[0][0] - np.array(falls[1:])
     return falls[:, 1:], falls[:, 0]
 
 
@@ -182,14 +164,16 @@ def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None
 
 
 def write(
-    scorer: Scorer, summary: Summary, plot: Path | None, explain: Path | None, normal: Iterable[str] = ()
+    scorer: Scorer,
+    recording: Recording,
+    threshold: float | None,
+    plot: Path | None,
+    explain: Path | None,
+    normal: Iterable[Recording] = (),
 ) -> None:
-    """Draw the most anomalous recording; `normal` recordings tell what is usual."""
-    _, recording, threshold = summary.strangest
-    figures = {}
+    """Draw a scored recording; the `normal` recordings of its machine show what is usual."""
     if plot is not None:
-        figures[plot] = timeline(scorer, recording, threshold)
+        save(timeline(scorer, recording, threshold), plot)
     if explain is not None:
-        figures[explain] = explanation(scorer, recording, usual_level(scorer, normal))
-    for path, figure in figures.items():
-        save(figure, path)
+        alike = [one for one in normal if one.machine == recording.machine]
+        save(explanation(scorer, recording, usual_level(scorer, alike)), explain)

@@ -1,17 +1,18 @@
-"""Recordings of any length and number: whose they are, their windows, and each window's anomaly score.
+"""Recordings of any length and number: their machines, their windows, and each window's anomaly score.
 
-The way of a file: its name gives the machine, windows of the model's length are read from it while others are
-scored, and the highest window is the file's score. However many files there are, only a few are in memory.
+A file's name gives the machine, windows of the model's length are read while others are scored, and the
+highest window is the recording's score. However many files there are, only a few are in memory.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +21,41 @@ import torch
 
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig
-from osscl_min.data.clips import MANIFEST, SUFFIXES, decode, duration, scan
+from osscl_min.data.clips import MANIFEST, decode, duration, scan
 from osscl_min.data.layouts import readings
 from osscl_min.features import FrontEnd
 from osscl_min.inference.calibration import Calibration
 from osscl_min.losses import anomaly_score
 from osscl_min.runtime.device import autocast
-from osscl_min.runtime.files import UserError
+from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, walk
 
 COLUMNS = (
     "file", "machine_type", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value",
-    "calibration", "windows", "at_seconds", "remarks", "problem",
+    "window_p_value", "calibration", "windows", "windows_not_scored", "at_seconds", "remarks", "problem",
 )  # fmt: skip
 
 
 @dataclass
 class Recording:
-    """A file with what becomes of it.
-
-    Attributes
-    ----------
-    machine : (machine type, machine id)
-        By its name or as given; the id may be unknown to the network, or "".
-    candidates : tuple of int
-        Classes to score against: the machine's own, or, where its id is unknown, every one of its type.
-    starts : list of float or None
-        Seconds where its windows begin; [None] for a file of about the model's length, which is one.
-    windows : dict
-        Position in `starts` -> scores (candidates,) float64.
-    problem : str
-        Why it is not scored.
-    """
+    """A file and its scores."""
 
     file: str
-    machine: tuple[str, str] = ("", "")
-    candidates: tuple[int, ...] = ()
+    machine: tuple[str, str] = ("", "")  # its type and id; the id may be "" or unknown to the network
+    candidates: tuple[int, ...] = ()  # classes to score against: its own, or all of its type where unknown
     channel: int | None = None
-    starts: list[float | None] = field(default_factory=lambda: [None])
-    windows: dict[int, np.ndarray] = field(default_factory=dict)
+    starts: list[float | None] = field(default_factory=lambda: [None])  # of windows, see `window_starts`
+    windows: dict[int, np.ndarray] = field(default_factory=dict)  # position in `starts` -> (candidates,)
     missing: dict[int, str] = field(default_factory=dict)  # position in `starts` -> why it is not scored
     remarks: list[str] = field(default_factory=list)
-    problem: str = ""
+    problem: str = ""  # why the file is not scored
 
     @property
     def label(self) -> int:
-        """The class that it resembles most: over all windows, the one with the lowest highest score."""
+        """The candidate with the lowest score, which is the highest of its windows'."""
         return self.candidates[int(np.argmin(np.max(list(self.windows.values()), axis=0)))]
 
     def timeline(self) -> tuple[np.ndarray, np.ndarray]:
-        """Starts (s) and scores of the windows, NaN for one that could not be scored."""
+        """Starts (s) and scores of the windows; NaN for one that could not be scored."""
         column = self.candidates.index(self.label)
         scores = [self.windows[k][column] if k in self.windows else np.nan for k in range(len(self.starts))]
         return np.array([start or 0.0 for start in self.starts]), np.array(scores)
@@ -79,142 +66,128 @@ class Recording:
         return int(np.nanargmax(self.timeline()[1]))
 
     def row(self, classes: Sequence[tuple[str, str]], calibration: Calibration) -> dict[str, Any]:
-        """What is written about it, by COLUMNS and, where it has several windows, "timeline"."""
-        row = dict.fromkeys(COLUMNS) | {"file": self.file, "problem": self.problem}
-        row["machine_type"], row["machine_id"] = self.machine
+        """The result by COLUMNS and, where there are several windows, "timeline"."""
+        row = dict.fromkeys(COLUMNS) | {"file": printable(self.file), "problem": self.problem}
+        row["machine_type"], row["machine_id"] = map(printable, self.machine)
         row["remarks"] = "; ".join(self.remarks)
         if self.problem:
             return row
         starts, scores = self.timeline()
-        highest = self.highest
-        score = float(scores[highest])
-        threshold, p = calibration(self.machine, score)
+        score, scored = float(np.nanmax(scores)), len(self.windows)
         row |= {
             "scored_as": " id ".join(classes[self.label]),
             "score": score,
-            "p_value": p,
-            "windows": len(self.windows),
-            "at_seconds": float(starts[highest]),
+            "windows": len(starts),
+            "windows_not_scored": len(starts) - scored,
+            "at_seconds": float(starts[self.highest]),
         }
-        if threshold is not None:
-            row |= {"threshold": threshold.value, "anomaly": int(score > threshold.value)}
-            row["calibration"] = f"{threshold.method}, {threshold.clips} clips of {threshold.group}"
+        if threshold := calibration.threshold(self.machine, scored):
+            called = None if threshold.value is None else int(score > threshold.value)
+            row |= {"threshold": threshold.value, "anomaly": called, "calibration": threshold.source}
+            row["p_value"] = float(threshold.p_value(score))
+            row["window_p_value"] = float(threshold.window_p_value(score))
         if len(starts) > 1:
             pairs = zip(starts.tolist(), scores.tolist(), strict=True)
             row["timeline"] = [[start, None if np.isnan(score) else score] for start, score in pairs]
         return row
 
 
-class Scorer:
-    """Scores recordings one after the other, in batches of windows.
+def window_starts(length: float, audio: AudioConfig, step: float) -> list[float | None]:
+    """Where the windows of `length` seconds begin: one every `step` seconds, and the last ends with the file.
 
-    Parameters
-    ----------
-    trained : Checkpoint
-    machine_type, machine_id : str, optional
-        Of every file; left out, each file's place and name say it.
-    step : float, optional
-        Seconds between windows; half the model's length without.
-    batch_size : int, optional
-        Windows at once; the checkpoint's own without.
-    channel : int, optional
-        Of files with several; left out, the layout's own choice.
-
-    Raises
-    ------
-    UserError
-        If the network does not know the type.
+    Every sample lies in a window. [None] for at most one window, which is read as any clip is.
     """
+    last = length - audio.seconds
+    if last * audio.sample_rate < 0.5:
+        return [None]
+    count = int(np.ceil(last / step - 1e-9))
+    return np.append(np.arange(count) * step, last).tolist()
 
-    def __init__(
-        self,
-        trained: Checkpoint,
-        *,
-        machine_type: str | None = None,
-        machine_id: str | None = None,
-        step: float | None = None,
-        batch_size: int | None = None,
-        channel: int | None = None,
-    ):
-        self.trained, self.channel = trained, channel
-        self.audio: AudioConfig = trained.config.model.audio
-        self.step = self.audio.seconds / 2 if step is None else step
-        if not self.step >= 0.01:
-            raise UserError(f"a step of {self.step:g} s between windows is too short; give at least 0.01 s")
-        self.batch_size = batch_size or trained.config.evaluate.batch_size
-        self.types = sorted({one for one, _ in trained.classes}, key=str.lower)
-        if machine_type is not None and machine_type not in self.types:
-            raise UserError(self._unknown(machine_type))
-        self.machine_type, self.machine_id = machine_type, machine_id
-        self.device = trained.device
+
+@dataclass
+class Scorer:
+    """Scores recordings one after the other, in batches of windows."""
+
+    trained: Checkpoint
+    machine_type: str | None = None  # of every file; left out, each file's place and name give it
+    machine_id: str | None = None
+    step: float | None = None  # seconds between windows, at most a window's length; half of it without
+    batch_size: int | None = None  # windows per batch; the checkpoint's own without
+    channel: int | None = None  # of files with several; the layout's own choice without
+
+    def __post_init__(self):
+        self.audio: AudioConfig = self.trained.config.model.audio
+        self.device = self.trained.device
         self.front = FrontEnd(self.audio).to(self.device)
+        self.types = sorted({known for known, _ in self.trained.classes}, key=str.lower)
+        self.step = self.audio.seconds / 2 if self.step is None else self.step
+        if self.batch_size is None:
+            self.batch_size = self.trained.config.evaluate.batch_size
+        if not 0.01 <= self.step <= self.audio.seconds:
+            longest = f"{self.audio.seconds:g} s, the length of a window, so that nothing is skipped"
+            raise UserError(f"a step of {self.step:g} s between windows: give 0.01 s to {longest}")
+        if self.batch_size < 1:
+            raise UserError(f"a batch of {self.batch_size} windows: give at least 1")
+        if self.channel is not None and self.channel < 0:
+            raise UserError(f"channel {self.channel}: channels are counted from 0")
+        if self.machine_type is not None and self.machine_type not in self.types:
+            raise UserError(self._unknown(self.machine_type))
 
     def _unknown(self, machine_type: str) -> str:
-        return (
-            f"machine type {machine_type} is unknown to this checkpoint, which knows {', '.join(self.types)}"
-        )
+        known = ", ".join(self.types)
+        return f"machine type {printable(machine_type)} is unknown to this checkpoint, which knows {known}"
 
     def identify(self, recording: Recording) -> None:
-        """Find the recording's machine and the classes to score it against.
+        """Set the recording's machine, the classes to score it against and its channel.
 
         Raises
         ------
         UserError
-            If the type is unknown, or the name says nothing.
+            If the type is unknown, or the name tells none.
         """
-        classes = self.trained.classes
+        classes, given = self.trained.classes, self.machine_type
         if recording.machine[0]:  # a manifest's
-            found = [(recording.machine, None, True)]
+            possible = [(*recording.machine, None)]
         else:
-            found = [
-                (self._machine(part["type"], part["id"]), layout.channel, layout.name != "plain")
+            possible = [
+                (part["type"], part["id"], layout.channel)
                 for layout, part in readings(Path(recording.file).absolute())
+                # any folder in a folder has the plain form, so only a known type makes it evidence
+                if layout.name != "plain" or part["type"] in ([given] if given else self.types)
             ]
-        if self.machine_type:
-            found = [one for one in found if one[2] or one[0][0] == self.machine_type]
-            found = [(self._machine(self.machine_type, one[0][1]), one[1], True) for one in found]
-            found.append(((self.machine_type, ""), None, True))
-        # a name in the plain layout is no evidence of its own: any folder in a folder has that form
-        found = [one for one in found if one[2] or one[0][0] in self.types]
-        if not found:
+        if given:
+            possible = [(given, machine_id, channel) for _, machine_id, channel in possible]
+            possible.append((given, "", None))
+        if not possible:
             raise UserError(f"its name tells no machine; give --machine, one of {', '.join(self.types)}")
-        machine, channel, _ = min(found, key=lambda one: (one[0] not in classes, one[0][0] not in self.types))
-        if self.machine_id is not None:
-            machine = self._machine(machine[0], self.machine_id)
+        machines = []
+        for machine_type, machine_id, channel in possible:
+            machine = machine_type, machine_id if self.machine_id is None else self.machine_id
+            if machine not in classes:
+                machine = machine_type, machine[1].removeprefix("id_")
+            machines.append((machine, channel))
+        machine, channel = min(machines, key=lambda m: (m[0] not in classes, m[0][0] not in self.types))
         if machine[0] not in self.types:
             raise UserError(self._unknown(machine[0]))
-        own = [label for label, one in enumerate(classes) if one == machine]
-        same_type = [label for label, one in enumerate(classes) if one[0] == machine[0]]
+        own = [label for label, known in enumerate(classes) if known == machine]
+        same_type = [label for label, known in enumerate(classes) if known[0] == machine[0]]
         recording.machine, recording.candidates = machine, tuple(own or same_type)
         recording.channel = channel if self.channel is None else self.channel
         if not own:
-            which = f"id {machine[1]} unknown" if machine[1] else "id not known"
+            which = f"id {printable(machine[1])} unknown" if machine[1] else "id not known"
             recording.remarks.append(f"{which}: scored against every id of {machine[0]}, the lowest taken")
-
-    def _machine(self, machine_type: str, machine_id: str) -> tuple[str, str]:
-        """The id as the network's classes write it: "id_00" or "00"."""
-        given = machine_type, machine_id
-        return given if given in self.trained.classes else (machine_type, machine_id.removeprefix("id_"))
-
-    def windows_of(self, file: str) -> list[float | None]:
-        """Where a file's windows begin (s): every step, and one that ends with the file."""
-        if not Path(file).is_file():
-            raise UserError("no such file")
-        last = duration(file) - self.audio.seconds
-        if last < self.step:
-            return [None]
-        starts = [number * self.step for number in range(int(last / self.step + 1e-9) + 1)]
-        return starts if last - starts[-1] < 0.01 else [*starts, last]
 
     def _planned(self, files: Iterable[str | Recording]) -> Iterator[Recording]:
         for file in files:
             recording = file if isinstance(file, Recording) else Recording(str(file))
             try:
                 if not recording.problem:
-                    recording.starts = self.windows_of(recording.file)
+                    _check_file(recording.file)
+                    length = duration(recording.file)
                     self.identify(recording)
+                    recording.starts = window_starts(length, self.audio, self.step)
             except UserError as error:
-                recording.problem, recording.starts = str(error), [None]
+                recording.problem = str(error)
             yield recording
 
     def _read(self, recording: Recording, position: int) -> tuple[np.ndarray, list[str]]:
@@ -222,50 +195,40 @@ class Scorer:
             raise UserError(recording.problem)
         return decode(recording.file, self.audio, recording.channel, recording.starts[position])
 
-    def _windows(self, files: Iterable[str | Recording]) -> Iterator[tuple[Recording, int, Future]]:
-        """Every window in order; later ones are read while earlier ones are scored."""
-        with ThreadPoolExecutor(2) as pool:
-            ahead: deque[tuple[Recording, int, Future]] = deque()
-            for recording in self._planned(files):
-                for position in range(len(recording.starts)):
-                    ahead.append((recording, position, pool.submit(self._read, recording, position)))
-                    if len(ahead) > 2 * self.batch_size:
-                        yield ahead.popleft()
-            yield from ahead
-
     def __call__(self, files: Iterable[str | Recording]) -> Iterator[Recording]:
-        """Score files, in their order; what cannot be scored has a `problem`."""
-        waiting: list[tuple[Recording, int, np.ndarray | None]] = []
-        for recording, position, future in self._windows(files):
-            samples = None
+        """Score files, in their order; one that cannot be scored has a `problem`.
+
+        While a batch of windows is scored, the next one is read.
+        """
+        windows = ((one, k) for one in self._planned(files) for k in range(len(one.starts)))
+        batches = iter(lambda: list(islice(windows, self.batch_size)), [])
+        with ThreadPoolExecutor(2) as pool:
+            waiting: list[tuple[Recording, int, Future]] = []
+            for batch in batches:
+                ready, waiting = waiting, [(*window, pool.submit(self._read, *window)) for window in batch]
+                yield from self._finish(ready)
+            yield from self._finish(waiting)
+
+    def _finish(self, batch: list[tuple[Recording, int, Future]]) -> Iterator[Recording]:
+        """Score a batch of windows; yield the recordings that it completes."""
+        decoded = []
+        for recording, position, future in batch:
             try:
                 samples, remarks = future.result()
-                if position == 0:
-                    whole = recording.starts == [None]
-                    recording.remarks += [one for one in remarks if whole or not one.startswith("cropped")]
+                remarks = [remark for remark in remarks if not remark.startswith("cropped")]
+                recording.remarks = list(dict.fromkeys(recording.remarks + remarks))
+                decoded.append((recording, position, samples))
             except UserError as error:
                 recording.missing[position] = str(error)
-            waiting.append((recording, position, samples))
-            decoded = sum(one[2] is not None for one in waiting)
-            if decoded == self.batch_size or len(waiting) == 16 * self.batch_size:
-                yield from self._finish(waiting)
-                waiting = []
-        yield from self._finish(waiting)
-
-    def _finish(self, waiting: list[tuple[Recording, int, np.ndarray | None]]) -> Iterator[Recording]:
-        """Score the windows that wait; give the recordings that are complete with them."""
-        decoded = [one for one in waiting if one[2] is not None]
         if decoded:
-            counts = [len(recording.candidates) for recording, _, _ in decoded]
-            scores = self.scores(
-                np.stack([samples for *_, samples in decoded]),
-                np.repeat(np.arange(len(decoded)), counts),
-                np.concatenate([recording.candidates for recording, _, _ in decoded]),
-            )
-            parts = np.split(scores, np.cumsum(counts)[:-1])
-            for (recording, position, _), part in zip(decoded, parts, strict=True):
-                recording.windows[position] = part
-        for recording, position, _ in waiting:
+            labels = sorted({label for recording, *_ in decoded for label in recording.candidates})
+            scores = self.scores(np.stack([samples for *_, samples in decoded]), labels)
+            for (recording, position, _), row in zip(decoded, scores, strict=True):
+                if np.isfinite(row).all():
+                    recording.windows[position] = row[np.searchsorted(labels, recording.candidates)]
+                else:
+                    recording.missing[position] = "the network's output is not finite"
+        for recording, position, _ in batch:
             if position + 1 == len(recording.starts):
                 reasons = ", ".join(dict.fromkeys(recording.missing.values()))
                 if not recording.windows:
@@ -276,35 +239,32 @@ class Scorer:
                 yield recording
 
     @torch.no_grad()
-    def scores(
-        self,
-        samples: np.ndarray,
-        rows: np.ndarray,
-        labels: np.ndarray,
-        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> np.ndarray:
-        """Anomaly scores of windows against classes.
-
-        Parameters
-        ----------
-        samples : (B, samples) int16
-        rows : (n,) int64
-            Which window ...
-        labels : (n,) int64
-            ... against which class.
-        transform : callable, optional
-            See `FrontEnd`.
-
-        Returns
-        -------
-        (n,) float64
-        """
-        model = self.trained.model.eval()
+    def _embed(self, samples: np.ndarray, transform: Callable | None) -> torch.Tensor:
+        """(B, samples) int16 -> (B, D)."""
+        inputs = self.front(torch.from_numpy(samples).to(self.device), transform)
         with autocast(self.device, self.trained.config.train.precision):
-            _, embedding = model(*self.front(torch.from_numpy(samples).to(self.device), transform))
-        target = torch.from_numpy(labels).to(self.device)
-        logits = model.arcface(embedding[torch.from_numpy(rows).to(self.device)], target)
-        return anomaly_score(logits, target).cpu().numpy()
+            return self.trained.model.eval()(*inputs)[1]
+
+    @torch.no_grad()
+    def scores(
+        self, samples: np.ndarray, labels: Sequence[int], transform: Callable | None = None
+    ) -> np.ndarray:
+        """Anomaly scores (B, labels) float64 of windows (B, samples) int16 against classes.
+
+        `transform` is applied to the waves first, see `FrontEnd`.
+        """
+        embedding, arcface = self._embed(samples, transform), self.trained.model.arcface
+        targets = [torch.full((len(samples),), label, device=self.device) for label in labels]
+        scores = [anomaly_score(arcface(embedding, target), target) for target in targets]
+        return torch.stack(scores, dim=1).cpu().numpy()
+
+
+def _check_file(file: str) -> None:
+    """Refuse what cannot be opened safely or named in a result."""
+    if not os.path.isfile(file):  # False too for names that are too long
+        raise UserError("not a regular file" if os.path.exists(file) else "no such file")
+    if printable(file) != file:
+        raise UserError("its name is not UTF-8")
 
 
 def expand(names: Iterable[str]) -> Iterator[str | Recording]:
@@ -313,23 +273,42 @@ def expand(names: Iterable[str]) -> Iterator[str | Recording]:
     Parameters
     ----------
     names : iterable of str
-        Files; folders, of which every sound file is taken, in order; manifests (.csv, or a folder with a
-        manifest.csv), which name the machines too; "-" for names on standard input, one a line.
+        Files; folders, of which every visible sound file is taken, in order; manifests (.csv, or a folder
+        with a manifest.csv), which name the machines too; "-" for names on standard input, one per line.
     """
     for name in names:
         if name == "-":
-            yield from expand(line.rstrip("\n") for line in sys.stdin if line.strip())
-        elif Path(name).suffix.lower() == ".csv" or (Path(name) / MANIFEST).is_file():
-            for clip in scan(name).clips:
-                yield Recording(str(clip.path), clip.machine)
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            yield from expand(line for line in lines if line.strip())
+        elif name.lower().endswith(".csv") or os.path.isfile(os.path.join(name, MANIFEST)):
+            yield from _manifest(name)
         elif os.path.isdir(name):
-            found = False
-            for folder, folders, files in os.walk(name, followlinks=True):
-                folders[:] = sorted(one for one in folders if not one.startswith("."))
-                for file in sorted(one for one in files if one.lower().endswith(SUFFIXES)):
-                    found = True
-                    yield os.path.join(folder, file)
-            if not found:
-                yield Recording(name, problem="no .wav or .flac files in this folder")
+            yield from _folder(name)
         else:
             yield name
+
+
+def _manifest(name: str) -> Iterator[Recording]:
+    try:
+        dataset = scan(name)
+    except UserError as error:
+        yield Recording(name, problem=str(error))
+        return
+    for clip in dataset.clips:
+        yield Recording(str(clip.path), clip.machine)
+    for file, reason in dataset.problems.items():
+        yield Recording(str(dataset.root / file), problem=reason)
+
+
+def _folder(name: str) -> Iterator[str | Recording]:
+    others, empty = Counter(), True
+    for path, reason in walk(name):
+        if path.suffix.lower() in SOUND_SUFFIXES or (reason and path.is_dir()):
+            empty = False
+            yield Recording(str(path), problem=reason) if reason else str(path)
+        else:
+            others[path.suffix.lower()] += 1
+    if empty:
+        sounds = [suffix for suffix in (".mp3", ".ogg", ".aiff", ".m4a") if others[suffix]]
+        hint = f"; convert its {' and '.join(sounds)} files" if sounds else ""
+        yield Recording(name, problem=f"no .wav or .flac files in this folder{hint}")

@@ -153,24 +153,26 @@ def thresholds_table(run: Path | str) -> list[list[str]]:
         return []
     machines = [(row["machine_type"], row["machine_id"]) for row in rows]
     scores = np.array([float(row["score"]) for row in rows])
-    header = ("threshold", "rate asked", "held out", "false alarms", "rate found", "binomial", "chance")
+    header = (
+        "machine type",
+        "rate asked",
+        "threshold from",
+        "false alarms",
+        "rate found",
+        "binomial",
+        "chance",
+    )
     table = [[*header, "detected"]]
-    for method in ("empirical", "gamma"):
-        for rate in (0.05, 0.1):
-            calibration = Calibration(own, held_out, rate, method)
-            if calibration.group(machines[0])[1] is None:
-                return []
-            found = calibration.alarms(machines, scores, truth)
-            intervals = [
-                "-" if found[f"{name}_low"] is None else
-                f"{100 * found[f'{name}_low']:.1f} to {100 * found[f'{name}_high']:.1f} %"
-                for name in ("binomial", "chance")
-            ]  # fmt: skip
-            alarms = f"{found['false_alarms']} of {found['normal_clips']}"
-            detected = f"{found['detected']} of {found['anomalous_clips']}"
-            share = f"{100 * found['rate_found']:.1f} %"
-            asked = [method, f"{100 * rate:g} %", found["threshold_from"]]
-            table.append([*asked, alarms, share, *intervals, detected])
+    for rate in (0.05, 0.1):
+        for row in Calibration(own, held_out, rate).alarms(machines, scores, truth):
+            known = row["rate_found"] is not None
+            spans = [row[name] for name in ("binomial", "chance")]
+            spans = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in spans] if known else ["-", "-"]
+            alarms = f"{'-' if row['false_alarms'] is None else row['false_alarms']} of {row['normal_clips']}"
+            detected = f"{'-' if row['detected'] is None else row['detected']} of {row['anomalous_clips']}"
+            share = f"{100 * row['rate_found']:.1f} %" if known else "-"
+            asked = [row["machine_type"], f"{100 * rate:g} %", row["threshold_from"]]
+            table.append([*asked, alarms, share, *spans, detected])
     return table
 
 
