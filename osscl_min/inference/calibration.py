@@ -141,7 +141,8 @@ class Calibration:
             source += f", corrected for {count} blocks of {block} window{'s' if block > 1 else ''}"
         if value is None:
             more = recordings_needed(self.rate) - np.count_nonzero(lengths >= windows)
-            source += f"; {100 * self.rate:g} % false alarms need {more} more of {windows} windows"
+            length = f" of {windows} windows" if windows > 1 else ""
+            source += f"; {100 * self.rate:g} % false alarms need {more} more{length}"
         return Threshold(value, group, source, count, blocks, self._blocks[group, 1])
 
     def alarms(
@@ -161,8 +162,8 @@ class Calibration:
         list of dict
             A row per machine type and a last one, "all": "machine_type", "threshold_from", "normal_clips",
             "false_alarms", "rate_found" with its Clopper-Pearson interval "binomial", "anomalous_clips",
-            "detected", and "chance", the central 95 % of the rates to be expected of exchangeable clips, which
-            counts in that few recordings place a threshold. What is not known, or not resolved, is None.
+            "detected", and "chance", the central 95 % of the rates to be expected of exchangeable clips,
+            which counts in that few recordings place a threshold. What is unknown or not resolved is None.
         """
         thresholds = np.array([self.threshold(machine) for machine in machines], object)
         resolved = all(threshold is not None and threshold.value is not None for threshold in thresholds)

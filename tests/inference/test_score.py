@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from conftest import write_sound
 
 from osscl_min import cli
-from osscl_min.inference.recordings import Scorer, expand
+from osscl_min.config import AudioConfig
+from osscl_min.inference.recordings import Scorer, expand, window_starts
 from osscl_min.inference.score import calibrate, score
 from osscl_min.runtime.files import UserError
 
@@ -33,6 +35,11 @@ def run(tiny_run, files, **options):
 
 def clip(tiny_run, name="fan/test/normal_id_00_00000000.wav"):
     return tiny_run / "data" / name
+
+
+def standard_input(names):
+    """Names, one per line, as a process gets them."""
+    return io.TextIOWrapper(io.BytesIO(b"\n".join(map(os.fsencode, names)) + b"\n"), "utf-8")
 
 
 def samples(path):
@@ -58,7 +65,7 @@ def test_a_folder_gives_the_same_and_standard_input_too(tiny_run, tmp_path, monk
     names = sorted(map(str, (tiny_run / "data/fan/test").iterdir()))
     rows = run(tiny_run, [tiny_run / "data/fan/test"], out=tmp_path)[2]
     assert list(rows) == [Path(name).name for name in names]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([names[0], "", names[1]]) + "\n"))
+    monkeypatch.setattr("sys.stdin", standard_input([names[0], "", names[1]]))
     some = run(tiny_run, ["-", names[2]], out=tmp_path)[2]
     assert list(some) == [Path(name).name for name in names[:3]]
     for name, row in some.items():
@@ -68,28 +75,54 @@ def test_a_folder_gives_the_same_and_standard_input_too(tiny_run, tmp_path, monk
 def test_decision_threshold_and_p_value(tiny_run, trained, tmp_path):
     held_out = np.sort(trained.calibration["scores"].numpy())
     assert len(held_out) == 4
-    rows = run(tiny_run, [tiny_run / "data"], out=tmp_path, rate=0.4)[2]
+    _, summary, rows = run(tiny_run, [tiny_run / "data"], out=tmp_path, rate=0.4)
     for row in rows.values():
-        assert row["threshold"] == held_out[2] and row["calibration"] == "empirical, 4 clips of all machines"
+        assert row["threshold"] == held_out[2]
+        assert row["calibration"] == "4 normal recordings of all machines"
         assert row["anomaly"] == int(row["score"] > held_out[2])
-        assert row["p_value"] == (1 + sum(held_out >= row["score"])) / 5
+        assert row["p_value"] == row["window_p_value"] == (1 + sum(held_out >= row["score"])) / 5
+    assert f"{held_out[2]:.4g} from 4 normal recordings of all machines" in summary.text(Scorer(trained))
     _, summary, rows = run(tiny_run, [clip(tiny_run)], out=tmp_path, rate=0.05)
-    threshold = scipy.stats.gamma(*scipy.stats.gamma.fit(held_out, floc=0)).isf(0.05)
-    assert rows[clip(tiny_run).name]["threshold"] == pytest.approx(threshold)
-    assert "empirical not resolved" in summary.text(Scorer(trained))
-    with pytest.raises(UserError, match="between 0 and 1"):
-        run(tiny_run, [clip(tiny_run)], out=tmp_path, rate=1.0)
+    row = rows[clip(tiny_run).name]
+    assert row["threshold"] is row["anomaly"] is None and row["p_value"] >= 0.2
+    assert "no decision from 4 normal recordings of all machines; 5 % false alarms need 15 more" in (
+        summary.text(Scorer(trained))
+    )
+
+
+def test_a_long_recording_is_compared_with_recordings_as_long(tiny_run, tmp_path):
+    """Five of three windows: one decides about three windows, and three of one window are corrected for."""
+    parts = [samples(path) for path in sorted((tiny_run / "data/fan/test").iterdir())]
+    for number in range(5):
+        wave = np.concatenate([parts[number], parts[(number + 3) % len(parts)]])
+        write_sound(tmp_path / f"normal/fan/id_00/{number}.wav", wave)
+    for number in (6, 7):
+        write_sound(tmp_path / f"new/fan/id_00/{number}.wav", np.concatenate([parts[number]] * 2))
+    options = {"out": tmp_path, "rate": 0.2}
+    alone = run(tiny_run, [tmp_path / "normal"], **options)[2]
+    for row in alone.values():  # four clips of one window: a rate of 0.2 is resolved for one, not for three
+        assert row["windows"] == 3 and row["anomaly"] is None
+        assert row["p_value"] == pytest.approx(min(1, 3 * row["window_p_value"]))
+    normal = np.array([row["score"] for row in alone.values()])
+    normals = [str(tmp_path / "normal"), str(tmp_path / "normal/fan/id_00/0.wav")]  # one is named twice
+    _, summary, rows = run(tiny_run, [tmp_path / "new"], calibrate_with=normals, **options)
+    for row in rows.values():
+        assert row["calibration"] == "5 normal recordings of fan id 00"
+        assert row["p_value"] == (1 + sum(normal >= row["score"])) / 6
+        assert row["threshold"] == pytest.approx(normal.max(), rel=1e-6)
+        assert row["anomaly"] == int(row["score"] > row["threshold"])
+        assert row["window_p_value"] <= row["p_value"]
 
 
 def test_the_false_alarm_rate_holds_on_held_out_normals(tiny_run, trained, tmp_path):
     """Half of the normal clips set the threshold, the other half is counted; neither was trained on."""
     normal = sorted((tiny_run / "data").glob("*/test/normal_*.wav"))
-    more = calibrate(Scorer(trained), 0.2, "empirical", map(str, normal[::2]))
+    more = calibrate(Scorer(trained), 0.2, Scorer(trained)(map(str, normal[::2])))
     assert len(more.scores) == 4 + 12
     rows = run(tiny_run, normal[1::2], out=tmp_path, rate=0.2, calibrate_with=map(str, normal[::2]))[2]
     alarms = sum(row["anomaly"] for row in rows.values())
     assert scipy.stats.binomtest(alarms, len(rows), 0.2).pvalue > 0.001
-    assert {row["calibration"] for row in rows.values()} == {"empirical, 16 clips of all machines"}
+    assert {row["calibration"] for row in rows.values()} == {"16 normal recordings of all machines"}
 
 
 def test_bad_files_are_reported_and_skipped(tiny_run, trained, tmp_path):
@@ -105,7 +138,7 @@ def test_bad_files_are_reported_and_skipped(tiny_run, trained, tmp_path):
     assert rows["gone.wav"]["problem"] == "no such file" and rows["silent.wav"]["problem"] == "silent"
     assert "no .wav or .flac files" in rows["empty"]["problem"]
     text = summary.text(scorer)
-    assert "4 files skipped:" in text and f"{tmp_path / 'gone.wav'}: no such file" in text
+    assert "4 files and 0 windows not scored:" in text and f"{tmp_path / 'gone.wav'}: no such file" in text
 
 
 def test_an_unknown_id_is_scored_against_every_id_and_it_is_said(tiny_run, trained, tmp_path):
@@ -132,7 +165,7 @@ def test_an_unknown_type_is_one_clear_error(tiny_run, tmp_path):
     rows = run(tiny_run, [drill, tmp_path / "loose.wav", clip(tiny_run)], out=tmp_path)[2]
     problems = [row["problem"] for row in rows.values()]
     assert "loose.wav" in rows and known in rows["loose.wav"]["problem"] and len(problems) == 2
-    with pytest.raises(UserError, match="nothing was scored(.|\n)*machine type drill is unknown"):
+    with pytest.raises(UserError, match="nothing was scored; .*machine type drill is unknown"):
         run(tiny_run, [drill], out=tmp_path)
 
 
@@ -187,18 +220,43 @@ def test_a_window_scores_as_the_clip_cut_there(tiny_run, tmp_path, long, step):
         if value is not None:
             assert value == pytest.approx(one["score"], rel=1e-4)
             scores.append(value)
-    assert row["score"] == max(scores) and row["windows"] == len(scores)
+    assert row["score"] == max(scores) and row["windows"] == len(starts)
+    assert row["windows_not_scored"] == summary.windows_not_scored == len(starts) - len(scores)
     assert dict((start, value) for start, value in row["timeline"])[row["at_seconds"]] == max(scores)
-    assert ("windows not scored: silent" in row["remarks"]) == (step is None)
-    assert "a file's score is its highest window's" in summary.text(scorer)
+    assert ("1 of 10 windows not scored: silent" in row["remarks"]) == (step is None)
+    assert f"{len(starts)} windows of 1 s, one every {scorer.step:g} s" in summary.text(scorer)
+    assert ("10 (1 not scored)" in summary.text(scorer)) == (step is None)
 
 
-def test_a_recording_barely_longer_than_the_model_is_one_window(tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("length", "step", "starts"),
+    [
+        (10, 5, [None]),
+        (3.5, 10, [None]),
+        (10 + 1 / 16_000, 5, [0, 1 / 16_000]),
+        (14.9, 5, [0, 4.9]),
+        (15, 5, [0, 5]),
+        (25, 10, [0, 10, 15]),
+        (39, 10, [0, 10, 20, 29]),
+        (40, 10, [0, 10, 20, 30]),
+        (40.02, 10, [0, 10, 20, 30, 30.02]),
+        (10.7, 0.1, [*np.arange(7) / 10, 0.7]),
+    ],
+)
+def test_every_sample_lies_in_a_window(length, step, starts):
+    found = window_starts(length, AudioConfig(), step)
+    assert found == starts if starts == [None] else found == pytest.approx(starts)
+    ends = [(start or 0) + 10 for start in found]
+    assert ends[-1] == pytest.approx(max(length, 10))
+    assert all((start or 0) <= end + 1e-9 for start, end in zip(found[1:], ends, strict=False))
+
+
+def test_a_recording_just_longer_than_the_model_is_two_windows(tiny_run, tmp_path):
     wave = samples(clip(tiny_run))
     path = write_sound(tmp_path / "fan/id_00/a.wav", np.concatenate([wave, wave[:7_900]]))
     row = run(tiny_run, [path], out=tmp_path)[2]["a.wav"]
-    assert row["windows"] == 1 and "timeline" not in row and "cropped to 1 s" in row["remarks"]
-    assert row["score"] == pytest.approx(run(tiny_run, [clip(tiny_run)], out=tmp_path)[1].first[0]["score"])
+    assert [start for start, _ in row["timeline"]] == [0, pytest.approx(7_900 / 16_000)]
+    assert row["windows"] == 2 and row["windows_not_scored"] == 0 and "cropped" not in row["remarks"]
 
 
 def test_other_rates_and_channels(tiny_run, tmp_path):
@@ -221,10 +279,10 @@ def test_without_held_out_scores_there_is_a_score_but_no_decision(tiny_run, tmp_
     assert row["score"] > 0 and row["threshold"] is row["anomaly"] is row["p_value"] is None
     assert "--calibrate" in summary.text(scorer)
     normal = [str(path) for path in sorted((tiny_run / "data/fan/test").glob("normal_id_02*"))]
-    score(tiny_run / "initial.pt", [normal[0]], calibrate_with=normal * 3, rate=0.25, **options)
+    score(tiny_run / "initial.pt", [normal[0]], calibrate_with=normal * 3, rate=0.5, **options)
     (row,) = json.loads((tmp_path / "s.json").read_text())
-    assert row["calibration"] == "empirical, 6 clips of fan id 02"
-    assert row["p_value"] in np.arange(1, 8) / 7
+    assert row["calibration"] == "2 normal recordings of fan id 02"  # each once
+    assert row["p_value"] in (1 / 3, 2 / 3, 1)
 
 
 def test_results_are_written_whole_or_not_at_all(tiny_run, tmp_path, monkeypatch):
@@ -239,14 +297,14 @@ def test_batches_hold_windows_of_several_files_and_no_more(tiny_run, trained):
     sizes = []
 
     class Counting(Scorer):
-        def scores(self, samples, rows, labels, transform=None):
+        def scores(self, samples, labels, transform=None):
             sizes.append(len(samples))
-            return super().scores(samples, rows, labels, transform)
+            return super().scores(samples, labels, transform)
 
     files = sorted(map(str, (tiny_run / "data").glob("*/test/*.wav")))
     results = list(Counting(trained, batch_size=10)([*files[:15], "gone.wav", *files[15:]]))
     assert [recording.file for recording in results] == [*files[:15], "gone.wav", *files[15:]]
-    assert sizes == [10, 10, 10, 10, 8]
+    assert sizes == [10, 9, 10, 10, 9]
 
 
 def resident_kb():
@@ -264,7 +322,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tiny_run, trained):
 def command(monkeypatch, capsys, names, *arguments):
     """Exit status, standard output and standard error of the score command."""
     monkeypatch.setattr("sys.argv", ["osscl", "score", *map(str, arguments)])
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, names))))
+    monkeypatch.setattr("sys.stdin", standard_input(names))
     try:
         cli.main()
         status = 0
@@ -285,6 +343,132 @@ def test_the_command(tiny_run, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, capsys, names[:1], *arguments)[0] == 0
     status, _, error = command(monkeypatch, capsys, names, *arguments[:2], "--machine", "drill")
     assert status == 2 and error.startswith("osscl: machine type drill is unknown")
+
+
+def test_windows_with_nan_are_told_and_change_the_exit_status(tiny_run, tmp_path, monkeypatch, capsys):
+    wave = np.concatenate([samples(clip(tiny_run))] * 3) / 32768
+    wave[20_000] = np.nan
+    path = write_sound(tmp_path / "fan/id_00/a.wav", wave, subtype="FLOAT")
+    arguments = [tiny_run / "best.pt", path, "--device", "cpu", "--csv", tmp_path / "s.csv"]
+    status, out, _ = command(monkeypatch, capsys, [], *arguments)
+    assert status == 1 and "0 files and 2 windows not scored:" in out
+    assert "a.wav: 2 of 5 windows not scored: holds NaN" in out
+    with open(tmp_path / "s.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["windows"], row["windows_not_scored"]) == ("5", "2") and float(row["score"]) > 0
+
+
+@pytest.fixture
+def workplace(tiny_run, tmp_path):
+    """A recording, a checkpoint, a manifest and a folder, with nothing else beside them."""
+    (tmp_path / "new").mkdir()
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / "new" / name).write_bytes(clip(tiny_run).read_bytes())
+    (tmp_path / "sound").write_bytes(clip(tiny_run).read_bytes())  # by its content
+    (tmp_path / "best.pt").write_bytes((tiny_run / "best.pt").read_bytes())
+    row = "new/a.wav,fan,00,test,\n"
+    (tmp_path / "manifest.csv").write_text(f"path,machine_type,machine_id,split,anomaly\n{row}")
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ("--csv new/a.wav new/b.wav", "sound"),  # the name of the CSV forgotten before new/*.wav
+        ("new/b.wav --csv new/c.wav", "sound"),
+        ("new/b.wav --json sound", "sound"),
+        ("new/b.wav --csv best.pt", "inputs"),
+        ("new/b.wav --json other.pt", "checkpoint"),
+        ("manifest.csv --csv manifest.csv", "inputs"),
+        ("new/b.wav --calibrate manifest.csv --csv ./new/../manifest.csv", "inputs"),
+        (". --json manifest.csv", "inputs"),
+        ("new/b.wav --csv new", "regular"),
+        ("new/b.wav --csv pipe", "regular"),
+        ("new/b.wav --json /dev/null", "regular"),
+        ("new/b.wav --plot x.wav", ".png or .pdf or .svg"),
+        ("new/b.wav --explain x", ".png or .pdf or .svg"),
+        ("new/b.wav --csv s.csv --json ./s.csv", "same"),
+    ],
+)
+def test_outputs_never_replace_what_is_there(workplace, monkeypatch, capsys, outputs, message):
+    def content():
+        return {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
+
+    before = content()
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(Scorer, "__call__", lambda *_: pytest.fail("scored before the outputs were checked"))
+    arguments = ["best.pt", *outputs.split(), "--machine", "fan", "--device", "cpu"]
+    status, _, error = command(monkeypatch, capsys, [], *arguments)
+    assert status == 2 and message in error and error.count("\n") == 1
+    assert content() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batch-size 0", "a batch of 0 windows"),
+        ("--batch-size -3", "a batch of -3 windows"),
+        ("--window-step 0", "a step of 0 s"),
+        ("--window-step nan", "a step of nan s"),
+        ("--window-step 1.5", "so that nothing is skipped"),
+        ("--channel -1", "channel -1"),
+        ("--false-alarm-rate nan", "got nan"),
+        ("--false-alarm-rate 0", "between 0 and 1"),
+        ("--machine drill", "machine type drill is unknown"),
+        ("--calibrate gone.wav", "--calibrate: gone.wav: no such file"),
+    ],
+)
+def test_settings_have_ranges(workplace, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(workplace)
+    options = ["best.pt", "new/a.wav", "--id", "00", "--device", "cpu", *arguments.split()]
+    status, _, error = command(monkeypatch, capsys, [], *options)
+    assert status == 2 and message in error and error.count("\n") == 1
+
+
+def test_an_id_alone_needs_a_name_that_tells_the_type(tiny_run, workplace, monkeypatch, capsys):
+    arguments = [tiny_run / "best.pt", "--id", "02", "--device", "cpu"]
+    status, _, error = command(monkeypatch, capsys, [], *arguments, workplace / "new/a.wav")
+    assert status == 2 and "its name tells no machine; give --machine, one of fan, pump" in error
+    status, out, _ = command(monkeypatch, capsys, [], *arguments, clip(tiny_run))
+    assert status == 0 and "| fan 02 " in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")
+def test_hostile_names_are_listed_and_the_rest_is_scored(tiny_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "fan" / "id_00"
+    folder.mkdir(parents=True)
+    for name in (b"good.wav", b"latin-\xe9.wav", b"._hidden.wav"):
+        (Path(os.fsdecode(os.fsencode(folder) + b"/" + name))).write_bytes(clip(tiny_run).read_bytes())
+    (folder / "loop").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe.wav")
+    (folder / "zero.wav").symlink_to("/dev/zero")
+    (folder / "gone.flac").symlink_to(tmp_path / "nothing")
+    (tmp_path / "mp3").mkdir()
+    (tmp_path / "mp3" / "a.mp3").write_bytes(b"ID3")
+    (tmp_path / "list.csv").write_text("nothing,of,the,kind\n")
+    places = [
+        tmp_path / "fan",
+        "x" * 300 + ".wav",
+        folder / "pipe.wav",
+        tmp_path / "mp3",
+        tmp_path / "list.csv",
+    ]
+    places += [os.fsdecode(os.fsencode(folder) + b"/latin-\xe9.wav"), "nul\0.wav"]
+    arguments = [tiny_run / "best.pt", "-", "--device", "cpu", "--json", tmp_path / "s.json"]
+    status, out, _ = command(monkeypatch, capsys, places, *arguments, "--csv", tmp_path / "s.csv")
+    assert status == 1 and "1 files scored" in out
+    out.encode("utf-8")
+    rows = [(Path(row["file"]).name, row["problem"]) for row in json.loads((tmp_path / "s.json").read_text())]
+    problems = {name: problem for name, problem in rows[:5]}
+    assert problems.pop("good.wav") == ""
+    assert problems["latin-\\xe9.wav"] == "its name is not UTF-8"
+    assert problems["pipe.wav"] == problems["zero.wav"] == "not a regular file"
+    assert "cannot be read" in problems["gone.flac"] and len(problems) == 4  # each once, in spite of the loop
+    named = [problem for _, problem in rows[5:]]
+    assert named[:3] == ["no such file", "not a regular file", "no .wav or .flac files in this folder; "
+                         "convert its .mp3 files"]  # fmt: skip
+    assert "no column" in named[3] and named[4] == "its name is not UTF-8" and named[5] == "no such file"
 
 
 def test_the_network_is_left_in_eval_mode(tiny_run, trained):
