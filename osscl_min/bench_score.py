@@ -63,11 +63,12 @@ def false_alarms(best: Path, data: Path, device: str) -> list[dict[str, Any]]:
         for rate in RATES:
             known = [*own, *compress(machines, more)]
             calibration = Calibration(known, [*held_out, *scores[more]], rate)
-            for row in calibration.alarms(list(compress(machines, ~more)), scores[~more], truth[~more]):
-                for name in ("binomial", "chance"):
-                    row[f"{name}_low"], row[f"{name}_high"] = row.pop(name) or (None, None)
-                del row["anomalous_clips"], row["detected"]
-                rows.append({"held_out_clips": f"{name}, {len(known)}", "rate_asked": rate} | row)
+            *_, row = calibration.alarms(list(compress(machines, ~more)), scores[~more], truth[~more])
+            for interval in ("binomial", "chance"):
+                row[f"{interval}_low"], row[f"{interval}_high"] = row.pop(interval) or (None, None)
+            for left_out in ("machine_type", "anomalous_clips", "detected"):
+                del row[left_out]
+            rows.append({"held_out_clips": f"{name}, {len(known)}", "rate_asked": rate} | row)
     return rows
 
 

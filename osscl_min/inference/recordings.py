@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -138,13 +137,7 @@ class Scorer:
         return f"machine type {printable(machine_type)} is unknown to this checkpoint, which knows {known}"
 
     def identify(self, recording: Recording) -> None:
-        """Set the recording's machine, the classes to score it against and its channel.
-
-        Raises
-        ------
-        UserError
-            If the type is unknown, or the name tells none.
-        """
+        """Set the recording's machine, the classes to score it against and its channel."""
         classes, given = self.trained.classes, self.machine_type
         if recording.machine[0]:  # a manifest's
             possible = [(*recording.machine, None)]
@@ -182,7 +175,11 @@ class Scorer:
             recording = file if isinstance(file, Recording) else Recording(str(file))
             try:
                 if not recording.problem:
-                    _check_file(recording.file)
+                    if not os.path.isfile(recording.file):  # False too for names that are too long
+                        exists = os.path.exists(recording.file)
+                        raise UserError("not a regular file" if exists else "no such file")
+                    if printable(recording.file) != recording.file:
+                        raise UserError("its name is not UTF-8")
                     length = duration(recording.file)
                     self.identify(recording)
                     recording.starts = window_starts(length, self.audio, self.step)
@@ -224,8 +221,9 @@ class Scorer:
             labels = sorted({label for recording, *_ in decoded for label in recording.candidates})
             scores = self.scores(np.stack([samples for *_, samples in decoded]), labels)
             for (recording, position, _), row in zip(decoded, scores, strict=True):
-                if np.isfinite(row).all():
-                    recording.windows[position] = row[np.searchsorted(labels, recording.candidates)]
+                own = row[np.searchsorted(labels, recording.candidates)]
+                if np.isfinite(own).all():
+                    recording.windows[position] = own
                 else:
                     recording.missing[position] = "the network's output is not finite"
         for recording, position, _ in batch:
@@ -259,22 +257,11 @@ class Scorer:
         return torch.stack(scores, dim=1).cpu().numpy()
 
 
-def _check_file(file: str) -> None:
-    """Refuse what cannot be opened safely or named in a result."""
-    if not os.path.isfile(file):  # False too for names that are too long
-        raise UserError("not a regular file" if os.path.exists(file) else "no such file")
-    if printable(file) != file:
-        raise UserError("its name is not UTF-8")
-
-
 def expand(names: Iterable[str]) -> Iterator[str | Recording]:
-    """Every file that is meant, one at a time.
+    """The files that are meant, one at a time.
 
-    Parameters
-    ----------
-    names : iterable of str
-        Files; folders, of which every visible sound file is taken, in order; manifests (.csv, or a folder
-        with a manifest.csv), which name the machines too; "-" for names on standard input, one per line.
+    A name is a file; a folder, of which every visible sound file is taken; a manifest (.csv, or a folder with
+    a manifest.csv), which gives the machines too; or "-" for names on standard input, one per line.
     """
     for name in names:
         if name == "-":
@@ -301,14 +288,13 @@ def _manifest(name: str) -> Iterator[Recording]:
 
 
 def _folder(name: str) -> Iterator[str | Recording]:
-    others, empty = Counter(), True
+    others, empty = set(), True
     for path, reason in walk(name):
         if path.suffix.lower() in SOUND_SUFFIXES or (reason and path.is_dir()):
             empty = False
             yield Recording(str(path), problem=reason) if reason else str(path)
         else:
-            others[path.suffix.lower()] += 1
+            others.add(path.suffix.lower())
     if empty:
-        sounds = [suffix for suffix in (".mp3", ".ogg", ".aiff", ".m4a") if others[suffix]]
-        hint = f"; convert its {' and '.join(sounds)} files" if sounds else ""
+        hint = f" (it has {' '.join(sorted(others))})" if any(others) else ""
         yield Recording(name, problem=f"no .wav or .flac files in this folder{hint}")

@@ -43,18 +43,7 @@ def shared(scorer: Scorer, files: Iterable[str | Recording], ranks: Ranks) -> It
 def calibrate(scorer: Scorer, rate: float, recordings: Iterable[Recording] = ()) -> Calibration:
     """Thresholds from the checkpoint's held-out clips and from further normal recordings.
 
-    Parameters
-    ----------
-    scorer : Scorer
-    rate : float
-        Share of normal recordings that may be called anomalous.
-    recordings : iterable of Recording
-        Scored normal recordings that were never trained on. Each counts once, however long it is.
-
-    Raises
-    ------
-    UserError
-        If such a recording could not be scored.
+    These must be scored, and never trained on. Each file counts once, however long it is.
     """
     machines, scores = scorer.trained.held_out()
     for recording in {os.path.realpath(recording.file): recording for recording in recordings}.values():
@@ -68,20 +57,12 @@ def calibrate(scorer: Scorer, rate: float, recordings: Iterable[Recording] = ())
 
 @dataclass
 class Summary:
-    """Counts over all files, and the strangest files.
+    """Counts over all files, and the strangest files."""
 
-    Attributes
-    ----------
-    scored, anomalous, skipped : int
-        Files: scored, called anomalous, not scored.
-    windows, windows_not_scored : int
-        Of the files that were scored.
-    """
-
-    scored: int = 0
+    scored: int = 0  # files
     anomalous: int = 0
     skipped: int = 0
-    windows: int = 0
+    windows: int = 0  # of the files that were scored
     windows_not_scored: int = 0
     remarks: list[str] = field(default_factory=list)  # what was not scored, of the first files
     thresholds: Counter[str] = field(default_factory=Counter)  # and how many files each decided

@@ -466,8 +466,8 @@ def test_hostile_names_are_listed_and_the_rest_is_scored(tiny_run, tmp_path, mon
     assert problems["pipe.wav"] == problems["zero.wav"] == "not a regular file"
     assert "cannot be read" in problems["gone.flac"] and len(problems) == 4  # each once, in spite of the loop
     named = [problem for _, problem in rows[5:]]
-    assert named[:3] == ["no such file", "not a regular file", "no .wav or .flac files in this folder; "
-                         "convert its .mp3 files"]  # fmt: skip
+    assert named[:2] == ["no such file", "not a regular file"]
+    assert named[2] == "no .wav or .flac files in this folder (it has .mp3)"
     assert "no column" in named[3] and named[4] == "its name is not UTF-8" and named[5] == "no such file"
 
 
@@ -475,3 +475,10 @@ def test_the_network_is_left_in_eval_mode(tiny_run, trained):
     next(Scorer(trained)([str(clip(tiny_run))]))
     assert not trained.model.training and not any(p.grad is not None for p in trained.model.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_an_unreadable_folder_is_listed(tmp_path, monkeypatch):
+    problems = [(tmp_path, "this folder cannot be read"), (tmp_path / "socket", "not a regular file")]
+    monkeypatch.setattr("osscl_min.inference.recordings.walk", lambda _: iter(problems))
+    (recording,) = expand([str(tmp_path)])
+    assert recording.problem == "this folder cannot be read"
