@@ -3,9 +3,9 @@
 The score of a recording is its highest window's. Windows of one recording resemble each other, so recordings,
 not windows, are the exchangeable units, and m windows are compared with m windows:
 
-1. A block is k consecutive windows. Its p-value is (1 + S) / (n + 1): n normal recordings have at least k
-   windows, and each adds to S the share of its blocks whose highest window scores as high (hierarchical
-   conformal prediction; Lee, Barber and Willett, 2023, arXiv:2306.06342).
+1. A block is k consecutive windows. Its p-value is (1 + number of normal recordings whose first k windows
+   reach its highest score) / (n + 1), of the n normal recordings with at least k windows: split conformal
+   prediction (Vovk, Gammerman and Shafer, 2005), one block per recording.
 2. A recording of m windows is ceil(m / k) blocks. Its p-value is its lowest block's times their number
    (Bonferroni, which holds under any dependence). k <= m is chosen by the lowest attainable p-value,
    ceil(m / k) / (n + 1); with enough normal recordings of m windows k = m, and nothing is corrected.
@@ -21,12 +21,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress, groupby
 from typing import Any
 
 import numpy as np
 import scipy.stats
-from numpy.lib.stride_tricks import sliding_window_view
 
 from osscl_min.runtime.files import UserError
 
@@ -38,25 +36,9 @@ def recordings_needed(rate: float, blocks: int = 1) -> int:
     return math.ceil(blocks / rate - 1e-9) - 1
 
 
-class _Blocks:
-    """The highest scores of all blocks of k windows; the blocks of a recording weigh 1 together."""
-
-    def __init__(self, recordings: Iterable[np.ndarray], block: int):
-        maxima, weights, self.recordings = [], [], 0
-        long_enough = sorted((own for own in recordings if len(own) >= block), key=len)
-        for length, alike in groupby(long_enough, key=len):
-            scores = np.stack(list(alike))
-            maxima.append(sliding_window_view(scores, block, axis=1).max(axis=2).ravel())
-            weights.append(np.full(len(maxima[-1]), 1 / (length - block + 1)))
-            self.recordings += len(scores)
-        order = np.argsort(np.concatenate(maxima))
-        self.maxima = np.concatenate(maxima)[order]
-        weights = np.concatenate(weights)[order]
-        self.tail = np.append(np.cumsum(weights[::-1])[::-1], 0.0)  # weight of maxima from here on
-
-    def p_value(self, scores: np.ndarray | float, side: str = "left") -> np.ndarray:
-        """How likely a normal block is as high as each score, or, with side "right", higher."""
-        return (1 + self.tail[np.searchsorted(self.maxima, scores, side)]) / (self.recordings + 1)
+def _rank(n: int, rate: float) -> int:
+    """Which of the n highest scores a normal one exceeds with this probability at most; 0 for none."""
+    return math.floor((n + 1) * rate + 1e-9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +46,23 @@ class Threshold:
     """The score above which a recording of so many windows is called anomalous, and its p-values."""
 
     value: float | None  # None where so few normal recordings do not resolve the rate
-    group: str  # whose recordings set it: "fan id 00", "fan" or "all machines"
-    source: str  # what it rests on, in a few words
-    block_count: int
-    blocks: _Blocks
-    windows: _Blocks
+    source: str  # what it rests on, such as "43 normal recordings of all machines"
+    blocks: int  # of the recording that is judged
+    maxima: np.ndarray  # of the normal recordings' first blocks, sorted
+    windows: np.ndarray  # of their first windows
 
-    def p_value(self, score: np.ndarray | float) -> np.ndarray:
-        """How likely the highest window of a normal recording scores as high as each `score`."""
-        return np.minimum(1, self.block_count * self.blocks.p_value(score))
+    def p_value(self, score: float) -> float:
+        """How likely the highest window of a normal recording scores as high."""
+        return min(1.0, self.blocks * _p_value(self.maxima, score))
 
-    def window_p_value(self, score: np.ndarray | float) -> np.ndarray:
+    def window_p_value(self, score: float) -> float:
         """The same for a single window, not corrected for their number."""
-        return self.windows.p_value(score)
+        return _p_value(self.windows, score)
+
+
+def _p_value(sorted_scores: np.ndarray, score: float) -> float:
+    n = len(sorted_scores)
+    return float(1 + n - np.searchsorted(sorted_scores, score)) / (n + 1)
 
 
 class Calibration:
@@ -103,47 +89,42 @@ class Calibration:
         self.machines, self.rate = list(machines), rate
         self.scores = [np.atleast_1d(np.asarray(own, np.float64)) for own in scores]
         self._thresholds: dict[tuple[Machine, int], Threshold] = {}
-        self._blocks: dict[tuple[str, int], _Blocks] = {}
+        self._maxima: dict[tuple[tuple[str, ...], int], np.ndarray] = {}
 
     def threshold(self, machine: Machine, windows: int = 1) -> Threshold | None:
         """The threshold for a machine's recordings of so many windows; None without any calibration."""
         key = machine, windows
         if self.scores and key not in self._thresholds:
-            groups = (
-                (f"{machine[0]} id {machine[1]}", [own == machine for own in self.machines]),
-                (machine[0], [own[0] == machine[0] for own in self.machines]),
-                ("all machines", [True] * len(self.machines)),
-            )
-            for group, members in groups:
-                if any(members):
-                    self._thresholds[key] = self._compare(
-                        group, list(compress(self.scores, members)), windows
-                    )
+            for group in (machine, machine[:1], ()):
+                pairs = zip(self.machines, self.scores, strict=True)
+                recordings = [own for known, own in pairs if known[: len(group)] == group]
+                if recordings:
+                    self._thresholds[key] = self._compare(group, recordings, windows)
                     if self._thresholds[key].value is not None:
                         break
         return self._thresholds.get(key)
 
-    def _compare(self, group: str, recordings: list[np.ndarray], windows: int) -> Threshold:
+    def _compare(self, group: tuple[str, ...], recordings: list[np.ndarray], windows: int) -> Threshold:
         lengths = np.array([len(own) for own in recordings])
 
         def attainable(block: int) -> tuple[float, int]:
             return math.ceil(windows / block) / (1 + np.count_nonzero(lengths >= block)), -block
 
         block = min(np.unique(np.minimum(lengths, windows)).tolist(), key=attainable)
-        for size in (block, 1):
-            if (group, size) not in self._blocks:
-                self._blocks[group, size] = _Blocks(recordings, size)
-        blocks, count = self._blocks[group, block], math.ceil(windows / block)
-        enough = count * blocks.p_value(blocks.maxima, "right") <= self.rate + 1e-9
-        value = float(blocks.maxima[enough.argmax()]) if enough.any() else None
-        source = f"{blocks.recordings} normal recordings of {group}"
-        if count > 1:
-            source += f", corrected for {count} blocks of {block} window{'s' if block > 1 else ''}"
+        for k in (1, block):
+            if (group, k) not in self._maxima:
+                self._maxima[group, k] = np.sort([own[:k].max() for own in recordings if len(own) >= k])
+        maxima, blocks = self._maxima[group, block], math.ceil(windows / block)
+        rank = _rank(len(maxima), self.rate / blocks)
+        value = float(maxima[-rank]) if rank else None
+        source = f"{len(maxima)} normal recordings of {' id '.join(group) or 'all machines'}"
+        if blocks > 1:
+            source += f", corrected for {blocks} blocks of {block} window{'s' if block > 1 else ''}"
         if value is None:
             more = recordings_needed(self.rate) - np.count_nonzero(lengths >= windows)
             length = f" of {windows} windows" if windows > 1 else ""
             source += f"; {100 * self.rate:g} % false alarms need {more} more{length}"
-        return Threshold(value, group, source, count, blocks, self._blocks[group, 1])
+        return Threshold(value, source, blocks, maxima, self._maxima[group, 1])
 
     def alarms(
         self, machines: Sequence[Machine], scores: np.ndarray, anomaly: np.ndarray
@@ -196,9 +177,8 @@ class Calibration:
         it, alarms are binomial.
         """
         probability = np.ones(1)  # of each number of false alarms
-        counts = Counter((threshold.group, threshold.blocks.recordings) for threshold in thresholds)
-        for (_, recordings), count in counts.items():
-            rank = math.floor((recordings + 1) * self.rate + 1e-9)
-            share = scipy.stats.betabinom(count, rank, recordings + 1 - rank)
+        counts = Counter((threshold.source, len(threshold.maxima)) for threshold in thresholds)
+        for (_, n), count in counts.items():
+            share = scipy.stats.betabinom(count, _rank(n, self.rate), n + 1 - _rank(n, self.rate))
             probability = np.convolve(probability, share.pmf(np.arange(count + 1)))
         return tuple((np.searchsorted(np.cumsum(probability), (0.025, 0.975)) / len(thresholds)).tolist())

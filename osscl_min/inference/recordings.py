@@ -83,8 +83,8 @@ class Recording:
         if threshold := calibration.threshold(self.machine, scored):
             called = None if threshold.value is None else int(score > threshold.value)
             row |= {"threshold": threshold.value, "anomaly": called, "calibration": threshold.source}
-            row["p_value"] = float(threshold.p_value(score))
-            row["window_p_value"] = float(threshold.window_p_value(score))
+            row["p_value"] = threshold.p_value(score)
+            row["window_p_value"] = threshold.window_p_value(score)
         if len(starts) > 1:
             pairs = zip(starts.tolist(), scores.tolist(), strict=True)
             row["timeline"] = [[start, None if np.isnan(score) else score] for start, score in pairs]

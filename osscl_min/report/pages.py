@@ -167,10 +167,10 @@ def thresholds_table(run: Path | str) -> list[list[str]]:
         for row in Calibration(own, held_out, rate).alarms(machines, scores, truth):
             known = row["rate_found"] is not None
             spans = [row[name] for name in ("binomial", "chance")]
-            spans = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in spans] if known else ["-", "-"]
+            spans = [f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in spans] if known else ["", ""]
             alarms = f"{'-' if row['false_alarms'] is None else row['false_alarms']} of {row['normal_clips']}"
             detected = f"{'-' if row['detected'] is None else row['detected']} of {row['anomalous_clips']}"
-            share = f"{100 * row['rate_found']:.1f} %" if known else "-"
+            share = f"{100 * row['rate_found']:.1f} %" if known else "not resolved"
             asked = [row["machine_type"], f"{100 * rate:g} %", row["threshold_from"]]
             table.append([*asked, alarms, share, *spans, detected])
     return table
