@@ -1,4 +1,4 @@
-"""Pictures of one recording: its scores over time, and what in its highest window raised the score."""
+"""Pictures of a recording: its scores over time, and what in its highest window raised the score."""
 
 from __future__ import annotations
 
@@ -93,22 +93,22 @@ def usual_level(scorer: Scorer, recordings: Iterable[Recording]) -> torch.Tensor
 def occlusion(
     scorer: Scorer, recording: Recording, level: torch.Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How far the score of the highest window falls when a part of its spectrum is made usual.
+    """How far the score of the highest window falls when a part of its spectrum takes its usual level.
 
-    The part's magnitudes are replaced, its phases kept, and the wave made anew, so that every input of the
-    network is changed. What is unlike the training clips in more than one place is not seen part by part.
+    The part's magnitudes are replaced, its phases kept, and the wave is resynthesised, so that every input of
+    the network changes. An anomaly in several places at once is not seen part by part.
 
     Parameters
     ----------
     level : (bins,), optional
-        Usual magnitude of each frequency bin, see `usual_level`; the window's own mean over time without,
+        Usual magnitude of each frequency bin, see `usual_level`; without it, the window's own mean over time,
         which leaves steady sounds as they are.
 
     Returns
     -------
     patches : (BANDS, PARTS) float64
     bands : (BANDS,) float64
-        Over the whole time.
+        Each band over the whole window.
     """
     audio = scorer.audio
     samples, _ = _window(scorer, recording, recording.starts[recording.highest])
@@ -135,14 +135,14 @@ def occlusion(
 
 
 def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None = None) -> Figure:
-    """The highest window's log-mel, and how far the score falls when parts of it are made usual."""
+    """The highest window's log-mel, and how far the score falls when parts of it take their usual level."""
     audio = scorer.audio
     patches, bands = occlusion(scorer, recording, level)
     starts, scores = recording.timeline()
     highest = recording.highest
     _, log_mel = _window(scorer, recording, recording.starts[highest])
-    made = "the window's own mean over time" if level is None else "the mean level of normal recordings"
-    title = f"{_title(scorer, recording)}\nscore {scores[highest]:.3g}; each part replaced by {made}"
+    usual = "the window's own mean over time" if level is None else "the mean level of normal recordings"
+    title = f"{_title(scorer, recording)}\nscore {scores[highest]:.3g}; each part replaced by {usual}"
     names = ["log-mel (dB)", "fall of the score, part by part", "whole bands"]
     figure, axes = panels(title, False, names, 3, (3.8, 3.4), sharey=True)
     extent = (starts[highest], starts[highest] + audio.seconds, 0, audio.mels)
@@ -171,9 +171,9 @@ def write(
     explain: Path | None,
     normal: Iterable[Recording] = (),
 ) -> None:
-    """Draw a scored recording; the `normal` recordings of its machine show what is usual."""
+    """Draw a scored recording; the `normal` recordings of its machine give the usual level."""
     if plot is not None:
         save(timeline(scorer, recording, threshold), plot)
     if explain is not None:
-        alike = [one for one in normal if one.machine == recording.machine]
-        save(explanation(scorer, recording, usual_level(scorer, alike)), explain)
+        normal = [other for other in normal if other.machine == recording.machine]
+        save(explanation(scorer, recording, usual_level(scorer, normal)), explain)

@@ -197,7 +197,8 @@ class Scorer:
 
         While a batch of windows is scored, the next one is read.
         """
-        windows = ((one, k) for one in self._planned(files) for k in range(len(one.starts)))
+        recordings = self._planned(files)
+        windows = ((recording, k) for recording in recordings for k in range(len(recording.starts)))
         batches = iter(lambda: list(islice(windows, self.batch_size)), [])
         with ThreadPoolExecutor(2) as pool:
             waiting: list[tuple[Recording, int, Future]] = []
