@@ -145,16 +145,20 @@ class Calibration:
             "false_alarms", "rate_found" with its Clopper-Pearson interval "binomial", "anomalous_clips",
             "detected", and "chance", the central 95 % of the rates to be expected of exchangeable clips,
             which counts in that few recordings place a threshold. What is unknown or not resolved is None.
+            Empty without any calibration.
         """
+        if not self.scores:
+            return []
         thresholds = np.array([self.threshold(machine) for machine in machines], object)
-        resolved = all(threshold is not None and threshold.value is not None for threshold in thresholds)
+        resolved = all(threshold.value is not None for threshold in thresholds)
         types, rows = np.array([machine_type for machine_type, _ in machines]), []
         for name in [*sorted(set(types.tolist()), key=str.lower), "all"]:
             own = (types == name) | (name == "all")
             normal, anomalous = own & (anomaly == 0), own & (anomaly == 1)
+            sources = {threshold.source for threshold in thresholds[own]}
             row = {
                 "machine_type": name,
-                "threshold_from": "; ".join(sorted({threshold.source for threshold in thresholds[own]})),
+                "threshold_from": f"{len(sources)} groups" if len(sources) > 1 else sources.pop(),
                 "normal_clips": int(normal.sum()),
                 **dict.fromkeys(("false_alarms", "rate_found", "binomial", "chance")),
                 "anomalous_clips": int(anomalous.sum()),

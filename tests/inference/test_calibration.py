@@ -176,7 +176,8 @@ def test_a_machines_own_recordings_decide_then_its_types_then_all():
     assert sources == [list(pair) for pair in expected]
     long = calibration(counts).threshold(FAN, 2)  # two blocks need 19
     assert long.source.startswith("24 normal recordings of all machines, corrected for 2 blocks")
-    assert Calibration([], [], 0.05).threshold(FAN) is None
+    nothing = Calibration([], [], 0.05)
+    assert nothing.threshold(FAN) is None and nothing.alarms([FAN], np.ones(1), np.zeros(1)) == []
     alone = Calibration([FAN], [0.3], 0.05).threshold(FAN)
     assert alone.value is None and alone.p_value(2.0) == 0.5
 
@@ -192,7 +193,7 @@ def test_alarms_are_counted_per_machine_type():
     counted = [tuple(row[name] for name in names) for row in rows]
     assert counted == [("fan", 2, 1, 1, 1), ("pump", 2, 1, 1, 1), ("all", 4, 2, 2, 2)]
     assert rows[0]["threshold_from"] == "9 normal recordings of fan id 00"
-    assert rows[2]["threshold_from"] == "9 normal recordings of fan id 00; 9 normal recordings of pump id 00"
+    assert rows[2]["threshold_from"] == "2 groups"
     assert rows[2]["binomial"][0] < rows[2]["rate_found"] == 0.5 < rows[2]["binomial"][1]
     assert rows[2]["chance"][0] == 0 < rows[2]["chance"][1] < 1
     anomalies = both.alarms([FAN], np.array([2.0]), np.array([1]))
