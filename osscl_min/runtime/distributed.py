@@ -34,7 +34,7 @@ class Ranks:
         """Every rank's value, in rank order; any values that can be pickled."""
         if self.group is None:
             return [value]
-        values = [None] * self.size
+        values = [None] * self.world_size
         dist.all_gather_object(values, value, self.group)
         return values
 
