@@ -15,9 +15,8 @@ import torch
 from osscl_min.bench import fresh, measure, write_rows
 from osscl_min.config import AudioConfig
 from osscl_min.data.clips import BENCHMARK, Clip, scan
-from osscl_min.data.pack import pack, write_index
 from osscl_min.data.reader import FolderReader, open_data
-from osscl_min.data.store import ARRAY, FORMAT, SAMPLE, Entry
+from osscl_min.data.store import ARRAY, FORMAT, SAMPLE, Entry, pack, write_index
 from osscl_min.features import FrontEnd
 from osscl_min.runtime.device import prepare
 
@@ -52,9 +51,14 @@ def write_store(store: Path, count: int) -> None:
             file.write(random.integers(-32768, 32768, AUDIO.samples, SAMPLE))
             machine_type, machine_id, name = _name(number)
             clips["train", name] = Clip(store / name, machine_type, machine_id, "train", 0)
-            place = {"length": AUDIO.samples, "offset": number * AUDIO.samples, "content": f"{number:064x}"}
-            entries["train", name] = Entry(name, "train", 0, 0, f"{number:064x}", **place)
-    header = {"sample_rate": AUDIO.sample_rate, "seconds": AUDIO.seconds, "channel": None, "problems": {}}
+            entries["train", name] = Entry("train", name, f"{number:064x}", "", content=f"{number:064x}")
+    header = {
+        "sample_rate": AUDIO.sample_rate,
+        "seconds": AUDIO.seconds,
+        "channel": None,
+        "problems": {},
+        "notes": [],
+    }
     header |= {"format": FORMAT, "layout": "DCASE 2020", "synthetic": True, "data": "", "root": str(store)}
     write_index(store, header, clips, entries)
 

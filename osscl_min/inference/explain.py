@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from osscl_min.data.clips import decode, duration
+from osscl_min.data.audio import decode, duration
 from osscl_min.features import hz_to_mel, mel_ticks, mel_to_hz, to_wave
 from osscl_min.inference.calibration import Threshold
 from osscl_min.inference.recordings import Recording, Scorer, expand

@@ -20,13 +20,14 @@ import torch
 
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig
-from osscl_min.data.clips import MANIFEST, SUFFIXES, decode, duration, scan
+from osscl_min.data.audio import decode, duration
+from osscl_min.data.clips import MANIFEST, scan
 from osscl_min.data.layouts import readings
 from osscl_min.features import FrontEnd
 from osscl_min.inference.calibration import Calibration
 from osscl_min.losses import anomaly_score
 from osscl_min.runtime.device import autocast
-from osscl_min.runtime.files import UserError
+from osscl_min.runtime.files import SOUND_SUFFIXES, UserError
 
 COLUMNS = (
     "file", "machine_type", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value",
@@ -167,7 +168,7 @@ class Scorer:
             found = [(recording.machine, None, True)]
         else:
             found = [
-                (self._machine(part["type"], part["id"]), layout.channel, layout.name != "plain")
+                (self._machine(part["type"], part["id"]), layout.channel, layout.distinctive)
                 for layout, part in readings(Path(recording.file).absolute())
             ]
         if self.machine_type:
@@ -326,7 +327,7 @@ def expand(names: Iterable[str]) -> Iterator[str | Recording]:
             found = False
             for folder, folders, files in os.walk(name, followlinks=True):
                 folders[:] = sorted(one for one in folders if not one.startswith("."))
-                for file in sorted(one for one in files if one.lower().endswith(SUFFIXES)):
+                for file in sorted(one for one in files if one.lower().endswith(SOUND_SUFFIXES)):
                     found = True
                     yield os.path.join(folder, file)
             if not found:
