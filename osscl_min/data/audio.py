@@ -27,13 +27,7 @@ BLOCK = 1 << 18  # samples, all channels together, in memory at a time
 
 @contextmanager
 def open_sound(path: Path | str) -> Iterator[soundfile.SoundFile]:
-    """Open a sound file for reading.
-
-    Raises
-    ------
-    UserError
-        If it is no regular file, libsndfile cannot read it, its data are truncated, or its header is absurd.
-    """
+    """Open a sound file for reading; what is wrong with the file is a UserError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError("not a regular file")
@@ -78,32 +72,13 @@ def duration(path: Path | str) -> float:
 def decode(
     path: Path | str, audio: AudioConfig, channel: int | None = None, start: float | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Read a sound file as the model takes it: mono, int16, at the model's rate and length.
+    """Read a sound file as the model takes it: (audio.samples,) int16, mono; 32768 is full scale.
 
-    Parameters
-    ----------
-    path : Path or str
-        Any file that libsndfile reads. Of a long one, only the part that is kept is read.
-    audio : AudioConfig
-        Gives the rate (Hz) and the length (samples).
-    channel : int, optional
-        Channel to take from a file with several; their mean by default.
-    start : float, optional
-        Seconds. Read only the clip that starts there, as if it were a file of its own.
-
-    Returns
-    -------
-    samples : (audio.samples,) int16
-        Divide by 32768 for [-1, 1). Other rates are resampled (scipy's polyphase filter), longer clips
-        cropped to their beginning and shorter ones repeated.
-    remarks : list of str
-        What was done, as phrases for `Dataset.remarks`.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read or is truncated, empty, silent or shorter than one second, or the part
-        that was read holds NaN.
+    Other rates are resampled, longer files cropped to their beginning (only that part is read), shorter ones
+    repeated. `channel` is taken from a file with several, whose mean is the default. `start` (seconds) reads
+    the clip that starts there as if it were a file of its own. Also returns what was done, as phrases for
+    `Dataset.remarks`. A file that is truncated, empty, silent, shorter than one second or holds NaN is a
+    UserError.
     """
     remarks = []
     with open_sound(path) as file:
@@ -175,13 +150,7 @@ class Sound:
 
 
 def measure(path: Path | str) -> Sound:
-    """Read a whole file, block by block.
-
-    Raises
-    ------
-    UserError
-        If it cannot be read, is empty or holds NaN.
-    """
+    """Read a whole file, block by block; one that cannot be read, is empty or holds NaN is a UserError."""
     digest, clipped, power, low, high = hashlib.sha256(), 0, 0.0, np.inf, -np.inf
     with open_sound(path) as file:
         rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype

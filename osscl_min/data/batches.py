@@ -40,17 +40,8 @@ class Resident:
 
 
 def resident(reader: Any, samples: int, device: torch.device, where: str = "auto") -> Any:
-    """The reader, or its samples in GPU memory.
-
-    Parameters
-    ----------
-    reader : Reader
-    samples : int
-        Per clip.
-    device : torch.device
-    where : {"auto", "yes", "no"}
-        Whether to hold them on the GPU; "auto": if they fit into RESIDENT_SHARE of its free memory.
-    """
+    """The reader or, on a GPU, its `samples` per clip in GPU memory: `where` says "yes", "no", or "auto" for
+    if they fit into RESIDENT_SHARE of what is free."""
     if device.type != "cuda" or where == "no":
         return reader
     needed = 2 * samples * len(reader)
@@ -61,18 +52,10 @@ def resident(reader: Any, samples: int, device: torch.device, where: str = "auto
 def load_batches(
     source: Any, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield samples (B, samples) int16 and labels (B,) per batch.
+    """Samples (B, samples) int16 and labels (B,) of each batch of positions in a Reader or Resident.
 
     Two buffers take turns, pinned for a GPU, which copies on a stream of its own. On a CPU the samples are
     a view of a buffer: they last until the next batch is asked for.
-
-    Parameters
-    ----------
-    source : Reader or Resident
-    labels : (clips,) int64
-    batches : sequence of int arrays
-        Positions of clips.
-    device : torch.device
     """
     if isinstance(source, Resident):
         for batch in batches:

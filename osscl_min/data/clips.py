@@ -14,22 +14,23 @@ from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, first_lines, prin
 MANIFEST = "manifest.csv"
 OTHER_SUFFIXES = (".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff")
 
-# Development and evaluation ids of DCASE 2020 Task 2.
-_MIMII, _MIMII_EVALUATION = ("00", "02", "04", "06"), ("01", "03", "05")
-_IDS = {
-    "fan": (_MIMII, _MIMII_EVALUATION),
-    "pump": (_MIMII, _MIMII_EVALUATION),
-    "slider": (_MIMII, _MIMII_EVALUATION),
-    "ToyCar": (("01", "02", "03", "04"), ("05", "06", "07")),
-    "ToyConveyor": (("01", "02", "03"), ("04", "05", "06")),
-    "valve": (_MIMII, _MIMII_EVALUATION),
-}
-# The fixed 41 labels of the benchmark, in the authors' order: (machine type, machine id) -> position.
-BENCHMARK: tuple[tuple[str, str], ...] = tuple(
-    (machine_type, machine_id)
-    for machine_type, (development, evaluation) in _IDS.items()
-    for machine_id in sorted(development + evaluation)
+# The machines of DCASE 2020 Task 2: type -> ids of the development set, all ids.
+_MIMII, _TOY_CAR, _CONVEYOR = (
+    (range(0, 7, 2), range(7)),
+    (range(1, 5), range(1, 8)),
+    (range(1, 4), range(1, 7)),
 )
+_IDS = {
+    "fan": _MIMII,
+    "pump": _MIMII,
+    "slider": _MIMII,
+    "ToyCar": _TOY_CAR,
+    "ToyConveyor": _CONVEYOR,
+    "valve": _MIMII,
+}
+_DEVELOPMENT = {(name, f"{number:02d}") for name, (numbers, _) in _IDS.items() for number in numbers}
+# The fixed 41 labels, in the authors' order: (machine type, machine id) -> position.
+BENCHMARK = tuple((name, f"{number:02d}") for name, (_, numbers) in _IDS.items() for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,8 @@ class Dataset:
         return printable(path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path)
 
     def report(self, strict: bool = False, most: int = 10) -> str:
-        """What is not used and why, and what was done to the rest; one line each.
-
-        Raises
-        ------
-        UserError
-            If `strict` and any file is not used.
-        """
+        """What is not used and why, and what was done to the rest, one line each; if `strict`, the former is
+        a UserError."""
         lines = [f"{_count(count)} {remark}" for remark, count in sorted(self.remarks.items())]
         lines += self.notes
         unlabelled = sum(clip.anomaly is None for clip in self.clips)
@@ -102,9 +98,8 @@ def is_benchmark(clips: Iterable[Clip]) -> bool:
     its 41, and every machine type has all machines of its development set."""
     clips = list(clips)
     machines = {clip.machine for clip in clips}
-    whole = {
-        (name, number) for name in {name for name, _ in machines} & _IDS.keys() for number in _IDS[name][0]
-    }
+    types = {machine_type for machine_type, _ in machines}
+    whole = {machine for machine in _DEVELOPMENT if machine[0] in types}
     in_layout = all(Dcase2020().match(PurePosixPath(*clip.path.parts[-3:])) for clip in clips)
     return in_layout and whole <= machines <= set(BENCHMARK)
 
@@ -148,11 +143,6 @@ def scan(root: Path | str, channel: int | None = None) -> Dataset:
         manifest.csv; or a manifest, see `layouts.read_manifest`.
     channel : int, optional
         Channel to take from files with several. By default the layout's own: 0 for MIMII, else their mean.
-
-    Returns
-    -------
-    Dataset
-        Clips in the order of their folders. Files that cannot be used are in `problems`.
 
     Raises
     ------

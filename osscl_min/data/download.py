@@ -76,30 +76,12 @@ def download(
     mirror: str = "",
     trust_mirror: bool = False,
 ) -> str:
-    """Fetch what is missing of the data set into DIRECTORY/TYPE/{train,test}; an interrupted run resumes.
+    """Fetch what is missing of the data set into DIRECTORY/TYPE/{train,test}; returns the inventory.
 
-    Parameters
-    ----------
-    directory : Path or str
-        What was unpacked into it before and is still there is not fetched again.
-    parts, types : collection of str
-        Keys of `PARTS` and names in `TYPES`.
-    jobs : int
-        Files at a time; one file's error does not stop the others.
-    mirror : str, optional
-        Replaces https://zenodo.org, also in the addresses inside the records.
-    trust_mirror : bool
-        Take the server's checksums instead of the published `MD5`, for a copy whose zips were made anew.
-
-    Returns
-    -------
-    str
-        The inventory.
-
-    Raises
-    ------
-    UserError
-        With the exit status above.
+    An interrupted run resumes: what was unpacked before and is still there is not fetched again. `jobs` files
+    are fetched at a time, and one file's error does not stop the others. `mirror` replaces
+    https://zenodo.org, also in the addresses inside the records; `trust_mirror` takes its checksums instead
+    of the published `MD5`, for a copy whose zips were made anew.
     """
     for given, known in ((parts, PARTS), (types, TYPES)):
         if not given or set(given) - set(known):

@@ -8,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from osscl_min.data.audio import Sound, measure
-from osscl_min.data.clips import Clip, Dataset, scan
+from osscl_min.data.clips import Clip, scan
 from osscl_min.data.store import is_store, on_threads, read_store
 from osscl_min.runtime.files import UserError, first_lines, printable, write_json
 from osscl_min.runtime.tables import write_table
 
+LABELS = ("machine_type", "machine_id", "split", "anomaly", "domain")  # of a clip, in the table of files
 COUNTS = ("train", "test_normal", "test_anomaly", "test_unlabelled", "clipped", "silent")
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
-    """Measure every sound file of a data set.
-
-    Parameters
-    ----------
-    path : Path or str
-        A data folder in any layout that `clips.scan` knows, a manifest, or a packed store, whose index
-        holds the measurements.
+    """Measure every sound file of a data folder, manifest or packed store, whose index holds the measurements.
 
     Returns
     -------
@@ -32,11 +27,6 @@ def inspect(path: Path | str) -> dict[str, Any]:
         seconds, rates, channels, clipped, silent); "files" (one row each); "duplicates" (lists of files with
         the same sound), "across" (those with files in train and test), "conflicts" (those with different
         machines or truths) and "problems" (file -> why it cannot be used).
-
-    Raises
-    ------
-    UserError
-        If there is no usable file.
     """
     if is_store(path):
         _, dataset, entries = read_store(path)
@@ -78,7 +68,14 @@ def inspect(path: Path | str) -> dict[str, Any]:
             )
         ),
         "problems": problems,
-        "files": [_file(dataset, clip, sound) for clip, sound in sounds.items()],
+        "files": [
+            {
+                "file": dataset.name(clip.path),
+                **{name: getattr(clip, name) for name in LABELS},
+                **asdict(sound),
+            }
+            for clip, sound in sounds.items()
+        ],
     }
 
 
@@ -87,12 +84,6 @@ def _try_measure(path: Path) -> Sound | str:
         return measure(path)
     except UserError as error:
         return str(error)
-
-
-def _file(dataset: Dataset, clip: Clip, sound: Sound) -> dict[str, Any]:
-    names = ("machine_type", "machine_id", "split", "anomaly", "domain")
-    labels = {name: getattr(clip, name) for name in names}
-    return {"file": dataset.name(clip.path), **labels, **asdict(sound)}
 
 
 def _machines(sounds: dict[Clip, Sound]) -> list[dict[str, Any]]:

@@ -22,33 +22,16 @@ Fields = dict[str, Any]  # of `clips.Clip`, without its path
 
 
 class Layout:
-    """One way to lay out a data set: its paths, its split rule and its reader of truth.
-
-    Attributes
-    ----------
-    name : str
-    pattern : re.Pattern
-        Matches a path relative to the data folder, without its suffix. Groups: type, id, state, and, where
-        paths have them, split, domain, attributes.
-    file_pattern : re.Pattern
-        Matches file names that look like this layout, wherever they lie; for error messages.
-    expected : str
-        An example, for error messages.
-    channel : int or None
-        Channel to take from files with several; None averages them.
-    unlabelled : str
-        The subset of test clips whose path does not tell their truth.
-    distinctive : bool
-        Whether the path of a single file is evidence of the layout.
-    """
+    """One way to lay out a data set: its paths, its split rule and its reader of truth."""
 
     name: str
+    # of a path in the data folder, without suffix; groups: type, id, state and perhaps split, domain, attributes
     pattern: re.Pattern
-    file_pattern: re.Pattern
-    expected: str
-    channel: int | None = None
-    unlabelled = "evaluation"
-    distinctive = True
+    file_pattern: re.Pattern  # of file names that look like this layout, for error messages
+    expected: str  # an example
+    channel: int | None = None  # to take from files with several; None averages them
+    unlabelled = "evaluation"  # subset of test clips whose path does not tell their truth
+    distinctive = True  # whether the path of a single file is evidence of the layout
 
     def match(self, path: PurePath) -> dict[str, str | None] | None:
         """The groups of `pattern`; None where the path does not fit."""
@@ -204,18 +187,7 @@ def readings(path: PurePath) -> Iterator[tuple[Layout, dict[str, str | None]]]:
 
 
 def read_truth(path: Path | str) -> Truth:
-    """Read eval_data_list.csv: a row with the machine type, then rows `file,original name,0 or 1`.
-
-    Returns
-    -------
-    dict
-        (machine type, file stem) -> 1 for anomalous, 0 for normal.
-
-    Raises
-    ------
-    UserError
-        If a row has another form.
-    """
+    """Read eval_data_list.csv: a row with the machine type, then rows `file,original name,0 or 1`."""
     truth: Truth = {}
     machine_type = ""
     for place, cells in read_rows(path):
@@ -229,24 +201,11 @@ def read_truth(path: Path | str) -> Truth:
 
 
 def read_manifest(path: Path) -> dict[Path, Fields | str]:
-    """Read a table of clips: a CSV file with the columns path, machine_type, machine_id, split, anomaly.
+    """Read a table of clips, a CSV file: for every file the fields of its clip, or the reason why it is none.
 
-    Parameters
-    ----------
-    path : Path
-        Columns may also be called file, type and id. Paths are absolute or relative to the manifest's
-        folder; split is train or test; anomaly is 0, 1 or empty (unknown; training clips are normal).
-        Further columns may be subset, domain and attributes.
-
-    Returns
-    -------
-    dict
-        For every file the fields of its `clips.Clip`, or the reason why it is none.
-
-    Raises
-    ------
-    UserError
-        If a column is missing, a row has another width, a value another form, or a file is named twice.
+    COLUMNS may also be called file, type and id. Paths are absolute or relative to the manifest's folder;
+    split is train or test; anomaly is 0, 1 or empty (unknown; training clips are normal). Further columns
+    may be subset, domain and attributes.
     """
     rows = read_rows(path)
     aliases = {"type": "machine_type", "id": "machine_id", "file": "path"}

@@ -19,18 +19,10 @@ SIMULATED = "simulated"
 
 
 class Reader:
-    """Batches of samples of clips, wherever they come from.
+    """Batches of samples of clips, wherever they come from."""
 
-    Attributes
-    ----------
-    clips : list of Clip
-        The usable ones; `read` counts positions in this list.
-    length : int
-        Samples per clip.
-    """
-
-    clips: list[Clip]
-    length: int
+    clips: list[Clip]  # the usable ones; `read` counts positions in this list
+    length: int  # samples per clip
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -47,18 +39,8 @@ class Reader:
 
 
 class FolderReader(Reader):
-    """Samples straight from sound files, each of which is decoded once to check it.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        Unusable files are moved from its clips to its problems.
-    clips : sequence of Clip
-        The clips to read, all of `dataset`.
-    audio : AudioConfig
-    keep : int
-        Bytes of decoded samples to hold in memory; of a larger set, every batch is decoded when it is read.
-    """
+    """Samples straight from sound files, each of which is decoded once to check it; unusable ones are moved
+    from the data set's clips to its problems. Of more than `keep` bytes, batches are decoded when read."""
 
     def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
         self.audio, self.length, self.channel = audio, audio.samples, dataset.channel
@@ -138,23 +120,14 @@ def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[s
 
 @dataclass
 class Data:
-    """An open data set.
+    """An open data set."""
 
-    Attributes
-    ----------
-    dataset : Dataset
-        Every clip of every split, with `problems` and `remarks`; in a split that was opened, only clips
-        that decode.
-    train, test : Reader or None
-        A reader for each split that was asked for. It may be empty (`len(reader) == 0`).
-    """
-
-    dataset: Dataset
-    train: Reader | None = None
+    dataset: Dataset  # every clip; in a split that was opened, only clips that decode
+    train: Reader | None = None  # None if not asked for; may be empty
     test: Reader | None = None
 
     def report(self) -> str:
-        """What is not used and why, and what was done to the rest, as lines to print; "" if nothing."""
+        """What is not used and why, and what was done to the rest, as lines to print."""
         return self.dataset.report()
 
 
@@ -218,27 +191,8 @@ def open_data(
 def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, strict: bool = False) -> Data:
     """Add other machines' training clips to one's own, as further classes: the method needs several.
 
-    Parameters
-    ----------
-    own : Data
-        With its training clips open.
-    others : Path or str
-        A data folder, or "simulated" for the machines of `synth`, written into `run`/simulated at the
-        model's length. Their types are called "simulated fan" and so on.
-    audio : AudioConfig
-    run : Path
-    strict : bool
-        Stop if any file cannot be used.
-
-    Returns
-    -------
-    Data
-        Its dataset has the root of one's own, and is synthetic only if that is.
-
-    Raises
-    ------
-    UserError
-        If both have a machine of the same type and id.
+    `others` is a data folder, or "simulated" for the machines of `synth`, written into `run`/simulated at the
+    model's length; their types are called "simulated fan" and so on. The result keeps the root of one's own.
     """
     simulated = str(others) == SIMULATED
     if simulated:

@@ -76,13 +76,7 @@ def describe(header: dict[str, Any]) -> str:
 
 
 def read_store(store: Path | str) -> tuple[dict[str, Any], Dataset, list[Entry]]:
-    """The header of a finished store, its data set as `clips.scan` saw it, and one entry per clip.
-
-    Raises
-    ------
-    UserError
-        If the store is not finished, damaged or packed by another version.
-    """
+    """The header of a finished store, its data set as `clips.scan` saw it, and one entry per clip."""
     store = Path(store)
     header, content = _read(store)
     if header.get("format", FORMAT) != FORMAT:
@@ -125,36 +119,11 @@ def pack(
     verify: bool = False,
     jobs: int | None = None,
 ) -> str:
-    """Pack a data set into a store, or bring the store up to date.
+    """Pack a data folder or manifest into a store, or bring the store up to date; returns what was done.
 
     A split is packed again if any of its files was added, removed, or changed in size or time. Interrupted
-    at any moment, the next call resumes.
-
-    Parameters
-    ----------
-    data : Path or str
-        A data folder or manifest, as for `clips.scan`.
-    store : Path or str
-        A folder of its own.
-    audio : AudioConfig
-        Rate (Hz) and length (samples) of the rows.
-    channel : int, optional
-        As for `clips.scan`.
-    verify : bool
-        Also compare every file and every row with its hash, and pack again what differs.
-    jobs : int, optional
-        Threads; the machine's cores by default.
-
-    Returns
-    -------
-    str
-        What was done, what differed, and which files are not used.
-
-    Raises
-    ------
-    UserError
-        If the store holds something else, cannot be written (exit status 5: the disk is full), or there is
-        nothing to pack.
+    at any moment, the next call resumes. `verify` also compares every file and every row with its hash, and
+    packs again what differs. `jobs` is the number of threads.
     """
     store = Path(store)
     if jobs is not None and jobs < 1:

@@ -265,24 +265,10 @@ def machine_clip(
     config: SynthConfig,
     anomaly: str | None = None,
 ) -> np.ndarray:
-    """Simulate one recording of one machine of IDS.
+    """Simulate one recording of a machine of IDS: float64 in [-1, 1], shape (round(seconds * sample_rate),).
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Draws what differs from clip to clip; the machine's own parameters follow from `config.seed`.
-    anomaly : str, optional
-        A fault of ANOMALIES[machine_type]; None for a normal clip.
-
-    Returns
-    -------
-    numpy.ndarray
-        Samples in [-1, 1], shape (round(seconds * sample_rate),), float64.
-
-    Raises
-    ------
-    UserError
-        For an unknown machine, or a fault that its type does not have.
+    `rng` draws what differs from clip to clip; the machine's own parameters follow from `config.seed`.
+    `anomaly` is a fault of ANOMALIES[machine_type], or None for a normal clip.
     """
     p = machine_parameters(machine_type, machine_id, config.seed)
     if anomaly is not None and anomaly not in ANOMALIES[machine_type]:
@@ -314,13 +300,8 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
     """Write the simulated data set as 16-bit mono wav files in the DCASE 2020 layout; returns `root`.
 
     synthetic.json comes first: the configuration, the machines' parameters and the fault of each anomalous
-    clip. It marks the folder as this data set's, so the next call adds the clips that are missing. Nothing
-    is ever overwritten.
-
-    Raises
-    ------
-    UserError
-        If `root` holds another configuration or other files, or is a file itself.
+    clip. It marks the folder as this data set's: the next call adds the clips that are missing, another
+    configuration or a folder with other files is refused, and nothing is ever overwritten.
     """
     root, plan = Path(root), _plan(config)
     name, recipe = printable(root), root / "synthetic.json"

@@ -77,6 +77,7 @@ class Zenodo(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files, self.faults, self.checksums, self.asked = files, {}, {}, Counter()
+        self.records = {}  # number -> what is answered instead of the record
         self.stalled, self.resume = threading.Event(), threading.Event()
 
     @classmethod
@@ -99,7 +100,9 @@ class Answer(BaseHTTPRequestHandler):
         fault = server.faults[name].pop(0) if server.faults.get(name) else None
         if isinstance(fault, int):
             return self.send_error(fault)
-        if name == record:
+        if name == record and record in server.records:
+            body = server.records[record]
+        elif name == record:
             body = json.dumps(
                 {"files": [self.entry(*key) for key in server.files if key[0] == int(record)]}
             ).encode()
@@ -132,7 +135,7 @@ def zenodo(monkeypatch):
 
 
 def fetch(zenodo, folder, **options):
-    return download(folder, **{"types": TYPES, "mirror": zenodo.url, **options})
+    return download(folder, **{"types": TYPES, "mirror": zenodo.url, "trust_mirror": True, **options})
 
 
 def tree(folder):
@@ -219,9 +222,9 @@ def refused(zenodo, folder, status, message, **options):
 @pytest.mark.parametrize("fault", [404, 503, "cut"])
 def test_a_file_that_cannot_be_fetched(fault, zenodo, tmp_path):
     zenodo.faults["dev_data_fan.zip"] = [fault] * 99
-    said = "ChunkedEncodingError" if fault == "cut" else str(fault)
+    reason = "ChunkedEncodingError" if fault == "cut" else str(fault)
     refused(
-        zenodo, tmp_path, NETWORK, rf"dev_data_fan.zip/content: cannot be fetched \({said}.* \(1 of 7 files"
+        zenodo, tmp_path, NETWORK, rf"dev_data_fan.zip/content: cannot be fetched \({reason}.* \(1 of 7 files"
     )
     missing = {name for name in everything(zenodo) if "fan" in name and "id_00" in name}
     assert missing and tree(tmp_path) == everything(zenodo) - missing, "the other files are there"
@@ -248,6 +251,69 @@ def test_a_wrong_checksum(zenodo, tmp_path):
     zenodo.checksums["dev_data_fan.zip"] = "0" * 32
     refused(zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content: wrong checksum", **FAN)
     assert tree(tmp_path) == set() and not leftovers(tmp_path)
+
+
+def test_the_published_checksums_are_pinned(zenodo, tmp_path):
+    assert len(module.MD5) == 18 and all(len(bytes.fromhex(value)) == 16 for value in module.MD5.values())
+    zips = {pattern.format(name) for _, pattern in module.PARTS.values() for name in module.TYPES}
+    assert zips - module.MD5.keys() == {"eval_data_list.csv"}
+    refused(
+        zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content.*the published one", trust_mirror=False, **FAN
+    )
+    assert zenodo.asked == {"3678171": 1}, "nothing that would be refused is fetched"
+    zenodo.checksums["dev_data_fan.zip"] = module.MD5["dev_data_fan.zip"]  # a server that tells a lie
+    refused(zenodo, tmp_path, CHECKSUM, "wrong checksum", trust_mirror=False, **FAN)
+    assert tree(tmp_path) == set() and not leftovers(tmp_path)
+
+
+ENTRY = {"key": "dev_data_fan.zip", "size": 9, "checksum": "md5:0", "links": {"self": "https://zenodo.org/x"}}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[" * 100_000,
+        '{"files": ' * 10_000,
+        "[]",
+        "5",
+        "null",
+        '{"files": null}',
+        '{"files": [5]}',
+        '{"files": [{"key": []}]}',
+        json.dumps({"files": [ENTRY | {"size": -1}]}),
+        json.dumps({"files": [ENTRY | {"size": "many"}]}),
+        '{"files": [{"key": "dev_data_fan.zip", "size": 1e999, "checksum": "", "links": {"self": ""}}]}',
+        json.dumps({"files": [ENTRY | {"links": {"self": 5}}]}),
+        json.dumps({"files": [ENTRY | {"links": []}]}),
+        "\xff",
+    ],
+)
+def test_an_odd_record_is_one_line(record, zenodo, tmp_path):
+    zenodo.records["3678171"] = record.encode("latin-1")
+    refused(zenodo, tmp_path, NETWORK, "3678171: not a record with the files dev_data_fan.zip", **FAN)
+
+
+def bomb(size):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("fan/train/normal_id_00_00000000.wav", bytes(size))
+    return content.getvalue()
+
+
+def test_a_zip_bomb_is_not_unpacked(zenodo, tmp_path):
+    zenodo.files[3678171, "dev_data_fan.zip"] = bomb(20_000_000)
+    refused(zenodo, tmp_path, CORRUPT, "not unpacked, its clips would take 20 MB, the zip 0.0", **FAN)
+    assert tree(tmp_path) == set()
+
+
+def test_room_for_the_clips_is_checked_before_unpacking(zenodo, tmp_path, monkeypatch):
+    content = zenodo.files[3678171, "dev_data_fan.zip"]
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        needed = sum(item.file_size for item in archive.infolist())
+    free = iter([10**9, needed - 1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    refused(zenodo, tmp_path, FULL, "GB needed and", **FAN)
+    assert tree(tmp_path) == set() and leftovers(tmp_path) == ["dev_data_fan.zip"]
 
 
 def test_a_truncated_zip(zenodo, tmp_path):
@@ -313,7 +379,7 @@ def test_a_folder_that_cannot_be_written(place, zenodo, tmp_path):
     assert (tmp_path / place).read_text() == "in the way"
 
 
-def test_an_interrupted_run_goes_on(zenodo, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(zenodo, tmp_path, monkeypatch):
     """Killed between the first files: what was unpacked and what was fetched are not fetched again."""
     place = module._place
 
@@ -336,12 +402,12 @@ def test_an_interrupted_run_goes_on(zenodo, tmp_path, monkeypatch):
 
 
 def osscl(zenodo, *options):
-    command = [*COMMAND, "download", *map(str, options), "--mirror", zenodo.url]
+    command = [*COMMAND, "download", *map(str, options), "--mirror", zenodo.url, "--trust-mirror"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **pipes, text=True, env=environment(NO_COLOR="1"))
 
 
-def test_a_killed_run_goes_on(zenodo, tmp_path):
+def test_a_killed_run_resumes(zenodo, tmp_path):
     zenodo.faults["dev_data_ToyCar.zip"] = ["stall"]
     process = osscl(zenodo, tmp_path, "--types", "fan,ToyCar", "--jobs", "1")
     assert zenodo.stalled.wait(60)

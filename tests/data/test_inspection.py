@@ -1,4 +1,4 @@
-"""Inspection: counts, formats, duplicates and conflicts of a folder, in the table, the files and the figure."""
+"""Inspection: counts, formats, duplicates and conflicts of a folder, in table, files and figure."""
 
 import csv
 import json

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import tiny, write_sound
-from osscl_min.data.joined import with_others
 
 from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
-from osscl_min.data.reader import open_data
+from osscl_min.data.reader import open_data, with_others
 from osscl_min.evaluate import evaluate
 from osscl_min.runtime.files import UserError
 from osscl_min.train import train

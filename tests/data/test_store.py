@@ -11,10 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import COMMAND, environment, tiny, write_sound
-from osscl_min.data.pack import pack
 
 from osscl_min.config import AudioConfig, EvaluateConfig
+from osscl_min.data import store as module
 from osscl_min.data.reader import FolderReader, StoreReader, open_data
+from osscl_min.data.store import pack, read_store
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate
 from osscl_min.runtime.files import UserError, locked
@@ -177,10 +178,11 @@ def test_an_interrupted_pack_resumes_and_checks_what_it_has(data, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             pack(data, store, AUDIO, jobs=1)
     packed = [json.loads(line)["file"] for line in (store / "index.jsonl").read_text().splitlines()[1:]]
-    assert len(packed) == 6  # the test clips come first
+    assert packed[0].startswith("fan/test") and 6 <= len(packed) < 16
     with open(store / "test.int16", "r+b") as file:  # noted, but its page never reached the disk
         file.write(bytes(32_000))
-    assert "11 decoded, 5 kept" in pack(data, store, AUDIO)
+    kept = len(packed) - 1
+    assert f"{16 - kept} decoded, {kept} kept" in pack(data, store, AUDIO)
     same(data, store)
 
 

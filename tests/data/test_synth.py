@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
+from osscl_min.data import synth
 from osscl_min.data.synth import ANOMALIES, IDS, SynthConfig, clip_generator, machine_clip, machine_parameters
 from osscl_min.data.synth import write_dataset as write
 from osscl_min.runtime.files import UserError
@@ -113,44 +114,49 @@ def test_clips_differ_from_each_other(folder):
     assert len(set(clips)) == len(clips)
 
 
-def test_complete_folder_is_left_alone_and_interrupted_one_is_completed(folder, tmp_path):
+def test_complete_folder_is_left_alone_and_interrupted_one_is_completed(tmp_path):
     small = replace(SMALL, ids_per_type=1, train_clips=1, test_anomaly=1)
     root = write(tmp_path / "data", small)
     before, times = snapshot(root), {p: p.stat().st_mtime_ns for p in root.rglob("*")}
     write(root, small)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == times
 
-    (root / "synthetic.json").unlink()
     (root / "fan/train/normal_id_00_00000000.wav").unlink()
-    (root / "fan/train/.normal_id_00_00000000.wav.x1.part").write_bytes(b"half a clip")
+    (root / "fan/train/.x1.part").write_bytes(b"half a clip")
     kept = root / "pump/train/normal_id_00_00000000.wav"
     write(root, small)
     assert {name: data for name, data in snapshot(root).items() if not str(name).endswith(".part")} == before
     assert kept.stat().st_mtime_ns == times[kept]
 
 
-@pytest.mark.parametrize("trouble", ["other seed", "other file", "other clip", "broken record", "a file"])
+def test_the_record_comes_first(tmp_path, monkeypatch):
+    """A folder that was cut short is known to be simulated."""
+    monkeypatch.setattr(synth, "machine_clip", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "data", SMALL)
+    assert list(snapshot(tmp_path / "data")) == ["synthetic.json"]
+
+
+@pytest.mark.parametrize("trouble", ["other seed", "other file", "broken record", "deep record", "a file"])
 def test_refuses_what_it_did_not_write(tmp_path, trouble):
     small = replace(SMALL, ids_per_type=1, train_clips=1, test_anomaly=1)
     root = tmp_path / "data"
-    if trouble == "a file":
-        root.write_text("mine")
-    elif trouble == "other file":
-        (root / "fan/train").mkdir(parents=True)
-        (root / "fan/train/normal_id_07_00000000.wav").write_bytes(b"a recording")
-    elif trouble == "other clip":  # by name it could be one of ours
-        (root / "valve/train").mkdir(parents=True)
-        (root / "valve/train/normal_id_00_00000000.wav").write_bytes(b"a recording")
-    else:
-        write(root, small)
-        if trouble == "other seed":
+    match trouble:
+        case "a file":
+            root.write_text("mine")
+        case "other file":  # by name it could be a simulated one
+            (root / "valve/train").mkdir(parents=True)
+            (root / "valve/train/normal_id_00_00000000.wav").write_bytes(b"a recording")
+        case "other seed":
+            write(root, small)
             small = replace(small, seed=99)
-        else:
-            (root / "synthetic.json").write_text("{")
+        case "broken record" | "deep record":
+            root.mkdir()
+            (root / "synthetic.json").write_text("{" if trouble == "broken record" else "[" * 100_000)
     before = snapshot(root)
-    with pytest.raises(UserError, match="folder"):
+    with pytest.raises(UserError, match="folder|not a readable JSON file") as caught:
         write(root, small)
-    assert snapshot(root) == before
+    assert snapshot(root) == before and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +164,15 @@ def test_refuses_what_it_did_not_write(tmp_path, trouble):
     [
         dict(seconds=0.5),
         dict(seconds=float("nan")),
+        dict(seconds=1e12),
         dict(sample_rate=8000),
         dict(ids_per_type=5),
+        dict(ids_per_type=0),
         dict(train_clips=0),
+        dict(test_normal=-1),
+        dict(test_anomaly=10**12),
         dict(snr_db=float("inf")),
+        dict(snr_db=1e9),
         dict(seed=-1),
     ],
 )
