@@ -9,8 +9,8 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import scipy.signal
@@ -135,8 +135,7 @@ def decode(
     return np.ascontiguousarray(samples), remarks
 
 
-@dataclass(frozen=True)
-class Sound:
+class Sound(TypedDict):
     """What one file holds, all channels together."""
 
     seconds: float
@@ -149,19 +148,29 @@ class Sound:
     content: str  # digest of rate and samples: equal for equal sounds in any container
 
 
-def measure(path: Path | str) -> Sound:
-    """Read a whole file, block by block; one that cannot be read, is empty or holds NaN is a UserError."""
+def measure(path: Path | str) -> Sound | str:
+    """Read a whole file, block by block; a text says why it cannot be measured."""
     digest, clipped, power, low, high = hashlib.sha256(), 0, 0.0, np.inf, -np.inf
-    with open_sound(path) as file:
-        rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype
-        if not frames:
-            raise UserError("empty")
-        digest.update(f"{rate} {channels}".encode())
-        for block in _blocks(file, frames, "float32"):
-            digest.update(block.astype("<f4", copy=False))
-            clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
-            power += float(np.square(block, dtype=np.float64).sum()) / (frames * channels)
-            low, high = min(low, block.min()), max(high, block.max())
-    level = round(10 * math.log10(power), 2) if power > 0 else None
-    silent = bool(low == high)
-    return Sound(frames / rate, rate, channels, encoding, level, clipped, silent, digest.hexdigest()[:16])
+    try:
+        with open_sound(path) as file:
+            rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype
+            if not frames:
+                return "empty"
+            digest.update(f"{rate} {channels}".encode())
+            for block in _blocks(file, frames, "float32"):
+                digest.update(block.astype("<f4", copy=False))
+                clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
+                power += float(np.square(block, dtype=np.float64).sum()) / (frames * channels)
+                low, high = min(low, block.min()), max(high, block.max())
+    except UserError as error:
+        return str(error)
+    return {
+        "seconds": frames / rate,
+        "sample_rate": rate,
+        "channels": channels,
+        "encoding": encoding,
+        "level": round(10 * math.log10(power), 2) if power > 0 else None,
+        "clipped": clipped,
+        "silent": bool(low == high),
+        "content": digest.hexdigest()[:16],
+    }

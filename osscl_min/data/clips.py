@@ -14,23 +14,12 @@ from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, first_lines, prin
 MANIFEST = "manifest.csv"
 OTHER_SUFFIXES = (".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff")
 
-# The machines of DCASE 2020 Task 2: type -> ids of the development set, all ids.
-_MIMII, _TOY_CAR, _CONVEYOR = (
-    (range(0, 7, 2), range(7)),
-    (range(1, 5), range(1, 8)),
-    (range(1, 4), range(1, 7)),
-)
-_IDS = {
-    "fan": _MIMII,
-    "pump": _MIMII,
-    "slider": _MIMII,
-    "ToyCar": _TOY_CAR,
-    "ToyConveyor": _CONVEYOR,
-    "valve": _MIMII,
-}
-_DEVELOPMENT = {(name, f"{number:02d}") for name, (numbers, _) in _IDS.items() for number in numbers}
+# DCASE 2020 Task 2: type -> last digits of the ids of the development set, and of the evaluation set
+_IDS = {"fan": ("0246", "135"), "pump": ("0246", "135"), "slider": ("0246", "135"),
+        "ToyCar": ("1234", "567"), "ToyConveyor": ("123", "456"), "valve": ("0246", "135")}  # fmt: skip
+_DEVELOPMENT = {(name, f"0{digit}") for name, (digits, _) in _IDS.items() for digit in digits}
 # The fixed 41 labels, in the authors' order: (machine type, machine id) -> position.
-BENCHMARK = tuple((name, f"{number:02d}") for name, (_, numbers) in _IDS.items() for number in numbers)
+BENCHMARK = tuple((name, f"0{digit}") for name, ids in _IDS.items() for digit in sorted("".join(ids)))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ COUNTS = ("train", "test_normal", "test_anomaly", "test_unlabelled", "clipped", 
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
-    """Measure every sound file of a data folder, manifest or packed store, whose index holds the measurements.
+    """Measure every sound file of a data folder, manifest or packed store (whose index knows the results).
 
     Returns
     -------
@@ -29,23 +28,21 @@ def inspect(path: Path | str) -> dict[str, Any]:
         machines or truths) and "problems" (file -> why it cannot be used).
     """
     if is_store(path):
-        _, dataset, entries = read_store(path)
-        measured = [entry.sound for entry in entries]
+        _, dataset, lines = read_store(path)
+        measured = [line["sound"] for line in lines]
     else:
         dataset = scan(path)
-        measured = on_threads(_try_measure, [clip.path for clip in dataset.clips], "inspecting")
-    sounds, problems = {}, dict(dataset.problems)
-    for clip, sound in zip(dataset.clips, measured, strict=True):
-        if isinstance(sound, Sound):
-            sounds[clip] = sound
-        else:
-            problems[dataset.name(clip.path)] = sound
+        measured = on_threads(measure, [clip.path for clip in dataset.clips], "inspecting")
+    results = list(zip(dataset.clips, measured, strict=True))
+    sounds = {clip: sound for clip, sound in results if isinstance(sound, dict)}
+    problems = {dataset.name(clip.path): text for clip, text in results if isinstance(text, str)}
+    problems = dataset.problems | problems
     if not sounds:
         file, reason = next(iter(problems.items()))
         raise UserError(f"{printable(path)}: no file can be read; the first, {file}: {reason}")
     by_content = defaultdict(list)
     for clip, sound in sounds.items():
-        by_content[sound.content].append(clip)
+        by_content[sound["content"]].append(clip)
     duplicates = [clips for clips in by_content.values() if len(clips) > 1]
 
     def names(differ: Any) -> list[list[str]]:
@@ -72,18 +69,11 @@ def inspect(path: Path | str) -> dict[str, Any]:
             {
                 "file": dataset.name(clip.path),
                 **{name: getattr(clip, name) for name in LABELS},
-                **asdict(sound),
+                **sound,
             }
             for clip, sound in sounds.items()
         ],
     }
-
-
-def _try_measure(path: Path) -> Sound | str:
-    try:
-        return measure(path)
-    except UserError as error:
-        return str(error)
 
 
 def _machines(sounds: dict[Clip, Sound]) -> list[dict[str, Any]]:
@@ -102,11 +92,11 @@ def _machines(sounds: dict[Clip, Sound]) -> list[dict[str, Any]]:
                 "test_normal": counts["test", 0],
                 "test_anomaly": counts["test", 1],
                 "test_unlabelled": counts["test", None],
-                "seconds": [min(sound.seconds for sound in own), max(sound.seconds for sound in own)],
-                "sample_rates": sorted({sound.sample_rate for sound in own}),
-                "channels": sorted({sound.channels for sound in own}),
-                "clipped": sum(sound.clipped > 0 for sound in own),
-                "silent": sum(sound.silent for sound in own),
+                "seconds": [min(sound["seconds"] for sound in own), max(sound["seconds"] for sound in own)],
+                "sample_rates": sorted({sound["sample_rate"] for sound in own}),
+                "channels": sorted({sound["channels"] for sound in own}),
+                "clipped": sum(sound["clipped"] > 0 for sound in own),
+                "silent": sum(sound["silent"] for sound in own),
             }
         )
     return rows

@@ -25,8 +25,7 @@ class Layout:
     """One way to lay out a data set: its paths, its split rule and its reader of truth."""
 
     name: str
-    # of a path in the data folder, without suffix; groups: type, id, state and perhaps split, domain, attributes
-    pattern: re.Pattern
+    pattern: re.Pattern  # of paths without suffix; groups: type, id, state [, split, domain, attributes]
     file_pattern: re.Pattern  # of file names that look like this layout, for error messages
     expected: str  # an example
     channel: int | None = None  # to take from files with several; None averages them

@@ -11,7 +11,7 @@ import numpy as np
 from osscl_min.config import AudioConfig
 from osscl_min.data.audio import decode
 from osscl_min.data.clips import Clip, Dataset, scan
-from osscl_min.data.store import ARRAY, SAMPLE, Entry, describe, is_store, on_threads, read_store
+from osscl_min.data.store import ARRAY, SAMPLE, Line, describe, is_store, on_threads, read_store
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.runtime.files import UserError, printable
 
@@ -27,82 +27,69 @@ class Reader:
     def __len__(self) -> int:
         return len(self.clips)
 
+    def row(self, position: int) -> np.ndarray:
+        """Samples of one clip: (length,) int16."""
+        raise NotImplementedError
+
     def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Samples of the clips at `positions`: (len(positions), length) int16, into `out` if given."""
         if out is None:
             out = np.empty((len(positions), self.length), np.int16)
-        self._fill(out, np.asarray(positions, int))
+        for place in np.argsort(positions):  # in the order of the disk
+            out[place] = self.row(int(positions[place]))
         return out
-
-    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
-        raise NotImplementedError
 
 
 class FolderReader(Reader):
     """Samples straight from sound files, each of which is decoded once to check it; unusable ones are moved
-    from the data set's clips to its problems. Of more than `keep` bytes, batches are decoded when read."""
+    from the data set's clips to its problems. Of more than `keep` bytes, clips are decoded when read."""
 
     def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
         self.audio, self.length, self.channel = audio, audio.samples, dataset.channel
         fits = len(clips) * audio.samples * SAMPLE.itemsize <= keep
-        self.samples = np.empty((len(clips), audio.samples), np.int16) if fits else None
+        self.samples: list[np.ndarray | None] = [None] * len(clips)
 
         def check(position: int) -> str | list[str]:
             try:
                 samples, remarks = decode(clips[position].path, audio, dataset.channel)
             except UserError as error:
                 return str(error)
-            if fits:
-                self.samples[position] = samples
+            self.samples[position] = samples if fits else None
             return remarks
 
         usable = _use(dataset, clips, on_threads(check, range(len(clips)), "reading clips"))
         self.clips = [clips[position] for position in usable]
-        if fits and len(usable) < len(clips):
-            self.samples = self.samples[usable]
+        self.samples = [self.samples[position] for position in usable]
 
-    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
-        for row, position in zip(out, positions, strict=True):
-            if self.samples is not None:
-                row[:] = self.samples[position]
-            else:
-                row[:], _ = decode(self.clips[position].path, self.audio, self.channel)
+    def row(self, position: int) -> np.ndarray:
+        kept = self.samples[position]
+        return decode(self.clips[position].path, self.audio, self.channel)[0] if kept is None else kept
 
 
 class StoreReader(Reader):
     """Samples from one split of a packed store, mapped into memory: the same as `FolderReader` reads."""
 
-    def __init__(self, store: Path, split: str, dataset: Dataset, entries: Sequence[Entry], length: int):
-        clips = dataset.split(split)
-        entries = [entry for entry in entries if entry.split == split]
-        self.rows = np.array(
-            _use(dataset, clips, [entry.problem or list(entry.remarks) for entry in entries]), int
-        )
+    def __init__(self, store: Path, split: str, dataset: Dataset, lines: Sequence[Line], length: int):
+        clips, lines = dataset.split(split), [line for line in lines if line["clip"]["split"] == split]
+        self.rows = _use(dataset, clips, [line["problem"] or line["remarks"] for line in lines])
         self.clips, self.length = [clips[row] for row in self.rows], length
         array, shape = store / ARRAY.format(split), (len(clips), length)
         self.samples = np.memmap(array, SAMPLE, "r", shape=shape) if self.clips else np.empty(shape, SAMPLE)
 
-    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
-        rows = self.rows[positions]
-        for place in np.argsort(rows):  # in the order of the disk
-            out[place] = self.samples[rows[place]]
+    def row(self, position: int) -> np.ndarray:
+        return self.samples[self.rows[position]]
 
 
 class ConcatReader(Reader):
-    """Several readers as one: positions count through the clips of the first, then of the second, ..."""
+    """Two readers as one: positions count through the clips of the first, then of the second."""
 
-    def __init__(self, readers: Sequence[Reader]):
-        self.readers = list(readers)
-        self.clips = [clip for reader in readers for clip in reader.clips]
-        self.length = readers[0].length
-        self._starts = np.cumsum([0, *(len(reader) for reader in readers[:-1])])
+    def __init__(self, first: Reader, second: Reader):
+        self.first, self.second = first, second
+        self.clips, self.length = first.clips + second.clips, first.length
 
-    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
-        owner = np.searchsorted(self._starts, positions, side="right") - 1
-        for number, reader in enumerate(self.readers):
-            rows = np.flatnonzero(owner == number)
-            if len(rows):
-                out[rows] = reader.read(positions[rows] - self._starts[number])
+    def row(self, position: int) -> np.ndarray:
+        own = len(self.first)
+        return self.first.row(position) if position < own else self.second.row(position - own)
 
 
 def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[str]]) -> list[int]:
@@ -174,7 +161,7 @@ def open_data(
         dataset = scan(path, channel)
         readers = {split: FolderReader(dataset, dataset.split(split), audio) for split in splits}
     else:
-        header, dataset, entries = read_store(path)
+        header, dataset, lines = read_store(path)
         settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds}
         settings |= {} if channel is None else {"channel": channel}
         if any(header[name] != value for name, value in settings.items()):
@@ -183,7 +170,7 @@ def open_data(
                 f"{printable(path)} holds {describe(header)}; make another store: python -m osscl_min pack "
                 f"{printable(header['data'])} OTHER {options}"
             )
-        readers = {split: StoreReader(Path(path), split, dataset, entries, audio.samples) for split in splits}
+        readers = {split: StoreReader(Path(path), split, dataset, lines, audio.samples) for split in splits}
     dataset.report(strict)
     return Data(dataset, **readers)
 
@@ -219,4 +206,4 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
         remarks=own.dataset.remarks + added.dataset.remarks,
         notes=own.dataset.notes + added.dataset.notes,
     )
-    return Data(dataset, ConcatReader([own.train, added.train]))
+    return Data(dataset, ConcatReader(own.train, added.train))

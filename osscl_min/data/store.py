@@ -1,6 +1,7 @@
 """The packed store, a folder: every clip decoded once, to be read in batches without decoding.
 
-  index.jsonl              a header, then one line per file: its clip and its `Entry`
+  index.jsonl              a header, then one line per file: its clip, its hash, its measurements, and what
+                           decoding gave (problem, remarks, hash of the samples)
   train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
 While packing, the header has no digest and the lines are those so far, in any order: `pack` resumes there.
@@ -8,7 +9,6 @@ While packing, the header has no digest and the lines are those so far, in any o
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -17,7 +17,8 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,34 +27,17 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import Sound, decode, measure
+from osscl_min.data.audio import decode, measure
 from osscl_min.data.clips import Clip, Dataset, scan
 from osscl_min.runtime.files import UserError, locked, printable, replacing
 
-INDEX, ARRAY = "index.jsonl", "{}.int16"
-SPLITS = ("train", "test")
+INDEX, ARRAY, SPLITS = "index.jsonl", "{}.int16", ("train", "test")
 FORMAT = 2  # of the index
 SAMPLE = np.dtype("<i2")
 FULL_DISK = 5  # exit status, as of `download`
 AGAIN = "run the same `pack` again"
-Key = tuple[str, str]  # split, file
+Line = dict[str, Any]  # of the index
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of the data set as it was packed."""
-
-    split: str
-    file: str  # relative to the data folder
-    sha256: str  # of the file
-    sound: Sound | str  # the whole file, or why it cannot be measured
-    problem: str = ""  # why it is not used
-    remarks: tuple[str, ...] = ()  # what was done to it
-    content: str = ""  # sha256 of the decoded samples
-
-
-CLIP_FIELDS = [field.name for field in fields(Clip) if field.name != "path"]
 
 
 def on_threads(
@@ -69,42 +53,25 @@ def is_store(path: Path | str) -> bool:
     return os.path.isfile(Path(path) / INDEX)
 
 
-def describe(header: dict[str, Any]) -> str:
+def describe(header: Line) -> str:
     """What the rows are."""
     channel = "the mean of all channels" if header["channel"] is None else f"channel {header['channel']}"
     return f"clips of {header['seconds']:g} s at {header['sample_rate']} Hz, {channel}"
 
 
-def read_store(store: Path | str) -> tuple[dict[str, Any], Dataset, list[Entry]]:
-    """The header of a finished store, its data set as `clips.scan` saw it, and one entry per clip."""
+def read_store(store: Path | str) -> tuple[Line, Dataset, list[Line]]:
+    """The header of a finished store, its data set as `clips.scan` saw it, and the line of each clip."""
     store = Path(store)
-    header, content = _read(store)
-    if header.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{printable(store)} was packed by another version; remove it and pack again")
-    if header and "digest" not in header:
-        raise UserError(f"{printable(store)}: its packing was not finished; {AGAIN}, it resumes")
-    if header.pop("digest", "") != _digest(header, content):
-        raise UserError(f"{printable(store / INDEX)} is damaged; {AGAIN}")
-    lines = [json.loads(line) for line in content.splitlines()]
-    row_bytes = round(header["seconds"] * header["sample_rate"]) * SAMPLE.itemsize
-    for split in SPLITS:
-        array, expected = (
-            store / ARRAY.format(split),
-            row_bytes * sum(line["split"] == split for line in lines),
-        )
-        if _size(array) != expected:
-            raise UserError(f"{printable(array)} is damaged: {_size(array)} bytes, not {expected}; {AGAIN}")
-    root = Path(header["root"])
-    clips = [Clip(root / line["file"], **{name: line[name] for name in CLIP_FIELDS}) for line in lines]
-    kept = {name: header[name] for name in ("problems", "notes", "synthetic", "layout", "channel")}
-    return header, Dataset(root, clips, **kept), list(map(_entry, lines))
+    header, lines, problem = _read_index(store)
+    if problem:
+        raise UserError(problem)
+    root, kept = Path(header["root"]), ("problems", "notes", "synthetic", "layout", "channel")
+    clips = [Clip(**line["clip"] | {"path": root / line["file"]}) for line in lines]
+    return header, Dataset(root, clips, **{name: header[name] for name in kept}), lines
 
 
-def write_index(
-    store: Path, header: dict[str, Any], clips: dict[Key, Clip], entries: dict[Key, Entry]
-) -> None:
-    """Finish a store whose arrays are written; `clips` are in the order of the rows."""
-    lines = [asdict(clip) | asdict(entries[key]) | {"path": ""} for key, clip in clips.items()]
+def write_index(store: Path, header: Line, lines: Sequence[Line]) -> None:
+    """Finish a store whose arrays are written; lines in the order of the data set."""
     content = "".join(json.dumps(line) + "\n" for line in lines)
     with replacing(store / INDEX) as file:
         file.write(json.dumps(header | {"digest": _digest(header, content.encode())}) + "\n" + content)
@@ -125,7 +92,7 @@ def pack(
     at any moment, the next call resumes. `verify` also compares every file and every row with its hash, and
     packs again what differs. `jobs` is the number of threads.
     """
-    store = Path(store)
+    store, name = Path(store), printable(store)
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give at least 1")
     if is_store(data):
@@ -145,189 +112,159 @@ def pack(
         "files": {split: _list_digest(dataset, split) for split in SPLITS},
     }
     try:
-        _refuse_others(store, dataset, header)
+        if dataset.layout != "manifest" and store.resolve().is_relative_to(dataset.root.resolve()):
+            raise UserError(f"{name} lies in the data folder; choose a place outside")
+        if store.is_dir() and not is_store(store) and {path.name for path in store.iterdir()} - {".lock"}:
+            raise UserError(f"{name} is not empty and no packed store; choose another folder")
         with locked(store, "packing"):
             return _pack(dataset, store, header, audio, verify, jobs)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full; free some space" if full else f"cannot be written: {error.strerror or error}"
-        raise UserError(
-            f"{printable(store)}: {why}; {AGAIN}, it resumes", FULL_DISK if full else 2
-        ) from error
+        raise UserError(f"{name}: {why}; {AGAIN}, it resumes", FULL_DISK if full else 2) from error
 
 
 def _pack(
-    dataset: Dataset, store: Path, header: dict[str, Any], audio: AudioConfig, verify: bool, jobs: int | None
+    dataset: Dataset, store: Path, header: Line, audio: AudioConfig, verify: bool, jobs: int | None
 ) -> str:
-    row_bytes = audio.samples * SAMPLE.itemsize
-    clips = {(clip.split, dataset.name(clip.path)): clip for clip in dataset.clips}
-    arrays = {split: store / ARRAY.format(split) for split in SPLITS}
-    counts = Counter(split for split, _ in clips)
-    offsets = {
-        key: number * row_bytes
-        for split in SPLITS
-        for number, key in enumerate(key for key in clips if key[0] == split)
-    }
-    old_header, known = _known(store)
-    if known and not clips.keys() & known.keys():
-        raise UserError(f"{printable(store)} is the store of other data; choose another folder or remove it")
-    entries = {key: entry for key, entry in known.items() if key in clips}
-    for split in SPLITS:
-        if old_header.get("files", {}).get(split) != header["files"][split]:
-            entries = {key: entry for key, entry in entries.items() if key[0] != split}
-            arrays[split].unlink(missing_ok=True)  # a reader keeps the old one, which is never written to
-    # rows of an unfinished store may not have reached the disk before the machine stopped
-    checks = [key for key in entries if verify or "digest" not in old_header]
+    size, clips, counts = audio.samples * SAMPLE.itemsize, {}, Counter()  # bytes per row
+    for clip in dataset.clips:
+        place = store / ARRAY.format(clip.split), counts[clip.split] * size
+        clips[dataset.name(clip.path)] = clip, *place
+        counts[clip.split] += 1
+    old, lines, _ = _read_index(store)
+    other = "choose another folder or remove it"
+    if old and any(old.get(name) != header[name] for name in ("format", "sample_rate", "seconds", "channel")):
+        holds = describe(old) if old.get("format") == FORMAT else "what another version packed"
+        raise UserError(f"{printable(store)} holds {holds}, not {describe(header)}; {other}")
+    old_lines = {line["file"]: line for line in lines}
+    if old_lines and not clips.keys() & old_lines.keys():
+        raise UserError(f"{printable(store)} is the store of other data; {other}")
+    same = [split for split in SPLITS if old and old["files"][split] == header["files"][split]]
+    lines = {file: line for file, line in old_lines.items() if file in clips and clips[file][0].split in same}
+    for split in set(SPLITS) - set(same):
+        (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
 
-    def difference(key: Key) -> str:
-        entry, array = entries[key], arrays[key[0]]
-        if verify and _file_hash(clips[key].path) != entry.sha256:
+    def difference(file: str) -> str:
+        clip, array, offset = clips[file]
+        if verify and _hash(clip.path) != lines[file]["sha256"]:
             return "other content, though size and time are the same"
-        damaged = not entry.problem and _row_hash(array, offsets[key], row_bytes) != entry.content
+        damaged = not lines[file]["problem"] and _hash(array, offset, size) != lines[file]["content"]
         return f"damaged in {array.name}" if damaged else ""
 
-    results = on_threads(difference, checks, "checking", jobs)
-    differences = {key: text for key, text in zip(checks, results, strict=True) if text}
-    entries = {key: entry for key, entry in entries.items() if key not in differences}
+    # rows of an unfinished store may not have reached the disk before the machine stopped
+    checks = list(lines) if verify or "digest" not in old else []
+    results = zip(checks, on_threads(difference, checks, "checking", jobs), strict=True)
+    differences = {file: text for file, text in results if text}
+    tasks = [file for file in clips if file not in lines or file in differences]
 
-    needed = sum(max(0, counts[split] * row_bytes - _size(arrays[split])) for split in SPLITS)
+    arrays = {store / ARRAY.format(split): counts[split] * size for split in SPLITS}
+    needed = sum(max(0, total - _size(array)) for array, total in arrays.items())
     if needed > (free := shutil.disk_usage(store).free):
         sizes = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
         raise UserError(f"{printable(store)}: {sizes}; make room", FULL_DISK)
-    tasks = [key for key in clips if key not in entries]
     if tasks:
+        kept = [line for file, line in lines.items() if file not in differences]
         with replacing(store / INDEX) as file:
-            file.writelines(json.dumps(line) + "\n" for line in (header, *map(asdict, entries.values())))
+            file.writelines(json.dumps(line) + "\n" for line in (header, *kept))
     lock = threading.Lock()
 
-    def work(key: Key) -> Entry:
-        entry, samples = _examine(key, clips[key].path, audio, dataset.channel)
-        if not entry.problem:
-            _write_row(arrays[key[0]], offsets[key], samples)
-        with lock, open(store / INDEX, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(entry)) + "\n")
-        return entry
+    def work(file: str) -> Line:
+        clip, array, offset = clips[file]
+        line = {"file": file, "sha256": _hash(clip.path), "sound": measure(clip.path)}
+        try:
+            samples, remarks = decode(clip.path, audio, dataset.channel)
+            samples = samples.astype(SAMPLE, copy=False)
+            _write(array, offset, samples)
+            line |= {"problem": "", "remarks": remarks, "content": hashlib.sha256(samples).hexdigest()}
+        except UserError as error:
+            line |= {"problem": str(error), "remarks": [], "content": ""}
+        with lock, open(store / INDEX, "a", encoding="utf-8") as index:
+            index.write(json.dumps(line) + "\n")
+        return line
 
-    entries |= zip(tasks, on_threads(work, tasks, "packing", jobs), strict=True)
-    for split, array in arrays.items():
+    lines |= zip(tasks, on_threads(work, tasks, "packing", jobs), strict=True)
+    for array, total in arrays.items():
         with open(array, "ab") as file:
-            file.truncate(counts[split] * row_bytes)
+            file.truncate(total)
             os.fsync(file.fileno())
-    write_index(store, header, clips, entries)
+    final = [lines[file] | {"clip": asdict(clip) | {"path": file}} for file, (clip, *_) in clips.items()]
+    write_index(store, header, final)
 
-    dataset.problems |= {entry.file: entry.problem for entry in entries.values() if entry.problem}
-    dataset.remarks.update(remark for entry in entries.values() for remark in entry.remarks)
-    lines = [f"{file}: {text}; packed again" for (_, file), text in differences.items() if verify]
-    lines += filter(None, [dataset.report()])
-    usable = Counter(entry.split for entry in entries.values() if not entry.problem)
-    lines.append(
+    usable = Counter(line["clip"]["split"] for line in final if not line["problem"])
+    dataset.problems |= {line["file"]: line["problem"] for line in final if line["problem"]}
+    dataset.remarks.update(remark for line in final for remark in line["remarks"])
+    report = [f"{file}: {text}; packed again" for file, text in differences.items() if verify]
+    report += filter(None, [dataset.report()])
+    report.append(
         f"{printable(store)}: {usable['train']} training and {usable['test']} test clips of "
-        f"{audio.seconds:g} s at {audio.sample_rate} Hz, {sum(map(_size, arrays.values())) / 1e6:.0f} MB; "
-        f"files: {len(tasks)} decoded, {len(entries) - len(tasks)} kept, "
-        f"{len(known.keys() - clips.keys())} removed"
+        f"{audio.seconds:g} s at {audio.sample_rate} Hz, {sum(arrays.values()) / 1e6:.0f} MB; "
+        f"files: {len(tasks)} decoded, {len(clips) - len(tasks)} kept, "
+        f"{len(old_lines.keys() - clips.keys())} removed"
     )
-    return "\n".join(lines)
+    return "\n".join(report)
 
 
-def _refuse_others(store: Path, dataset: Dataset, header: dict[str, Any]) -> None:
-    """Check that a folder lies outside the data, and is empty or holds a store of such clips."""
-    name = printable(store)
-    if dataset.layout != "manifest" and store.resolve().is_relative_to(dataset.root.resolve()):
-        raise UserError(f"{name} lies in the data folder; choose a place outside")
-    if not is_store(store) and store.is_dir() and any(path.name != ".lock" for path in store.iterdir()):
-        raise UserError(f"{name} is not empty and no packed store; choose another folder")
-    there, _ = _read(store)
-    if there.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{name} was packed by another version; remove it, or choose another folder")
-    with contextlib.suppress(KeyError, ValueError, TypeError):  # damaged: packed again
-        if describe(there) != describe(header):
-            todo = "choose another folder or remove it"
-            raise UserError(f"{name} holds {describe(there)}, not {describe(header)}; {todo}")
-
-
-def _known(store: Path) -> tuple[dict[str, Any], dict[Key, Entry]]:
-    """What a store holds, finished or not; ({}, {}) where it is damaged."""
+def _read_index(store: Path) -> tuple[Line, list[Line], str]:
+    """Header, intact lines, and why this is no finished store; ({}, [], why) where it is damaged."""
+    name, damaged = printable(store), ({}, [], f"{printable(store / INDEX)} is damaged; {AGAIN}")
+    lines: list[Line] = []
+    names = "file", "sha256", "sound", "problem", "remarks", "content"
     try:
-        header, _, entries = read_store(store)
-        return header | {"digest": ""}, {(entry.split, entry.file): entry for entry in entries}
-    except UserError:
-        header, content = _read(store)
-    entries = {}
-    if "digest" not in header:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half there
-            for entry in map(_entry, map(json.loads, content.splitlines())):
-                entries[entry.split, entry.file] = entry
-    return (header, entries) if isinstance(header.get("files"), dict) else ({}, {})
+        first, _, content = (store / INDEX).read_bytes().partition(b"\n")
+        header = json.loads(first)
+        if header["format"] != FORMAT:
+            return header, [], f"{name} was packed by another version; remove it and pack again"
+        describe(header), header["files"]["train"], header["files"]["test"]
+        if "digest" not in header:
+            with suppress(ValueError, LookupError, TypeError):  # the last line may be half there
+                for line in map(json.loads, content.splitlines()):
+                    lines.append({name: line[name] for name in names})
+            return header, lines, f"{name}: its packing was not finished; {AGAIN}, it resumes"
+        if header["digest"] != _digest(header, content):
+            return damaged
+        lines = [json.loads(line) for line in content.splitlines()]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return damaged
+    counts = Counter(line["clip"]["split"] for line in lines)
+    for split in SPLITS:
+        array = store / ARRAY.format(split)
+        expected = counts[split] * round(header["seconds"] * header["sample_rate"]) * SAMPLE.itemsize
+        if _size(array) != expected:
+            problem = f"{printable(array)} is damaged: {_size(array)} bytes, not {expected}; {AGAIN}"
+            return {}, [], problem
+    return header, lines, ""
 
 
-def _read(store: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and lines of an index; ({}, b"") where there is none."""
-    try:
-        with open(store / INDEX, "rb") as file:
-            header = json.loads(file.readline())
-            return (header, file.read()) if isinstance(header, dict) else ({}, b"")
-    except (OSError, ValueError, RecursionError):
-        return {}, b""
-
-
-def _entry(line: dict[str, Any]) -> Entry:
-    values = {field.name: line[field.name] for field in fields(Entry)}
-    sound = values["sound"] if isinstance(values["sound"], str) else Sound(**values["sound"])
-    return Entry(**values | {"sound": sound, "remarks": tuple(values["remarks"])})
-
-
-def _examine(
-    key: Key, path: Path, audio: AudioConfig, channel: int | None
-) -> tuple[Entry, np.ndarray | None]:
-    """Measure and decode a file; no samples where it has a problem."""
-    try:
-        sound = measure(path)
-    except UserError as error:
-        sound = str(error)
-    try:
-        samples, remarks = decode(path, audio, channel)
-    except UserError as error:
-        return Entry(*key, _file_hash(path), sound, str(error)), None
-    samples = samples.astype(SAMPLE, copy=False)
-    content = hashlib.sha256(samples).hexdigest()
-    return Entry(*key, _file_hash(path), sound, "", tuple(remarks), content), samples
-
-
-def _write_row(array: Path, offset: int, samples: np.ndarray) -> None:
-    """Written, not mapped: a full disk is then an error and not a signal."""
-    with open(os.open(array, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
-        file.seek(offset)
-        file.write(samples)
-
-
-def _row_hash(array: Path, offset: int, size: int) -> str:
-    if not array.is_file():
-        return ""
-    with open(array, "rb") as file:
-        file.seek(offset)
-        return hashlib.sha256(file.read(size)).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    """sha256 of a file; "" where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
+def _digest(header: Line, content: bytes) -> str:
+    """Of everything in an index but this, so that no line needs a check of its own."""
+    rest = {name: value for name, value in header.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + content).hexdigest()
 
 
 def _list_digest(dataset: Dataset, split: str) -> str:
     """Stands for the files of a split: their names, sizes and times of change."""
-    files = []
-    for clip in dataset.split(split):
-        status = os.stat(clip.path)
-        files.append((dataset.name(clip.path), status.st_size, status.st_mtime_ns))
+    status = [(dataset.name(clip.path), os.stat(clip.path)) for clip in dataset.split(split)]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in status]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _digest(header: dict[str, Any], content: bytes) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + content).hexdigest()
+def _hash(path: Path, offset: int = 0, size: int = -1) -> str:
+    """sha256 of a file, or of a part of it; "" where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            read = hashlib.sha256(file.read(size)) if size >= 0 else hashlib.file_digest(file, "sha256")
+            return read.hexdigest()
+    except OSError:
+        return ""
+
+
+def _write(array: Path, offset: int, samples: np.ndarray) -> None:
+    """Written, not mapped: a full disk is then an error and not a signal."""
+    with open(os.open(array, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+        file.seek(offset)
+        file.write(samples)
 
 
 def _size(path: Path) -> int:

@@ -14,6 +14,7 @@ from conftest import COMMAND, environment, tiny, write_sound
 
 from osscl_min.config import AudioConfig, EvaluateConfig
 from osscl_min.data import store as module
+from osscl_min.data.audio import decode
 from osscl_min.data.reader import FolderReader, StoreReader, open_data
 from osscl_min.data.store import pack, read_store
 from osscl_min.data.synth import SynthConfig, write_dataset
@@ -80,20 +81,22 @@ def test_a_store_is_its_folder(data, tmp_path):
 
 def test_the_index_describes_every_file(data, tmp_path):
     pack(data, tmp_path / "store", AUDIO)
-    header, dataset, entries = read_store(tmp_path / "store")
-    assert len(entries) == 16 and header["layout"] == "DCASE 2020" and not header["synthetic"]
-    for entry, clip in zip(entries, dataset.clips, strict=True):
-        assert entry.sha256 == hashlib.sha256((data / entry.file).read_bytes()).hexdigest()
-        assert clip.path == data / entry.file and clip.machine_type == "fan"
-    long = next(entry for entry in entries if entry.file.endswith("00000004.flac"))
-    assert (long.sound.seconds, long.sound.encoding, long.remarks) == (1.5, "PCM_16", ("cropped to 1 s",))
+    header, dataset, lines = read_store(tmp_path / "store")
+    assert len(lines) == 16 and header["layout"] == "DCASE 2020" and not header["synthetic"]
+    for line, clip in zip(lines, dataset.clips, strict=True):
+        assert line["sha256"] == hashlib.sha256((data / line["file"]).read_bytes()).hexdigest()
+        assert clip.path == data / line["file"] and clip.machine_type == "fan"
+    files = [line["file"].split("/")[-1] for line in lines]
+    long = lines[files.index("normal_id_02_00000004.flac")]
+    assert (long["sound"]["seconds"], long["sound"]["encoding"]) == (1.5, "PCM_16")
+    assert long["remarks"] == ["cropped to 1 s"]
     rows = np.fromfile(tmp_path / "store" / "train.int16", "<i2").reshape(-1, 16_000)
     assert len(rows) == 12  # one is empty
-    row = rows[[entry.file for entry in entries if entry.split == "train"].index(long.file)]
+    row = rows[files.index("normal_id_02_00000004.flac") - 4]  # after the test clips
     np.testing.assert_array_equal(row, noise(50, 1.5)[:16_000, 0])
-    assert long.content == hashlib.sha256(row).hexdigest()
-    bad = next(entry for entry in entries if entry.file.endswith("00000007.wav"))
-    assert "not a readable sound file" in bad.problem and bad.sound == bad.problem
+    assert long["content"] == hashlib.sha256(row).hexdigest()
+    bad = lines[files.index("normal_id_02_00000007.wav")]
+    assert "not a readable sound file" in bad["problem"] and bad["sound"] == bad["problem"]
 
 
 def test_a_split_whose_files_changed_is_packed_again(data, tmp_path):
@@ -166,15 +169,15 @@ def test_kill_9_while_packing(data, tmp_path):
 
 
 def test_an_interrupted_pack_resumes_and_checks_what_it_has(data, tmp_path, monkeypatch):
-    store, examine = tmp_path / "store", module._examine
+    store = tmp_path / "store"
 
-    def interrupted(key, *arguments):
-        if key[1].endswith("00_00000002.wav"):
+    def interrupted(path, *arguments):
+        if path.name == "normal_id_00_00000002.wav":
             raise KeyboardInterrupt
-        return examine(key, *arguments)
+        return decode(path, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_examine", interrupted)
+        patch.setattr(module, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pack(data, store, AUDIO, jobs=1)
     packed = [json.loads(line)["file"] for line in (store / "index.jsonl").read_text().splitlines()[1:]]
@@ -256,7 +259,9 @@ def test_a_store_of_an_older_version_is_to_be_packed_again(data, tmp_path):
     (store / "index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
     with pytest.raises(UserError, match="another version; remove it and pack again"):
         open_data(store, AUDIO)
-    with pytest.raises(UserError, match="another version; remove it, or choose another folder"):
+    with pytest.raises(
+        UserError, match="holds what another version packed, not .* choose another folder or remove"
+    ):
         pack(data, store, AUDIO)
 
 
