@@ -45,14 +45,6 @@ def line_above_floor(wave, hz):
     return 10 * np.log10(line / np.median(power[np.abs(frequency - hz) < 0.3 * hz]))
 
 
-def modulation(wave, hz):
-    """Depth of the modulation of the power above 400 Hz (over a rotor's own tones) within 5 % of `hz`."""
-    band = signal.butter(4, (400, 7000), "bandpass", fs=RATE, output="sos")
-    power = signal.sosfilt(band, wave) ** 2 * np.hanning(len(wave))
-    angle = 2 * np.pi * np.arange(len(wave)) / RATE
-    return max(abs(power @ np.exp(1j * angle * hz * f)) for f in np.linspace(0.95, 1.05, 11)) / power.sum()
-
-
 def median(values):
     return float(np.median(list(values)))
 
@@ -107,11 +99,7 @@ def test_same_seed_same_bytes_other_seed_other_clips(folder, tmp_path):
     other = snapshot(write(tmp_path / "other", replace(SMALL, seed=4)))
     assert other.keys() == first.keys()
     assert not any(other[file] == first[file] for file in first)
-
-
-def test_clips_differ_from_each_other(folder):
-    clips = [path.read_bytes() for path in folder.rglob("*.wav")]
-    assert len(set(clips)) == len(clips)
+    assert len(set(first.values())) == len(first), "clips differ from each other"
 
 
 def test_complete_folder_is_left_alone_and_interrupted_one_is_completed(tmp_path):
@@ -215,8 +203,8 @@ def test_snr_is_as_stated():
         for snr_db in (0.0, 6.0, 20.0):
             wave = simulate(machine_type, machine_id, 0, config=SynthConfig(snr_db=snr_db))
             part = machine * (wave @ machine) / (machine @ machine)
-            found = 10 * np.log10(np.mean(part**2) / np.mean((wave - part) ** 2))
-            assert found == pytest.approx(snr_db, abs=0.5)
+            measured = 10 * np.log10(np.mean(part**2) / np.mean((wave - part) ** 2))
+            assert measured == pytest.approx(snr_db, abs=0.5)
 
 
 # Physics
@@ -249,24 +237,6 @@ def test_rotor_tone_is_a_peak_at_its_own_frequency(machine_type, count):
         assert peak > 20 and peak > between + 10
 
 
-def test_toy_car_mesh_has_sidebands_at_the_wheel_rate():
-    p = machine_parameters("ToyCar", "01", 0)
-    for side in (-1, 1):
-        tone = p.speed * (p.teeth + side / p.gear_ratio)
-        assert median(line_above_floor(simulate("ToyCar", "01", k), tone) for k in range(3)) > 25
-
-
-@pytest.mark.parametrize("machine_type", ["slider", "valve"])
-def test_strokes_come_at_the_machine_period(machine_type):
-    """The power of each id swings at its own stroke rate, and not at rates beside it."""
-    for machine_id in IDS[machine_type]:
-        period = machine_parameters(machine_type, machine_id, 0).period
-        wave = simulate(machine_type, machine_id, 0, config=SynthConfig(seconds=5.0))
-        # A valve open for half of its period clicks evenly: then the second harmonic is the one to look at.
-        own, slower, faster = (max(modulation(wave, n * f / period) for n in (1, 2)) for f in (1, 0.77, 1.3))
-        assert own > 2 * max(slower, faster)
-
-
 @pytest.mark.parametrize(("machine_type", "fault"), [(t, k) for t, kinds in ANOMALIES.items() for k in kinds])
 def test_each_fault_changes_the_spectrum_or_its_variation(machine_type, fault):
     """A faulty clip lies farther from the normal ones than they lie from each other."""
@@ -276,35 +246,6 @@ def test_each_fault_changes_the_spectrum_or_its_variation(machine_type, fault):
     centre, spread = normal[:16].mean(0), normal[:16].std(0)
     distance = [np.sqrt(np.mean(((x - centre) / spread) ** 2, axis=1)) for x in (normal[16:], faulty)]
     assert np.median(distance[1]) > 1.3 * np.median(distance[0])
-
-
-def test_faults_do_what_their_names_say():
-    def both(measure, machine_type, fault):
-        machine_id = IDS[machine_type][0]
-        return [
-            median(measure(simulate(machine_type, machine_id, k, f)) for k in range(6)) for f in (None, fault)
-        ]
-
-    # An unbalanced rotor modulates everything once a turn, and drives its own tone.
-    fan = machine_parameters("fan", "00", 0)
-    normal, faulty = both(lambda wave: modulation(wave, fan.speed), "fan", "imbalance")
-    assert faulty > 2 * normal
-    # A leak hisses above all else in the upper bands.
-    share = lambda wave: log_spectrogram(wave)[96:].mean() - log_spectrogram(wave).mean()  # noqa: E731
-    normal, faulty = both(share, "pump", "leak")
-    assert faulty > normal + 1.0
-
-    # Of a valve's clicks at least a half is missing.
-    def clicks(wave):
-        envelope = np.abs(signal.sosfilt(signal.butter(2, 500, "highpass", fs=RATE, output="sos"), wave))
-        return len(signal.find_peaks(envelope, height=0.5 * envelope.max(), distance=RATE // 20)[0])
-
-    normal, faulty = both(clicks, "valve", "missing_stroke")
-    assert faulty < 0.7 * normal
-    # A bearing's impulses make the car's sound more peaked.
-    kurtosis = lambda wave: np.mean(wave**4) / np.mean(wave**2) ** 2  # noqa: E731
-    normal, faulty = both(kurtosis, "ToyCar", "bearing")
-    assert faulty > 1.1 * normal
 
 
 def test_faults_can_be_learned_by_an_identity_classifier():
