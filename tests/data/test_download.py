@@ -300,12 +300,6 @@ def bomb(size):
     return content.getvalue()
 
 
-def test_a_zip_bomb_is_not_unpacked(zenodo, tmp_path):
-    zenodo.files[3678171, "dev_data_fan.zip"] = bomb(20_000_000)
-    refused(zenodo, tmp_path, CORRUPT, "not unpacked, its clips would take 20 MB, the zip 0.0", **FAN)
-    assert tree(tmp_path) == set()
-
-
 def test_room_for_the_clips_is_checked_before_unpacking(zenodo, tmp_path, monkeypatch):
     content = zenodo.files[3678171, "dev_data_fan.zip"]
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -316,39 +310,37 @@ def test_room_for_the_clips_is_checked_before_unpacking(zenodo, tmp_path, monkey
     assert tree(tmp_path) == set() and leftovers(tmp_path) == ["dev_data_fan.zip"]
 
 
-def test_a_truncated_zip(zenodo, tmp_path):
-    whole = zenodo.files[3678171, "dev_data_fan.zip"]
-    zenodo.files[3678171, "dev_data_fan.zip"] = whole[: len(whole) // 2]
-    refused(zenodo, tmp_path, CORRUPT, "dev_data_fan.zip.*a corrupt zip", **FAN)
-    assert tree(tmp_path) == set()
-    zenodo.files[3678171, "dev_data_fan.zip"] = whole
-    fetch(zenodo, tmp_path)
-    assert tree(tmp_path) == everything(zenodo) and not leftovers(tmp_path)
+def damaged(content):
+    """A zip whose last clip has another byte."""
+    content = bytearray(content)
+    content[zipfile.ZipFile(io.BytesIO(content)).infolist()[-1].header_offset + 1500] ^= 0xFF
+    return bytes(content)
 
 
-def test_a_zip_with_a_damaged_clip_leaves_nothing(zenodo, tmp_path):
-    content = bytearray(zenodo.files[3678171, "dev_data_fan.zip"])
-    last = zipfile.ZipFile(io.BytesIO(content)).infolist()[-1]
-    content[last.header_offset + 1500] ^= 0xFF
-    zenodo.files[3678171, "dev_data_fan.zip"] = bytes(content)
-    refused(zenodo, tmp_path, CORRUPT, "a corrupt zip", **FAN)
-    assert tree(tmp_path) == set()
-    assert leftovers(tmp_path) == ["dev_data_fan.zip"]
+CLIP = "fan/train/normal_id_00_00000000.wav"
+HOSTILE = {
+    "truncated": (lambda content: content[: len(content) // 2], "a corrupt zip"),
+    "damaged clip": (damaged, "a corrupt zip"),
+    "no clips": (lambda _: packed(["__MACOSX/fan/train/._a.wav", "fan/readme.wav"]), "no TYPE/train"),
+    "bomb": (lambda _: bomb(20_000_000), "not unpacked, its clips would take 20 MB, the zip 0.0"),
+    **{
+        name: (lambda _, name=name: packed([CLIP, name]), "evil.*would leave the folder")
+        for name in ("../evil", "fan/train/../../../evil.wav", "/evil", "C:/evil", "fan\\..\\..\\evil")
+    },
+}
 
 
-@pytest.mark.parametrize(
-    "evil", ["../evil", "fan/train/../../../evil.wav", "/evil", "C:/evil", "fan\\..\\..\\evil"]
-)
-def test_a_zip_that_would_leave_the_folder(evil, zenodo, tmp_path):
-    zenodo.files[3678171, "dev_data_fan.zip"] = packed(["fan/train/normal_id_00_00000000.wav", evil])
-    refused(zenodo, tmp_path / "data", CORRUPT, "evil.*would leave the folder", **FAN)
-    assert tree(tmp_path / "data") == set()
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_zip_leaves_nothing(kind, zenodo, tmp_path):
+    key = 3678171, "dev_data_fan.zip"
+    whole, (spoil, message) = zenodo.files[key], HOSTILE[kind]
+    zenodo.files[key] = spoil(whole)
+    refused(zenodo, tmp_path / "data", CORRUPT, message, **FAN)
+    assert tree(tmp_path / "data") == set() and leftovers(tmp_path / "data") == ["dev_data_fan.zip"]
     assert [path.name for path in tmp_path.iterdir()] == ["data"] and not Path("/evil").exists()
-
-
-def test_a_zip_without_clips(zenodo, tmp_path):
-    zenodo.files[3678171, "dev_data_fan.zip"] = packed(["__MACOSX/fan/train/._a.wav", "fan/readme.wav"])
-    refused(zenodo, tmp_path, CORRUPT, "no TYPE/train", **FAN)
+    zenodo.files[key] = whole
+    fetch(zenodo, tmp_path / "data")
+    assert tree(tmp_path / "data") == everything(zenodo) and not leftovers(tmp_path / "data")
 
 
 def test_too_little_space_is_said_first(zenodo, tmp_path, monkeypatch):
