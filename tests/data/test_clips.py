@@ -67,14 +67,6 @@ def test_names_tell_type_id_split_and_truth(data):
     assert (unlabelled.anomaly, unlabelled.subset, unlabelled.machine_id) == (None, "evaluation", "01")
 
 
-def test_only_type_folder_and_file_name_count(data):
-    odd = data / "valve_id_06_anomaly"
-    for folder in list(data.iterdir()):
-        odd.mkdir(exist_ok=True)
-        folder.rename(odd / folder.name)
-    assert {clip.machine for clip in scan(odd).clips} == {("fan", "00"), ("fan", "01"), ("fan", "02")}
-
-
 TRUTH = "fan\nid_01_00000000.wav,anomaly_id_01_00000097.wav,1\n"
 
 

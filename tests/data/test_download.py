@@ -247,12 +247,6 @@ def test_no_network_and_no_record(zenodo, tmp_path):
     )
 
 
-def test_a_wrong_checksum(zenodo, tmp_path):
-    zenodo.checksums["dev_data_fan.zip"] = "0" * 32
-    refused(zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content: wrong checksum", **FAN)
-    assert tree(tmp_path) == set() and not leftovers(tmp_path)
-
-
 def test_the_published_checksums_are_pinned(zenodo, tmp_path):
     assert len(module.MD5) == 18 and all(len(bytes.fromhex(value)) == 16 for value in module.MD5.values())
     zips = {pattern.format(name) for _, pattern in module.PARTS.values() for name in module.TYPES}
@@ -369,28 +363,6 @@ def test_a_folder_that_cannot_be_written(place, zenodo, tmp_path):
     (tmp_path / place).write_text("in the way")
     refused(zenodo, tmp_path / "data", UNWRITABLE, f"{place}.*cannot be written", **FAN)
     assert (tmp_path / place).read_text() == "in the way"
-
-
-def test_an_interrupted_run_resumes(zenodo, tmp_path, monkeypatch):
-    """Killed between the first files: what was unpacked and what was fetched are not fetched again."""
-    place = module._place
-
-    def killed(root, name):
-        if name == "dev_data_ToyCar.zip":
-            raise KeyboardInterrupt
-        return place(root, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_place", killed)
-        with pytest.raises(KeyboardInterrupt):
-            fetch(zenodo, tmp_path, jobs=1)
-    assert zenodo.asked["eval_data_list.csv"] == 0, "it stopped at once"
-    begun = Counter(zenodo.asked) - Counter(["dev_data_fan.zip", "dev_data_ToyCar.zip"])
-    (tmp_path / ".download" / "tmpabc").write_text("half a file")
-    fetch(zenodo, tmp_path, jobs=1)
-    assert zenodo.asked["dev_data_fan.zip"] == zenodo.asked["dev_data_ToyCar.zip"] == 1
-    assert all(zenodo.asked[name] == 1 or begun[name] for _, name in zenodo.files)
-    assert tree(tmp_path) == everything(zenodo) and not leftovers(tmp_path)
 
 
 def osscl(zenodo, *options):
