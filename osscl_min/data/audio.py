@@ -159,9 +159,10 @@ def measure(path: Path | str) -> Sound | str:
             digest.update(f"{rate} {channels}".encode())
             for block in _blocks(file, frames, "float32"):
                 digest.update(block.astype("<f4", copy=False))
-                clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
-                power += float(np.square(block, dtype=np.float64).sum()) / (frames * channels)
+                power += float(np.vdot(block, block)) / (frames * channels)
                 low, high = min(low, block.min()), max(high, block.max())
+                if max(high, -low) >= FULL_SCALE:
+                    clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
     except UserError as error:
         return str(error)
     return {

@@ -81,7 +81,7 @@ def download(
     An interrupted run resumes: what was unpacked before and is still there is not fetched again. `jobs` files
     are fetched at a time, and one file's error does not stop the others. `mirror` replaces
     https://zenodo.org, also in the addresses inside the records; `trust_mirror` takes its checksums instead
-    of the published `MD5`, for a copy whose zips were made anew.
+    of the published `MD5`, for a copy whose zips were packed again.
     """
     for given, known in ((parts, PARTS), (types, TYPES)):
         if not given or set(given) - set(known):
