@@ -138,7 +138,7 @@ if [ "$story" = full ]; then
   if [ -z "$data" ]; then
     say "DCASE 2020 data"
     data=$root/data/dcase2020
-    osscl download "$data" ${OSSCL_MIRROR:+--mirror "$OSSCL_MIRROR"}
+    osscl download "$data" ${OSSCL_MIRROR:+--mirror "$OSSCL_MIRROR"} ${OSSCL_TRUST_MIRROR:+--trust-mirror}
   fi
   if [ ! -e "$data/index.jsonl" ]; then # no packed store yet
     say "packed store"

@@ -14,10 +14,9 @@ import torch
 
 from osscl_min.bench import fresh, measure, write_rows
 from osscl_min.config import AudioConfig
-from osscl_min.data.clips import BENCHMARK, Clip, scan
-from osscl_min.data.pack import pack, write_index
+from osscl_min.data.clips import BENCHMARK, scan
 from osscl_min.data.reader import FolderReader, open_data
-from osscl_min.data.store import ARRAY, FORMAT, SAMPLE, Entry
+from osscl_min.data.store import ARRAY, FORMAT, SAMPLE, pack, write_index
 from osscl_min.features import FrontEnd
 from osscl_min.runtime.device import prepare
 
@@ -46,17 +45,17 @@ def write_store(store: Path, count: int) -> None:
     """A store of `count` training clips of random int16, without the files that it would be made from."""
     random = np.random.default_rng(0)
     store.mkdir(parents=True)
-    clips, entries = {}, {}
+    lines = []
     with open(store / ARRAY.format("train"), "wb") as file:
         for number in range(count):
             file.write(random.integers(-32768, 32768, AUDIO.samples, SAMPLE))
             machine_type, machine_id, name = _name(number)
-            clips["train", name] = Clip(store / name, machine_type, machine_id, "train", 0)
-            place = {"length": AUDIO.samples, "offset": number * AUDIO.samples, "content": f"{number:064x}"}
-            entries["train", name] = Entry(name, "train", 0, 0, f"{number:064x}", **place)
+            clip = {"path": name, "machine_type": machine_type, "machine_id": machine_id, "split": "train"}
+            line = {"file": name, "clip": clip | {"anomaly": 0}, "sha256": f"{number:064x}", "sound": ""}
+            lines.append(line | {"problem": "", "remarks": [], "content": f"{number:064x}"})
     header = {"sample_rate": AUDIO.sample_rate, "seconds": AUDIO.seconds, "channel": None, "problems": {}}
     header |= {"format": FORMAT, "layout": "DCASE 2020", "synthetic": True, "data": "", "root": str(store)}
-    write_index(store, header, clips, entries)
+    write_index(store, header | {"notes": [], "files": {"train": "", "test": ""}}, lines)
 
 
 def anonymous_memory_mb() -> float | None:

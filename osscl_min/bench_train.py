@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 
 from osscl_min.bench import fresh, interleaved, write_rows
 from osscl_min.config import PRESETS, Config
+from osscl_min.data.audio import decode
 from osscl_min.data.batches import load_batches
-from osscl_min.data.clips import decode, label_table
+from osscl_min.data.clips import label_table
 from osscl_min.data.reader import open_data
 from osscl_min.features import LogMel, to_wave
 from osscl_min.losses import training_losses

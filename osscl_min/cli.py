@@ -51,6 +51,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         types: str = "fan,pump,slider,ToyCar,ToyConveyor,valve",
         jobs: int = 2,
         mirror: str = "",
+        trust_mirror: bool = False,
     ) -> None:
         """Fetch the DCASE 2020 Task 2 data, or what is missing of it; a download that was cut short goes on.
 
@@ -63,10 +64,12 @@ def commands(preset: Config) -> dict[str, Callable]:
             types: Which machine types, with commas between them.
             jobs: Files at a time.
             mirror: Address of a copy that answers like https://zenodo.org.
+            trust_mirror: Take its checksums instead of the published ones.
         """
         from osscl_min.data.download import download as run
 
-        print(run(directory, parts=parts.split(","), types=types.split(","), jobs=jobs, mirror=mirror))
+        chosen = {"parts": parts.split(","), "types": types.split(",")}
+        print(run(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror))
 
     def inspect(data: Positional[Path], out: Path | None = None) -> None:
         """Show what a data set holds: counts, lengths, rates, levels, doubles, conflicts.
@@ -105,13 +108,13 @@ def commands(preset: Config) -> dict[str, Callable]:
             data: Data folder or manifest.
             store: The store's folder.
             verify: Compare every file and every packed clip by its hash.
-            jobs: Processes; all cores without.
+            jobs: Threads; all cores by default.
             channel: Of files with several; without, 0 for MIMII and else their mean.
             sample_rate: Of the packed clips, Hz.
             seconds: Length of the packed clips.
             preset: Chooses the defaults of the rate and the length.
         """
-        from osscl_min.data.pack import pack as run
+        from osscl_min.data.store import pack as run
 
         audio = AudioConfig(sample_rate=sample_rate, seconds=seconds)
         print(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from osscl_min.data.clips import read_truth
+from osscl_min.data.layouts import read_truth
 from osscl_min.runtime.files import UserError, write_csv, write_json
 
 MAX_FPR = 0.1  # pAUC's range of false-positive rates (DCASE 2020 Task 2)

@@ -24,8 +24,7 @@ from osscl_min.augment import training_noise
 from osscl_min.config import Config, to_dict, with_classes
 from osscl_min.data.batches import batches_of, load_batches, resident, to_device
 from osscl_min.data.clips import label_table
-from osscl_min.data.joined import with_others
-from osscl_min.data.reader import open_data
+from osscl_min.data.reader import open_data, with_others
 from osscl_min.runtime.device import choose_device, prepare
 from osscl_min.runtime.distributed import joined
 from osscl_min.runtime.files import UserError, peak_memory_mb, provenance, write_json, write_text
@@ -96,7 +95,7 @@ def train(
     config : Config
         The number of classes is taken from the data.
     others : Path or str, optional
-        Other machines to tell one's own from, see `joined.with_others`.
+        Other machines to tell one's own from, see `reader.with_others`.
     device : str
         "auto", "cpu", "cuda", "cuda:1", ...
     strict : bool

@@ -1,4 +1,4 @@
-"""Batches of samples on the device, read ahead."""
+"""Batches of samples on the device, read while the previous batch is worked on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ RESIDENT_SHARE = 0.5  # of a GPU's free memory that samples may take; a step nee
 
 
 def batches_of(order: Sequence[int], size: int, least: int = 2) -> list[np.ndarray]:
-    """Cut an order into batches; a last batch of fewer than `least` clips joins the one before.
-
-    BatchNorm needs two clips on every rank.
-    """
+    """Cut an order into batches; a last batch of fewer than `least` clips joins the one before, since
+    BatchNorm needs two clips on every rank."""
     cuts = list(range(size, len(order), size))
     if cuts and len(order) - cuts[-1] < least:
         cuts.pop()
@@ -24,21 +22,13 @@ def batches_of(order: Sequence[int], size: int, least: int = 2) -> list[np.ndarr
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A small array on the device, without waiting for it."""
+    """Copy a small array to the device without waiting."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Resident:
-    """All samples of a reader in the device's memory.
-
-    Parameters
-    ----------
-    reader : Reader
-    device : torch.device
-    chunk : int
-        Clips read at a time.
-    """
+    """All samples of a reader in the device's memory, read in chunks of clips."""
 
     def __init__(self, reader: Any, device: torch.device, chunk: int = 256):
         self.samples: torch.Tensor | None = None
@@ -49,40 +39,23 @@ class Resident:
             self.samples[start : start + len(part)] = part
 
 
-def resident(reader: Any, samples: int, device: torch.device, wanted: str = "auto") -> Any:
-    """The reader, or its samples in GPU memory.
-
-    Parameters
-    ----------
-    reader : Reader
-    samples : int
-        Of a clip.
-    device : torch.device
-    wanted : {"auto", "yes", "no"}
-        "auto": where RESIDENT_SHARE of the GPU's free memory holds them.
-    """
-    if device.type != "cuda" or wanted == "no":
+def resident(reader: Any, samples: int, device: torch.device, where: str = "auto") -> Any:
+    """The reader or, on a GPU, its `samples` per clip in GPU memory: `where` says "yes", "no", or "auto" for
+    if they fit into RESIDENT_SHARE of what is free."""
+    if device.type != "cuda" or where == "no":
         return reader
     needed = 2 * samples * len(reader)
     fits = needed <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return Resident(reader, device) if fits or wanted == "yes" else reader
+    return Resident(reader, device) if fits or where == "yes" else reader
 
 
 def load_batches(
     source: Any, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Samples (B, samples) int16 and labels (B,) batch by batch; the next is read while one is worked on.
+    """Samples (B, samples) int16 and labels (B,) of each batch of positions in a Reader or Resident.
 
     Two buffers take turns, pinned for a GPU, which copies on a stream of its own. On a CPU the samples are
-    a buffer's: they last until the next batch is asked for.
-
-    Parameters
-    ----------
-    source : Reader or Resident
-    labels : (clips,) int64
-    batches : sequence of int arrays
-        Positions of clips.
-    device : torch.device
+    a view of a buffer: they last until the next batch is asked for.
     """
     if isinstance(source, Resident):
         for batch in batches:

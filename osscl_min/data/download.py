@@ -1,10 +1,11 @@
-"""The data of DCASE 2020 Task 2: fetched from Zenodo, verified, unpacked into one folder, counted.
+"""The data of DCASE 2020 Task 2: fetch from Zenodo, verify, unpack into one folder, count.
 
 Exit status of an error: 3 network or server, 4 checksum, 5 full disk, 6 corrupt or hostile zip, 7 no writing.
 """
 
+from __future__ import annotations
+
 import errno
-import json
 import os
 import re
 import shutil
@@ -20,8 +21,9 @@ import pooch
 import requests
 from tqdm import tqdm
 
-from osscl_min.data.clips import BENCHMARK, TRUTH_FILE, read_truth, scan
-from osscl_min.runtime.files import UserError, write_json
+from osscl_min.data.clips import BENCHMARK, scan
+from osscl_min.data.layouts import TRUTH_FILE, read_truth
+from osscl_min.runtime.files import UserError, printable, read_json, write_json
 
 NETWORK, CHECKSUM, FULL, CORRUPT, UNWRITABLE = 3, 4, 5, 6, 7
 Names = Collection[str]
@@ -33,46 +35,59 @@ PARTS = {  # part -> Zenodo record, file
     "labels": (3951620, TRUTH_FILE),
 }
 TYPES = tuple(dict.fromkeys(machine_type for machine_type, _ in BENCHMARK))
+# MD5 sums of the zips, from soundata (github.com/soundata/soundata, soundata/datasets/dcase2020task2.py).
+# The one of eval_data_list.csv is not published there: for it the server is trusted.
+MD5 = {
+    "dev_data_fan.zip": "649bdfc06263ae7a838963f43b6641e6",
+    "dev_data_pump.zip": "90e7091ef722b7238a7f1009365779cd",
+    "dev_data_slider.zip": "da24a757719f0d94d5aa2d646bbfdc86",
+    "dev_data_ToyCar.zip": "4dec75ca8d9f666aa9e4c1894a740501",
+    "dev_data_ToyConveyor.zip": "03b6aa1bfd09a39d53af0ba39f71fa91",
+    "dev_data_valve.zip": "34d2672f55bb041589ef79c10dc89934",
+    "eval_data_train_fan.zip": "567798854130c8019df8b664c095ed1e",
+    "eval_data_train_pump.zip": "4e33ae9c0db5cc88437675f5e317caee",
+    "eval_data_train_slider.zip": "f84f186f4295fc23754abcdd1b0580a7",
+    "eval_data_train_ToyCar.zip": "a5d4ccd498af70b04dd74b644b820006",
+    "eval_data_train_ToyConveyor.zip": "0e808ac0b761e9fb13d5e0c65caff00d",
+    "eval_data_train_valve.zip": "057cdd560caffb8305449541afd28c6d",
+    "eval_data_test_fan.zip": "1eb9356a768cadfd0f2e59a5c57e578b",
+    "eval_data_test_pump.zip": "23a8f8f924be218c69df67fe07360348",
+    "eval_data_test_slider.zip": "0193c769073840332ce3aad84b1ccaa2",
+    "eval_data_test_ToyCar.zip": "bea2bdd612f616be8f2b8eb087b32c7c",
+    "eval_data_test_ToyConveyor.zip": "ccfcc9847c7d3404d7ee9d6d9e0b2ba2",
+    "eval_data_test_valve.zip": "f69c551d2088691050d20cccca9d631c",
+}
 DEVELOPMENT_TEST = 10868  # clips
 KEPT = ".download"  # in the data folder: zips until they are unpacked, and a note on each that was
 CLIP = re.compile(rf"(?:^|/)((?:{'|'.join(TYPES)})/(?:train|test)/[^/.\\][^/\\]*\.wav)$")
-SPACE = 2.0  # bytes of disk for a byte of zip: its clips (noise compresses little) and zips not unpacked yet
+SPACE = 2.0  # bytes of disk per byte of zip: its clips (noise compresses little) and zips not unpacked yet
+LARGEST_RATIO = 10  # of the clips' bytes to the zip's; more is a zip bomb
 BAR = {"unit": "B", "unit_scale": True, "disable": None}  # None: quiet without a terminal
 STOP = threading.Event()  # set by Ctrl-C
-AGAIN = "run the same command again, it goes on from here"
+AGAIN = "run the same command again, it resumes"
 
 
 def download(
-    directory: Path | str, *, parts: Names = PARTS, types: Names = TYPES, jobs: int = 2, mirror: str = ""
+    directory: Path | str,
+    *,
+    parts: Names = PARTS,
+    types: Names = TYPES,
+    jobs: int = 2,
+    mirror: str = "",
+    trust_mirror: bool = False,
 ) -> str:
-    """Fetch what is missing of the data set into DIRECTORY/TYPE/{train,test}; a run cut short goes on.
+    """Fetch what is missing of the data set into DIRECTORY/TYPE/{train,test}; returns the inventory.
 
-    Parameters
-    ----------
-    directory : Path or str
-        What was unpacked into it before and still lies there is not fetched again.
-    parts, types : collection of str
-        Of `PARTS` and of `TYPES`.
-    jobs : int
-        Files at a time; one file's error does not stop the others.
-    mirror : str, optional
-        Replaces https://zenodo.org, in the addresses that the records give, too.
-
-    Returns
-    -------
-    str
-        The inventory.
-
-    Raises
-    ------
-    UserError
-        With the exit status above.
+    An interrupted run resumes: what was unpacked before and is still there is not fetched again. `jobs` files
+    are fetched at a time, and one file's error does not stop the others. `mirror` replaces
+    https://zenodo.org, also in the addresses inside the records; `trust_mirror` takes its checksums instead
+    of the published `MD5`, for a copy whose zips were packed again.
     """
     for given, known in ((parts, PARTS), (types, TYPES)):
         if not given or set(given) - set(known):
             raise UserError(f"cannot download {','.join(given) or 'nothing'}; choose from {','.join(known)}")
     root, kept, files, number = Path(directory), Path(directory) / KEPT, {}, 0
-    host = (mirror or HOST).rstrip("/")
+    host, md5 = (mirror or HOST).rstrip("/"), {} if trust_mirror else MD5
     pooch.get_logger().setLevel("WARNING")
     STOP.clear()
     try:
@@ -81,10 +96,9 @@ def download(
             left.unlink()
         for number, pattern in (PARTS[part] for part in parts):
             names = [name for name in dict.fromkeys(map(pattern.format, types)) if not _is_there(root, name)]
-            files |= _record(kept, number, names, host) if names else {}
-        needed = sum(size * (SPACE - (kept / name).exists()) / 1e9 for name, (size, *_) in files.items())
-        if needed > (free := shutil.disk_usage(root).free / 1e9):
-            raise UserError(f"{root}: {needed:.3g} GB needed and {free:.3g} GB free; make room", FULL)
+            files |= _record(kept, number, names, host, md5) if names else {}
+        needed = sum(size * (SPACE - (kept / name).exists()) for name, (size, *_) in files.items())
+        _check_space(root, needed)
     except OSError as error:
         raise _explain(error, root, f"{host}/api/records/{number}") from error
 
@@ -119,18 +133,20 @@ def inventory(root: Path, parts: Names, types: Names) -> str:
     counts = Counter((clip.machine, clip.split) for clip in clips)
     truth = read_truth(root / TRUTH_FILE) if (root / TRUTH_FILE).is_file() and "eval-test" in parts else {}
     expected = Counter((machine_type, stem[3:5]) for machine_type, stem in truth)
+
+    def compare(count: int, known: int) -> str:
+        return "as expected" if count == known else f"DIFFERS, {known} expected"
+
     lines = [f"{'type':<12} id  {'train':>6} {'test':>6}"]
     for machine in (machine for machine in BENCHMARK if machine[0] in types):
         train, test, known = counts[machine, "train"], counts[machine, "test"], expected[machine]
-        remark = (
-            "not checked" if not known else "as expected" if test == known else f"DIFFERS, {known} expected"
-        )
-        remark = remark if train or not set(parts) >= {"dev", "eval-train"} else "DIFFERS, no train clips"
+        remark = compare(test, known) if known else "not checked"
+        if not train and set(parts) >= {"dev", "eval-train"}:
+            remark = "DIFFERS, no train clips"
         lines.append(f"{machine[0]:<12} {machine[1]}  {train:>6} {test:>6}  {remark}")
     if "dev" in parts and set(types) == set(TYPES):
         test = sum(clip.split == "test" and clip.subset == "development" for clip in clips)
-        remark = "as expected" if test == DEVELOPMENT_TEST else f"DIFFERS, {DEVELOPMENT_TEST} expected"
-        lines.append(f"development test: {test} clips, {remark}")
+        lines.append(f"development test: {test} clips, {compare(test, DEVELOPMENT_TEST)}")
     return "\n".join(lines)
 
 
@@ -142,7 +158,7 @@ class _Bar(tqdm):
 
 
 def _fetch(kept: Path, name: str, url: str, checksum: str | None = None) -> None:
-    """Tries again after any error of the network and a wrong checksum; 60 s without a byte are one."""
+    """Retries after any error of the network and a wrong checksum; 60 s without a byte are an error."""
     store = pooch.create(
         path=kept, base_url="", registry={name: checksum}, urls={name: url}, retry_if_failed=3
     )
@@ -152,24 +168,46 @@ def _fetch(kept: Path, name: str, url: str, checksum: str | None = None) -> None
 
 def _is_there(root: Path, name: str) -> bool:
     try:
-        members = json.loads((root / KEPT / f"{name}.json").read_text())["members"]
+        members = read_json(root / KEPT / f"{name}.json")["members"]
         return all((root / member).stat().st_size == size for member, size in members.items())
-    except (OSError, ValueError, KeyError):
+    except (UserError, OSError, LookupError, TypeError, AttributeError):
         return False
 
 
-def _record(kept: Path, number: int, names: Names, host: str) -> dict[str, tuple[int, str, str]]:
+def _record(
+    kept: Path, number: int, names: Names, host: str, md5: dict[str, str]
+) -> dict[str, tuple[int, str, str]]:
     """Ask a record for its files: name -> size (bytes), checksum, url."""
     url, file = f"{host}/api/records/{number}", f"tmp{number}.json"
     _fetch(kept, file, url)
     try:
-        listed = {entry["key"]: entry for entry in json.loads((kept / file).read_bytes())["files"]}
-        urls = {name: listed[name]["links"]["self"].replace(HOST, host, 1) for name in names}
-        return {
-            name: (int(listed[name]["size"]), str(listed[name]["checksum"]), urls[name]) for name in names
+        listed = {entry["key"]: entry for entry in read_json(kept / file)["files"]}
+        files = {
+            name: (
+                int(listed[name]["size"]),
+                str(listed[name]["checksum"]),
+                listed[name]["links"]["self"].replace(HOST, host, 1),
+            )
+            for name in names
         }
-    except (ValueError, KeyError, TypeError) as error:
+        if any(size < 0 for size, *_ in files.values()):
+            raise ValueError
+    except (UserError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{url}: not a record with the files {', '.join(names)}", NETWORK) from error
+    for name, (_, checksum, address) in files.items():
+        if name in md5 and checksum != f"md5:{md5[name]}":
+            raise UserError(
+                f"{address}: the server's file has the checksum {printable(checksum)}, the published one "
+                f"md5:{md5[name]}; not fetched (--trust-mirror takes the server's word)",
+                CHECKSUM,
+            )
+    return files
+
+
+def _check_space(root: Path, needed: float) -> None:
+    if needed > (free := shutil.disk_usage(root).free):
+        sizes = f"{needed / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free"
+        raise UserError(f"{printable(root)}: {sizes}; make room", FULL)
 
 
 def _place(root: Path, name: str) -> dict[str, int]:
@@ -187,10 +225,15 @@ def _place(root: Path, name: str) -> dict[str, int]:
             places = {match[1]: item for item in archive.infolist() if (match := CLIP.search(item.filename))}
             if not places:
                 raise zipfile.BadZipFile("no TYPE/train/*.wav or TYPE/test/*.wav in it")
+            unpacked, packed = sum(item.file_size for item in places.values()), source.stat().st_size
+            if unpacked > LARGEST_RATIO * packed:
+                sizes = f"its clips would take {unpacked / 1e6:.3g} MB, the zip {packed / 1e6:.3g} MB"
+                raise UserError(f"{source}: not unpacked, {sizes}", CORRUPT)
+            _check_space(root, unpacked)
             for place, item in places.items():
                 (part / place).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(item) as packed, open(part / place, "wb") as file:
-                    shutil.copyfileobj(packed, file, 1 << 20)  # checks the clip's CRC at its end
+                with archive.open(item) as member, open(part / place, "wb") as file:
+                    shutil.copyfileobj(member, file, 1 << 20)  # checks the clip's CRC at its end
         for place in places:
             (root / place).parent.mkdir(parents=True, exist_ok=True)
             os.replace(part / place, root / place)
@@ -207,14 +250,15 @@ def _explain(error: Exception, root: Path, url: str) -> UserError:
             return error
         case requests.RequestException():
             answer = error.response
-            said = type(error).__name__ if answer is None else f"{answer.status_code} {answer.reason}"
-            return UserError(f"{url}: cannot be fetched ({said}); check the network, {AGAIN}", NETWORK)
+            reason = type(error).__name__ if answer is None else f"{answer.status_code} {answer.reason}"
+            return UserError(f"{url}: cannot be fetched ({reason}); check the network, {AGAIN}", NETWORK)
         case zipfile.BadZipFile() | zlib.error() | EOFError() | RuntimeError() | UnicodeError():
             return UserError(f"{url}: a corrupt zip ({error}), though its checksum is right", CORRUPT)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return UserError(f"{root}: the disk is full; free some space, {AGAIN}", FULL)
+            return UserError(f"{printable(root)}: the disk is full; free some space, {AGAIN}", FULL)
         case OSError():
-            return UserError(f"{error.filename or root}: cannot be written ({error.strerror})", UNWRITABLE)
+            name = printable(error.filename or root)
+            return UserError(f"{name}: cannot be written ({error.strerror})", UNWRITABLE)
         case ValueError():  # pooch's word for it
             return UserError(f"{url}: wrong checksum, also when fetched again; not kept; {AGAIN}", CHECKSUM)
     raise error

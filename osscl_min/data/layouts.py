@@ -1,224 +1,244 @@
-"""What a file's place and name say about a clip, for every layout that is understood; no file is opened."""
+"""Layouts of data sets: what the path of a file says about its clip. No sound file is opened here.
+
+To add a layout, write its class and put an instance into LAYOUTS; nothing else depends on which there are.
+"""
 
 from __future__ import annotations
 
-import csv
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
 
-from osscl_min.runtime.files import UserError
+from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, read_rows
 
-_SPLITS = r"(?:train|test|source_test|target_test|supplemental)"
+TRUTH_FILE = "eval_data_list.csv"  # the published ground truth of the evaluation set of DCASE 2020
+COLUMNS = ("path", "machine_type", "machine_id", "split", "anomaly")  # of a manifest
+ANOMALY_IN_TRAINING = "an anomalous clip in train; training uses normal clips alone"
+Truth = dict[tuple[str, str], int]  # (machine type, file stem) -> 1 anomalous, 0 normal
+Fields = dict[str, Any]  # of `clips.Clip`, without its path
 
 
-@dataclass(frozen=True)
 class Layout:
-    """One way to lay out a data set.
-
-    Attributes
-    ----------
-    name : str
-    pattern : re.Pattern
-        Matches a path relative to the data folder, without its suffix. Groups: type, id, split, state,
-        domain, attributes.
-    expected : str
-        An example, for error messages.
-    channel : int or None
-        The channel to take of files with several; None averages them.
-    """
+    """One way to lay out a data set: its paths, its split rule and its reader of truth."""
 
     name: str
-    pattern: re.Pattern
-    expected: str
-    channel: int | None = None
+    pattern: re.Pattern  # of paths without suffix; groups: type, id, state [, split, domain, attributes]
+    file_pattern: re.Pattern  # of file names that look like this layout, for error messages
+    expected: str  # an example
+    channel: int | None = None  # to take from files with several; None averages them
+    unlabelled = "evaluation"  # subset of test clips whose path does not tell their truth
+    distinctive = True  # whether the path of a single file is evidence of the layout
 
+    def match(self, path: PurePath) -> dict[str, str | None] | None:
+        """The groups of `pattern`; None where the path does not fit."""
+        match = self.pattern.fullmatch(path.with_suffix("").as_posix())
+        return match and match.groupdict()
 
-# In the order of preference where several match equally often.
-LAYOUTS = (
-    Layout(
-        "DCASE 2020",
-        re.compile(
-            r"(?P<type>[^/]+)/(?P<split>train|test)/(?:(?P<state>normal|anomaly)_)?id_(?P<id>\d+)_\d+"
-        ),
-        "TYPE/train/normal_id_00_00000000.wav",
-    ),
-    Layout(
-        "DCASE 2021-2025",  # the section is the machine id; the folder decides about training or test
-        re.compile(
-            r"(?:.*/)?(?P<type>[^/]+)/(?:source_|target_)?(?P<split>train|test)/section_(?P<id>\d+)"
-            r"(?:_(?P<domain>source|target))?(?:_(?:train|test))?(?:_(?P<state>normal|anomaly))?_\d+"
-            r"(?:_(?P<attributes>.*))?"
-        ),
-        "TYPE/train/section_00_source_train_normal_0000.wav",
-    ),
-    Layout(
-        "MIMII",  # microphone 0 of 8 is the one nearest to the first machine, and the usual choice
-        re.compile(
-            r"(?:.*/)??(?:(?P<domain>-?\d+_?dB)_[^/]+/)?(?P<type>[^/]+)/id_(?P<id>\d+)/"
-            r"(?P<state>normal|abnormal)/\d+"
-        ),
-        "6_dB_fan/fan/id_00/normal/00000000.wav",
-        channel=0,
-    ),
-    Layout(
-        "plain",
-        re.compile(
-            rf"(?:(?P<split>train|test)/)?(?!{_SPLITS}/)(?P<type>[^/]+)/(?!{_SPLITS}/)(?P<id>[^/]+)/"
-            r"(?:(?P<inner>train|test)/)?(?:(?P<folder>normal|anomaly|abnormal)/)?"
-            r"(?!(?:(?:normal|anomaly)_)?id_\d+_\d+$)(?!section_\d+_)(?:(?P<state>normal|anomaly|abnormal)_)?[^/]+"
-        ),
-        "TYPE/ID/any_name.wav, or test/TYPE/ID/anomaly/any_name.wav",
-    ),
-)
+    def split(self, groups: dict[str, str | None], anomaly: int | None) -> str:
+        """ "train" or "test"."""
+        return groups.get("split") or "train"
 
+    def truth(self, root: Path, files: Iterable[PurePosixPath]) -> Truth:
+        """The truth that the data set's own tables give."""
+        return read_truth(root / TRUTH_FILE) if os.path.isfile(root / TRUTH_FILE) else {}
 
-def recognise(names: Iterable[PurePosixPath]) -> Layout:
-    """The layout that explains most of the sound files; DCASE 2020 where none explains any."""
-    stems = [str(name.with_suffix("")) for name in names]
-    return max(LAYOUTS, key=lambda layout: sum(bool(layout.pattern.fullmatch(stem)) for stem in stems))
+    def read(self, names: Iterable[PurePosixPath], truth: Truth) -> dict[PurePosixPath, Fields | str]:
+        """For every sound file the fields of its clip, or the reason why it is none."""
+        return {name: self._clip(name, truth) for name in names}
 
-
-def readings(path: PurePath) -> Iterator[tuple[Layout, dict[str, str | None]]]:
-    """What the end of one file's path may mean, in the order of LAYOUTS; without its data set, which is
-    right must be told by whether such a machine exists."""
-    parts = path.with_suffix("").parts
-    for layout in LAYOUTS:
-        for depth in range(3, min(len(parts), 6) + 1):
-            match = layout.pattern.fullmatch("/".join(parts[-depth:]))
-            if match:
-                yield layout, match.groupdict()
-
-
-def interpret(
-    layout: Layout, names: Iterable[PurePosixPath], truth: dict[tuple[str, str], int]
-) -> dict[PurePosixPath, dict | str]:
-    """Read the meaning of file names.
-
-    Parameters
-    ----------
-    layout : Layout
-    names : iterable of PurePosixPath
-        Sound files, relative to the data folder.
-    truth : dict
-        (machine type, file stem) -> 0 or 1, for test clips whose names do not say it.
-
-    Returns
-    -------
-    dict
-        For every file the fields of its `dataset.Clip`, or the reason why it is none.
-    """
-    found: dict[PurePosixPath, dict | str] = {}
-    for name in names:
-        match = layout.pattern.fullmatch(str(name.with_suffix("")))
-        if not match:
-            reason = "no machine id in the name or in an unexpected place; the others are"
-            found[name] = f"{reason} {layout.name}: {layout.expected}"
-            continue
-        part = match.groupdict()
-        state = part.get("folder") or part["state"]
-        anomaly = None if state is None else int(state != "normal")
-        split = part.get("split") or part.get("inner") or "train"
-        subset = "development"
-        if layout.name == "MIMII":
-            split = "test" if anomaly else "train"  # some normal clips follow, below
-        elif split == "train":
+    def _clip(self, name: PurePosixPath, truth: Truth) -> Fields | str:
+        groups = self.match(name)
+        if groups is None:
+            return f"does not fit the layout {self.name}: {self.expected}"
+        anomaly = None if groups["state"] is None else int(groups["state"] != "normal")
+        split, subset = self.split(groups, anomaly), "development"
+        if split == "train":
             if anomaly:
-                found[name] = "an anomalous clip in train/; training uses normal clips alone"
-                continue
+                return ANOMALY_IN_TRAINING
             anomaly = 0
         elif anomaly is None:
-            anomaly = truth.get((part["type"], name.stem))
-            subset = "evaluation" if layout.name.startswith("DCASE") else subset
-        found[name] = {
-            "machine_type": part["type"],
-            "machine_id": part["id"],
+            anomaly, subset = truth.get((groups["type"], name.stem)), self.unlabelled
+        return {
+            "machine_type": groups["type"],
+            "machine_id": groups["id"],
             "split": split,
             "anomaly": anomaly,
             "subset": subset,
-            "domain": part.get("domain") or "",
-            "attributes": part.get("attributes") or "",
+            "domain": groups.get("domain") or "",
+            "attributes": groups.get("attributes") or "",
         }
-    if layout.name == "MIMII":
-        _hold_out(found)
-    return found
 
 
-def _hold_out(found: dict[PurePosixPath, dict | str]) -> None:
-    """Give MIMII a test set: every abnormal clip, and as many normal ones, but at most half of them.
+class Dcase2020(Layout):
+    name = "DCASE 2020"
+    pattern = re.compile(
+        r"(?P<type>[^/]+)/(?P<split>train|test)/(?:(?P<state>normal|anomaly)_)?id_(?P<id>\d+)_\d+"
+    )
+    file_pattern = re.compile(r"(?:(?:normal|anomaly)_)?id_\d+_\d+")
+    expected = "TYPE/train/normal_id_00_00000000.wav"
 
-    The data set has no split of its own. Its authors test with equal numbers of both, and so does this: the
-    first normal recordings in the order of their numbers, the same ones at every signal-to-noise ratio.
+
+class Dcase2021(Layout):
+    """The section is the machine id; the folder decides about training or test."""
+
+    name = "DCASE 2021-2025"
+    pattern = re.compile(
+        r"(?:.*/)?(?P<type>[^/]+)/(?:source_|target_)?(?P<split>train|test)/section_(?P<id>\d+)"
+        r"(?:_(?P<domain>source|target))?(?:_(?:train|test))?(?:_(?P<state>normal|anomaly))?_\d+"
+        r"(?:_(?P<attributes>.*))?"
+    )
+    file_pattern = re.compile(r"section_\d+_.*")
+    expected = "TYPE/train/section_00_source_train_normal_0000.wav"
+
+    def truth(self, root: Path, files: Iterable[PurePosixPath]) -> Truth:
+        """Also ground_truth_TYPE_section_03_source_test.csv, with rows `file,0 or 1`."""
+        truth = super().truth(root, files)
+        for name in files:
+            if match := re.fullmatch(r"ground_truth_(.+?)_section_.*\.csv", name.name):
+                for place, cells in read_rows(root / name):
+                    if len(cells) != 2 or cells[1] not in ("0", "1"):
+                        raise UserError(f"{place}: expected `file,0 or 1`, got {','.join(cells)!r}")
+                    truth[match[1], Path(cells[0]).stem] = int(cells[1])
+        return truth
+
+
+class Mimii(Layout):
+    """Has no split of its own. Its authors test with equal numbers of normal and abnormal clips, and so does
+    this layout: the test set is every abnormal clip and as many normal ones, but at most half of them: the
+    first recordings in the order of their numbers, the same at every signal-to-noise ratio.
     """
-    recordings = defaultdict(lambda: (set(), set()))
-    clips = {name: clip for name, clip in found.items() if isinstance(clip, dict)}
-    for name, clip in clips.items():
-        recordings[clip["machine_type"], clip["machine_id"]][clip["anomaly"]].add(name.stem)
-    held_out = {
-        machine: set(sorted(normal)[: min(len(abnormal), len(normal) // 2)])
-        for machine, (normal, abnormal) in recordings.items()
-    }
-    for name, clip in clips.items():
-        if not clip["anomaly"] and name.stem in held_out[clip["machine_type"], clip["machine_id"]]:
-            clip["split"] = "test"
+
+    name = "MIMII"
+    pattern = re.compile(
+        r"(?:.*/)??(?:(?P<domain>-?\d+_?dB)_[^/]+/)?(?P<type>[^/]+)/id_(?P<id>\d+)/"
+        r"(?P<state>normal|abnormal)/\d+"
+    )
+    file_pattern = re.compile(r"\d+")
+    expected = "6_dB_fan/fan/id_00/normal/00000000.wav"
+    channel = 0  # microphone 0 of 8 is the usual choice
+
+    def split(self, groups: dict[str, str | None], anomaly: int | None) -> str:
+        return "test" if anomaly else "train"
+
+    def read(self, names: Iterable[PurePosixPath], truth: Truth) -> dict[PurePosixPath, Fields | str]:
+        clips = super().read(names, truth)
+        usable = [(name, clip) for name, clip in clips.items() if isinstance(clip, dict)]
+        recordings = defaultdict(lambda: (set(), set()))  # machine -> normal, abnormal
+        for name, clip in usable:
+            recordings[clip["machine_type"], clip["machine_id"]][clip["anomaly"]].add(name.stem)
+        held_out = {
+            machine: sorted(normal)[: min(len(abnormal), len(normal) // 2)]
+            for machine, (normal, abnormal) in recordings.items()
+        }
+        for name, clip in usable:
+            if name.stem in held_out[clip["machine_type"], clip["machine_id"]]:
+                clip["split"] = "test"
+        return clips
 
 
-def read_manifest(path: Path) -> dict[Path, dict | str]:
-    """Read a table of clips: a CSV file with the columns path, machine_type, machine_id, split, anomaly.
+class Plain(Layout):
+    """A folder per machine type and machine, with any file names that are not those of another layout."""
 
-    Parameters
-    ----------
-    path : Path
-        `type` and `id` will do as names too. A path is relative to the manifest's folder or absolute; split
-        is train or test; anomaly is 0, 1 or empty (unknown; training clips are normal). The further columns
-        subset, domain and attributes are optional.
+    _SPLITS = r"(?:train|test|source_test|target_test|supplemental)"
+    name = "plain"
+    pattern = re.compile(
+        rf"(?:(?P<split>train|test)/)?(?!{_SPLITS}/)(?P<type>[^/]+)/(?!{_SPLITS}/)(?P<id>[^/]+)/"
+        r"(?:(?P<inner>train|test)/)?(?:(?P<folder>normal|anomaly|abnormal)/)?"
+        r"(?!(?:(?:normal|anomaly)_)?id_\d+_\d+$)(?!section_\d+_)(?:(?P<state>normal|anomaly|abnormal)_)?[^/]+"
+    )
+    file_pattern = re.compile(r".*")
+    expected = "TYPE/ID/any_name.wav, or test/TYPE/ID/anomaly/any_name.wav"
+    unlabelled = "development"
+    distinctive = False
 
-    Returns
-    -------
-    dict
-        For every file the fields of its `dataset.Clip`, or the reason why it is none.
+    def match(self, path: PurePath) -> dict[str, str | None] | None:
+        groups = super().match(path)
+        if groups:
+            groups["split"] = groups["split"] or groups["inner"]
+            groups["state"] = groups["folder"] or groups["state"]
+        return groups
 
-    Raises
-    ------
-    UserError
-        If a column is missing, a value has another form, or a file is named twice.
+
+LAYOUTS = (Dcase2020(), Dcase2021(), Mimii(), Plain())  # where several fit equally often, the first is taken
+
+
+def recognise(names: Iterable[PurePosixPath]) -> Layout:
+    """The layout that fits most of the sound files or, where none fits any, most of the file names."""
+    names = list(names)
+
+    def fit(layout: Layout) -> tuple[int, int]:
+        resembling = sum(bool(layout.file_pattern.fullmatch(name.stem)) for name in names)
+        return sum(layout.match(name) is not None for name in names), resembling
+
+    return max(LAYOUTS, key=fit)
+
+
+def readings(path: PurePath) -> Iterator[tuple[Layout, dict[str, str | None]]]:
+    """What the end of one file's path may mean without its data set: layouts, with the groups of their
+    pattern, in the order of LAYOUTS. Which is right depends on whether such a machine exists."""
+    for layout in LAYOUTS:
+        for depth in range(3, min(len(path.parts), 6) + 1):
+            if groups := layout.match(PurePosixPath(*path.parts[-depth:])):
+                yield layout, groups
+
+
+def read_truth(path: Path | str) -> Truth:
+    """Read eval_data_list.csv: a row with the machine type, then rows `file,original name,0 or 1`."""
+    truth: Truth = {}
+    machine_type = ""
+    for place, cells in read_rows(path):
+        if not any(cells[1:]) and not cells[0].lower().endswith(SOUND_SUFFIXES):
+            machine_type = cells[0]
+        elif len(cells) == 3 and cells[2] in ("0", "1") and machine_type:
+            truth[machine_type, Path(cells[0]).stem] = int(cells[2])
+        else:
+            raise UserError(f"{place}: expected `file,original name,0 or 1`, got {','.join(cells)!r}")
+    return truth
+
+
+def read_manifest(path: Path) -> dict[Path, Fields | str]:
+    """Read a table of clips, a CSV file: for every file the fields of its clip, or the reason why it is none.
+
+    COLUMNS may also be called file, type and id. Paths are absolute or relative to the manifest's folder;
+    split is train or test; anomaly is 0, 1 or empty (unknown; training clips are normal). Further columns
+    may be subset, domain and attributes.
     """
-    found: dict[Path, dict | str] = {}
-    columns = ("path", "machine_type", "machine_id", "split", "anomaly")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        names = {"type": "machine_type", "id": "machine_id", "file": "path"}
-        given = [name.strip().lower().replace(" ", "_") for name in rows.fieldnames or []]
-        rows.fieldnames = [names.get(name, name) for name in given]
-        missing = [name for name in columns if name not in rows.fieldnames]
-        if missing:
-            first = f"the first line must be {','.join(columns)}"
-            raise UserError(f"{path}: no column {', '.join(missing)}; {first}")
-        for row in rows:
-            row = {key: (value or "").strip() for key, value in row.items() if key}
-            where = f"{path}, line {rows.line_num}"
-            if row["split"] not in ("train", "test") or row["anomaly"] not in ("0", "1", ""):
-                raise UserError(f"{where}: expected split train or test and anomaly 0, 1 or empty, got {row}")
-            if not (row["path"] and row["machine_type"] and row["machine_id"]):
-                raise UserError(f"{where}: path, machine_type and machine_id must not be empty")
-            clip = path.parent / row["path"]
-            if clip in found:
-                raise UserError(f"{where}: {row['path']} is named a second time")
-            if row["split"] == "train" and row["anomaly"] == "1":
-                found[clip] = "an anomalous clip in train; training uses normal clips alone"
-            elif not clip.is_file():
-                found[clip] = "no such file"
-            else:
-                truth = int(row["anomaly"]) if row["anomaly"] else None
-                found[clip] = {
-                    "machine_type": row["machine_type"],
-                    "machine_id": row["machine_id"],
-                    "split": row["split"],
-                    "anomaly": 0 if row["split"] == "train" else truth,
-                    "subset": row.get("subset") or "development",
-                    "domain": row.get("domain", ""),
-                    "attributes": row.get("attributes", ""),
-                }
-    return found
+    rows = read_rows(path)
+    aliases = {"type": "machine_type", "id": "machine_id", "file": "path"}
+    _, header = next(rows, ("", []))
+    header = [name.lower().replace(" ", "_") for name in header]
+    header = [aliases.get(name, name) for name in header]
+    if missing := [name for name in COLUMNS if name not in header]:
+        needed = f"the first line must be {','.join(COLUMNS)}"
+        raise UserError(f"{printable(path)}: no column {', '.join(missing)}; {needed}")
+    clips: dict[Path, Fields | str] = {}
+    for place, cells in rows:
+        if len(cells) != len(header):
+            raise UserError(f"{place}: {len(cells)} cells, but the header has {len(header)}")
+        row = dict(zip(header, cells, strict=True))
+        if row["split"] not in ("train", "test") or row["anomaly"] not in ("0", "1", ""):
+            raise UserError(f"{place}: expected split train or test and anomaly 0, 1 or empty, got {row}")
+        if not (row["path"] and row["machine_type"] and row["machine_id"]):
+            raise UserError(f"{place}: path, machine_type and machine_id must not be empty")
+        file = path.parent / row["path"]
+        if file in clips:
+            raise UserError(f"{place}: {row['path']} is named a second time")
+        training = row["split"] == "train"
+        if training and row["anomaly"] == "1":
+            clips[file] = ANOMALY_IN_TRAINING
+        elif not os.path.isfile(file):
+            clips[file] = "no such file"
+        else:
+            clips[file] = {
+                "machine_type": row["machine_type"],
+                "machine_id": row["machine_id"],
+                "split": row["split"],
+                "anomaly": 0 if training else int(row["anomaly"]) if row["anomaly"] else None,
+                "subset": row.get("subset") or "development",
+                "domain": row.get("domain", ""),
+                "attributes": row.get("attributes", ""),
+            }
+    return clips

@@ -1,125 +1,99 @@
-"""The door to the data: `open_data` gives the clips of a folder or store, and batches of their samples."""
+"""Clips of a folder or store, and batches of their samples: `open_data`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.clips import Clip, Dataset, decode, scan
-from osscl_min.data.store import ARRAY, SAMPLE, describe, is_store, read_store
-from osscl_min.runtime.files import UserError
+from osscl_min.data.audio import decode
+from osscl_min.data.clips import Clip, Dataset, scan
+from osscl_min.data.store import ARRAY, SAMPLE, Line, describe, is_store, on_threads, read_store
+from osscl_min.data.synth import SynthConfig, write_dataset
+from osscl_min.runtime.files import UserError, printable
+
+SIMULATED = "simulated"
 
 
 class Reader:
-    """Batches of samples of clips, wherever they come from.
+    """Batches of samples of clips, wherever they come from."""
 
-    Attributes
-    ----------
-    clips : list of Clip
-        The usable ones; `read` counts positions in this list.
-    length : int
-        Samples of a clip.
-    """
-
-    clips: list[Clip]
-    length: int
+    clips: list[Clip]  # the usable ones; `read` counts positions in this list
+    length: int  # samples per clip
 
     def __len__(self) -> int:
         return len(self.clips)
 
+    def row(self, position: int) -> np.ndarray:
+        """Samples of one clip: (length,) int16."""
+        raise NotImplementedError
+
     def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Samples of the clips at `positions`: (len(positions), length) int16, into `out` where given."""
+        """Samples of the clips at `positions`: (len(positions), length) int16, into `out` if given."""
         if out is None:
             out = np.empty((len(positions), self.length), np.int16)
-        self._fill(out, np.asarray(positions, int))
+        for place in np.argsort(positions):  # in the order of the disk
+            out[place] = self.row(int(positions[place]))
         return out
-
-    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
-        raise NotImplementedError
 
 
 class FolderReader(Reader):
-    """Samples straight from sound files; what fits is decoded once and kept.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        Files that turn out unusable are moved from its clips to its problems.
-    clips : sequence of Clip
-        The clips to read, all of `dataset`.
-    audio : AudioConfig
-    keep : int
-        Bytes of decoded samples to hold in memory; a larger set is decoded anew for every batch.
-    """
+    """Samples straight from sound files, each of which is decoded once to check it; unusable ones are moved
+    from the data set's clips to its problems. Of more than `keep` bytes, clips are decoded when read."""
 
     def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
         self.audio, self.length, self.channel = audio, audio.samples, dataset.channel
-        self.samples: np.ndarray | None = None
-        fits = len(clips) * audio.samples * 2 <= keep
-        if fits:
-            self.samples = np.empty((len(clips), audio.samples), np.int16)
+        fits = len(clips) * audio.samples * SAMPLE.itemsize <= keep
+        self.samples: list[np.ndarray | None] = [None] * len(clips)
 
-        def check(number: int, clip: Clip) -> str | list[str]:
+        def check(position: int) -> str | list[str]:
             try:
-                samples, remarks = decode(clip.path, audio, dataset.channel)
+                samples, remarks = decode(clips[position].path, audio, dataset.channel)
             except UserError as error:
                 return str(error)
-            if fits:
-                self.samples[number] = samples
+            self.samples[position] = samples if fits else None
             return remarks
 
-        bar = {"desc": "reading clips", "unit": "clip", "disable": None, "leave": False, "tqdm_class": tqdm}
-        results = thread_map(check, range(len(clips)), clips, max_workers=os.cpu_count(), **bar)
-        usable = _use(dataset, clips, results)
-        self.clips = [clip for clip, ok in zip(clips, usable, strict=True) if ok]
-        if fits and not all(usable):
-            self.samples = self.samples[np.array(usable)]
+        usable = _use(dataset, clips, on_threads(check, range(len(clips)), "reading clips"))
+        self.clips = [clips[position] for position in usable]
+        self.samples = [self.samples[position] for position in usable]
 
-    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
-        for row, position in zip(out, positions, strict=True):
-            if self.samples is not None:
-                row[:] = self.samples[position]
-            else:
-                row[:], _ = decode(self.clips[position].path, self.audio, self.channel)
+    def row(self, position: int) -> np.ndarray:
+        kept = self.samples[position]
+        return decode(self.clips[position].path, self.audio, self.channel)[0] if kept is None else kept
 
 
 class StoreReader(Reader):
-    """Samples from a packed store, mapped and not held in memory; the same as `FolderReader` gives.
+    """Samples from one split of a packed store, mapped into memory: the same as `FolderReader` reads."""
 
-    Parameters
-    ----------
-    array : Path
-        The split's samples.
-    dataset : Dataset
-        Unusable files are moved from its clips to its problems.
-    clips : sequence of Clip
-        The split's files, usable or not.
-    lines : sequence of dict
-        Their lines of the store's index.
-    """
+    def __init__(self, store: Path, split: str, dataset: Dataset, lines: Sequence[Line], length: int):
+        clips, lines = dataset.split(split), [line for line in lines if line["clip"]["split"] == split]
+        self.rows = _use(dataset, clips, [line["problem"] or line["remarks"] for line in lines])
+        self.clips, self.length = [clips[row] for row in self.rows], length
+        array, shape = store / ARRAY.format(split), (len(clips), length)
+        self.samples = np.memmap(array, SAMPLE, "r", shape=shape) if self.clips else np.empty(shape, SAMPLE)
 
-    def __init__(self, array: Path, dataset: Dataset, clips: Sequence[Clip], lines: Sequence[dict]):
-        usable = _use(dataset, clips, [line["problem"] or line["remarks"] for line in lines])
-        self.clips = [clip for clip, ok in zip(clips, usable, strict=True) if ok]
-        self.length = next((line["length"] for line in lines if line["length"]), 0)
-        self.offsets = np.array([line["offset"] for line, ok in zip(lines, usable, strict=True) if ok], int)
-        self.samples = np.memmap(array, SAMPLE, "r") if self.clips else np.empty(0, SAMPLE)
-
-    def _fill(self, out: np.ndarray, positions: np.ndarray) -> None:
-        offsets = self.offsets[positions]
-        for place in np.argsort(offsets):  # in the order of the disk
-            out[place] = self.samples[offsets[place] : offsets[place] + self.length]
+    def row(self, position: int) -> np.ndarray:
+        return self.samples[self.rows[position]]
 
 
-def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[str]]) -> list[bool]:
-    """Note each clip's remarks, or its problem (str), in the data set; returns which clips can be used."""
+class ConcatReader(Reader):
+    """Two readers as one: positions count through the clips of the first, then of the second."""
+
+    def __init__(self, first: Reader, second: Reader):
+        self.first, self.second = first, second
+        self.clips, self.length = first.clips + second.clips, first.length
+
+    def row(self, position: int) -> np.ndarray:
+        own = len(self.first)
+        return self.first.row(position) if position < own else self.second.row(position - own)
+
+
+def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[str]]) -> list[int]:
+    """Note each clip's remarks, or its problem (str), in the data set; returns positions of usable clips."""
     unusable = set()
     for clip, result in zip(clips, results, strict=True):
         if isinstance(result, list):
@@ -128,28 +102,19 @@ def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[s
             dataset.problems[dataset.name(clip.path)] = result
             unusable.add(clip)
     dataset.clips = [clip for clip in dataset.clips if clip not in unusable]
-    return [clip not in unusable for clip in clips]
+    return [position for position, clip in enumerate(clips) if clip not in unusable]
 
 
 @dataclass
 class Data:
-    """What training and evaluation need of a data set.
+    """An open data set."""
 
-    Attributes
-    ----------
-    dataset : Dataset
-        Every clip found, whatever its split, with `problems` and `remarks`; in a split that was opened,
-        only clips that decode.
-    train, test : Reader or None
-        A reader for each split that was asked for. It may be empty (`len(reader) == 0`).
-    """
-
-    dataset: Dataset
-    train: Reader | None = None
+    dataset: Dataset  # every clip; in a split that was opened, only clips that decode
+    train: Reader | None = None  # None if not asked for; may be empty
     test: Reader | None = None
 
     def report(self) -> str:
-        """What is not used and why, and what was done to the rest, as lines to print; "" if nothing."""
+        """What is not used and why, and what was done to the rest, as lines to print."""
         return self.dataset.report()
 
 
@@ -168,22 +133,22 @@ def open_data(
     Parameters
     ----------
     path : Path or str
-        A data folder (any layout that `dataset.scan` knows), a manifest (.csv) or a packed store.
+        A data folder (any layout that `clips.scan` knows), a manifest (.csv) or a packed store.
     audio : AudioConfig
-        Rate (Hz) and length (samples) that the model hears.
+        Rate (Hz) and length (samples) of the model's input.
     splits : sequence of {"train", "test"}
         The splits to make readers for.
     channel : int, optional
-        The channel of files with several: a number from 0; left out, the layout's own choice (0 for MIMII,
-        else the mean of all). A store has one already.
+        Channel to take from files with several, counted from 0. By default the layout's own choice (0 for
+        MIMII, else the mean of all). A store has one already.
     strict : bool
         Stop if any file is not usable.
 
     Raises
     ------
     UserError
-        If there is nothing usable, or, when `strict`, anything that is not; if a store is not finished, is
-        damaged or holds clips of another rate, length or channel.
+        If nothing is usable or, when `strict`, anything is not; if a store is not finished, is damaged or
+        holds clips of another rate, length or channel.
 
     Examples
     --------
@@ -192,31 +157,53 @@ def open_data(
     >>> table = label_table(data.train.clips)  # doctest: +SKIP
     >>> wave = torch.from_numpy(data.train.read([5, 0, 7])).float() / 32768  # doctest: +SKIP
     """
-    if is_store(path):
-        dataset, readers = _open_store(Path(path), audio, splits, channel)
-    else:
+    if not is_store(path):
         dataset = scan(path, channel)
         readers = {split: FolderReader(dataset, dataset.split(split), audio) for split in splits}
+    else:
+        header, dataset, lines = read_store(path)
+        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds}
+        settings |= {} if channel is None else {"channel": channel}
+        if any(header[name] != value for name, value in settings.items()):
+            options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
+            raise UserError(
+                f"{printable(path)} holds {describe(header)}; make another store: python -m osscl_min pack "
+                f"{printable(header['data'])} OTHER {options}"
+            )
+        readers = {split: StoreReader(Path(path), split, dataset, lines, audio.samples) for split in splits}
     dataset.report(strict)
     return Data(dataset, **readers)
 
 
-def _open_store(
-    path: Path, audio: AudioConfig, splits: Sequence[str], channel: int | None
-) -> tuple[Dataset, dict[str, StoreReader]]:
-    header, dataset, lines = read_store(path)
-    wanted = {"sample_rate": audio.sample_rate, "seconds": audio.seconds}
-    wanted |= {} if channel is None else {"channel": channel}
-    if any(header[name] != value for name, value in wanted.items()):
+def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, strict: bool = False) -> Data:
+    """Add other machines' training clips to one's own, as further classes: the method needs several.
+
+    `others` is a data folder, or "simulated" for the machines of `synth`, written into `run`/simulated at the
+    model's length; their types are called "simulated fan" and so on. The result keeps the root of one's own.
+    """
+    simulated = str(others) == SIMULATED
+    if simulated:
+        rate = max(SynthConfig.sample_rate, audio.sample_rate)
+        config = SynthConfig(seconds=audio.seconds, sample_rate=rate, test_normal=1, test_anomaly=1)
+        others = write_dataset(run / SIMULATED, config)
+    added = open_data(others, audio, splits=["train"], strict=strict)
+    if simulated:
+        for holder in (added.train, added.dataset):
+            holder.clips = [
+                replace(clip, machine_type=f"{SIMULATED} {clip.machine_type}") for clip in holder.clips
+            ]
+    same = {clip.machine for clip in own.train.clips} & {clip.machine for clip in added.train.clips}
+    if same:
         raise UserError(
-            f"{path} holds {describe(header)}; make another store: python -m osscl_min pack {header['data']} "
-            "OTHER " + " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in wanted.items())
+            f"{printable(own.dataset.root)} and {printable(added.dataset.root)} both have a machine "
+            f"{' id '.join(min(same))}; give one of them another type or id"
         )
-    clips = list(dataset.clips)
-    readers = {}
-    for split in splits:
-        chosen = [k for k, clip in enumerate(clips) if clip.split == split]
-        readers[split] = StoreReader(
-            path / ARRAY.format(split), dataset, [clips[k] for k in chosen], [lines[k] for k in chosen]
-        )
-    return dataset, readers
+    problems = {f"{added.dataset.root.name}/{file}": why for file, why in added.dataset.problems.items()}
+    dataset = replace(
+        own.dataset,
+        clips=own.dataset.clips + added.dataset.clips,
+        problems=own.dataset.problems | problems,
+        remarks=own.dataset.remarks + added.dataset.remarks,
+        notes=own.dataset.notes + added.dataset.notes,
+    )
+    return Data(dataset, ConcatReader(own.train, added.train))

@@ -1,180 +1,271 @@
 """The packed store, a folder: every clip decoded once, to be read in batches without decoding.
 
-  train.int16, test.int16   samples, little-endian; a row of equal length a clip, in any order
-  index.jsonl               a line about the whole, then a line a file: its clip and its `Entry`
+  index.jsonl              a header, then one line per file: its clip, its hash, its measurements, and what
+                           decoding gave (problem, remarks, hash of the samples)
+  train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
-`pack` makes it; the index comes last, so a store without one is not finished.
+While packing, the header has no digest and the lines are those so far, in any order: `pack` resumes there.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from dataclasses import dataclass, fields, replace
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import soundfile
+from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.clips import Clip, Dataset, decode
-from osscl_min.runtime.files import UserError
+from osscl_min.data.audio import decode, measure
+from osscl_min.data.clips import Clip, Dataset, scan
+from osscl_min.runtime.files import UserError, locked, printable, replacing
 
-INDEX, JOURNAL, ARRAY = "index.jsonl", "journal.jsonl", "{}.int16"
-FORMAT = 1  # of the index
+INDEX, ARRAY, SPLITS = "index.jsonl", "{}.int16", ("train", "test")
+FORMAT = 2  # of the index
 SAMPLE = np.dtype("<i2")
+FULL_DISK = 5  # exit status, as of `download`
+AGAIN = "run the same `pack` again"
+Line = dict[str, Any]  # of the index
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What decoding a file gave."""
-
-    file: str  # relative to the data folder
-    split: str
-    size: int  # bytes, of the file
-    mtime_ns: int  # when it was last changed
-    sha256: str  # of the file
-    rate: int | None = None  # Hz, of the file; None where it is no sound file
-    channels: int | None = None
-    frames: int | None = None  # samples of a channel
-    encoding: str = ""  # "PCM_16", ...
-    problem: str = ""  # why it is not used
-    remarks: tuple[str, ...] = ()  # what was done to it
-    length: int = 0  # samples of the decoded clip
-    clipped: int = 0  # of them, those at either end of 16 bits
-    level: float | None = None  # root of the mean square, dB of full scale, -100 at least
-    content: str = ""  # sha256 of the decoded samples
-    offset: int | None = None  # where they begin in the split's array, in samples
-
-
-NAMES = [field.name for field in fields(Entry)]
-CLIP_NAMES = [field.name for field in fields(Clip) if field.name != "path"]
-
-
-def examine(task: tuple[Path, str, str], audio: AudioConfig, channel: int | None) -> tuple[Entry, np.ndarray]:
-    """Decode a file and describe it.
-
-    Parameters
-    ----------
-    task : (path, file, split)
-        Where it lies and what the entry calls it.
-    audio : AudioConfig
-    channel : int or None
-        As `dataset.decode` takes it.
-
-    Returns
-    -------
-    Entry
-        Without an offset.
-    samples : (audio.samples,) int16; empty where the file has a problem
-    """
-    path, file, split = task
-    entry = Entry(file, split, *stamp(path), file_hash(path))
-    try:
-        info = soundfile.info(path)
-        found = {"rate": info.samplerate, "channels": info.channels, "frames": info.frames}
-        entry = replace(entry, **found, encoding=info.subtype)
-    except RuntimeError:
-        pass  # `decode` says why
-    try:
-        samples, remarks = decode(path, audio, channel)
-    except UserError as error:
-        return replace(entry, problem=str(error)), np.empty(0, SAMPLE)
-    samples = samples.astype(SAMPLE, copy=False)
-    wave = samples.astype(np.float32)
-    root = np.sqrt(np.dot(wave, wave) / len(wave)) / 32768
-    return replace(
-        entry,
-        remarks=tuple(remarks),
-        length=len(samples),
-        clipped=int(np.count_nonzero((samples == 32767) | (samples == -32768))),
-        level=round(20 * float(np.log10(max(root, 1e-5))), 2),
-        content=hashlib.sha256(samples).hexdigest(),
-    ), samples
+def on_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], title: str, jobs: int | None = None
+) -> list[Result]:
+    """`function` of every item, with a progress bar. Decoding and hashing release the interpreter's lock."""
+    bar = {"desc": title, "unit": "file", "disable": None, "leave": False, "tqdm_class": tqdm}
+    return thread_map(function, items, max_workers=jobs or os.cpu_count(), **bar)
 
 
 def is_store(path: Path | str) -> bool:
     """Whether a folder holds a store, finished or not."""
-    return (Path(path) / INDEX).is_file() or (Path(path) / JOURNAL).is_file()
+    return os.path.isfile(Path(path) / INDEX)
 
 
-def describe(header: dict[str, Any]) -> str:
+def describe(header: Line) -> str:
     """What the rows are."""
     channel = "the mean of all channels" if header["channel"] is None else f"channel {header['channel']}"
     return f"clips of {header['seconds']:g} s at {header['sample_rate']} Hz, {channel}"
 
 
-def read_index(store: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The line about the whole, and the lines of the files.
-
-    Raises
-    ------
-    UserError
-        If the store is not finished or damaged.
-    """
+def read_store(store: Path | str) -> tuple[Line, Dataset, list[Line]]:
+    """The header of a finished store, its data set as `clips.scan` saw it, and the line of each clip."""
     store = Path(store)
-    if not (store / INDEX).is_file():
-        raise UserError(f"{store}: its packing was not finished; run the same `pack` again, it goes on")
-    again = "run the same `pack` again"
-    try:
-        with open(store / INDEX, encoding="utf-8") as file:
-            header, *lines = map(json.loads, file)
-        complete = header["format"] == FORMAT and header["files"] == len(lines)
-        complete = complete and all(line.keys() >= {*NAMES, *CLIP_NAMES} for line in lines)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        complete = False
-    if not complete:
-        raise UserError(f"{store / INDEX} is damaged; {again}")
-    for split in ("train", "test"):
-        array = store / ARRAY.format(split)
-        usable = [line for line in lines if line["split"] == split and not line["problem"]]
-        needed = max((line["offset"] + line["length"] for line in usable), default=0) * SAMPLE.itemsize
-        if size_of(array) < needed:
-            raise UserError(f"{array} is damaged: {size_of(array)} bytes, not {needed}; {again}")
-    return header, lines
+    header, lines, problem = _read_index(store)
+    if problem:
+        raise UserError(problem)
+    root, kept = Path(header["root"]), ("problems", "notes", "synthetic", "layout", "channel")
+    clips = [Clip(**line["clip"] | {"path": root / line["file"]}) for line in lines]
+    return header, Dataset(root, clips, **{name: header[name] for name in kept}), lines
 
 
-def read_store(store: Path | str) -> tuple[dict[str, Any], Dataset, list[dict[str, Any]]]:
-    """The index of a store, with every file's clip, usable or not, as `dataset.scan` found it.
+def write_index(store: Path, header: Line, lines: Sequence[Line]) -> None:
+    """Finish a store whose arrays are written; lines in the order of the data set."""
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    with replacing(store / INDEX) as file:
+        file.write(json.dumps(header | {"digest": _digest(header, content.encode())}) + "\n" + content)
 
-    Returns
-    -------
-    header : dict
-    dataset : Dataset
-    lines : list of dict
-        One for each of the data set's clips.
 
-    Raises
-    ------
-    UserError
-        If the store is not finished or damaged.
+def pack(
+    data: Path | str,
+    store: Path | str,
+    audio: AudioConfig,
+    *,
+    channel: int | None = None,
+    verify: bool = False,
+    jobs: int | None = None,
+) -> str:
+    """Pack a data folder or manifest into a store, or bring the store up to date; returns what was done.
+
+    A split is packed again if any of its files was added, removed, or changed in size or time. Interrupted
+    at any moment, the next call resumes. `verify` also compares every file and every row with its hash, and
+    packs again what differs. `jobs` is the number of threads.
     """
-    header, lines = read_index(store)
-    root = Path(header["root"])
-    clips = [Clip(root / line["file"], **{name: line[name] for name in CLIP_NAMES}) for line in lines]
-    kept = {name: header[name] for name in ("problems", "synthetic", "layout", "channel")}
-    return header, Dataset(root, clips, **kept), lines
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.is_file() else 0
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Size (bytes) and time of the last change (ns)."""
+    store, name = Path(store), printable(store)
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: give at least 1")
+    if is_store(data):
+        raise UserError(f"{printable(data)} is a packed store itself; give the folder it was made from")
+    dataset = scan(data, channel)
+    header = {
+        "format": FORMAT,
+        "sample_rate": audio.sample_rate,
+        "seconds": audio.seconds,
+        "channel": dataset.channel,
+        "layout": dataset.layout,
+        "synthetic": dataset.synthetic,
+        "data": str(Path(data).absolute()),
+        "root": str(dataset.root.absolute()),
+        "problems": dict(dataset.problems),
+        "notes": dataset.notes,
+        "files": {split: _list_digest(dataset, split) for split in SPLITS},
+    }
     try:
-        status = path.stat()
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+        if dataset.layout != "manifest" and store.resolve().is_relative_to(dataset.root.resolve()):
+            raise UserError(f"{name} lies in the data folder; choose a place outside")
+        if store.is_dir() and not is_store(store) and {path.name for path in store.iterdir()} - {".lock"}:
+            raise UserError(f"{name} is not empty and no packed store; choose another folder")
+        with locked(store, "packing"):
+            return _pack(dataset, store, header, audio, verify, jobs)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "the disk is full; free some space" if full else f"cannot be written: {error.strerror or error}"
+        raise UserError(f"{name}: {why}; {AGAIN}, it resumes", FULL_DISK if full else 2) from error
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file; "" where it cannot be read."""
+def _pack(
+    dataset: Dataset, store: Path, header: Line, audio: AudioConfig, verify: bool, jobs: int | None
+) -> str:
+    size, clips, counts = audio.samples * SAMPLE.itemsize, {}, Counter()  # bytes per row
+    for clip in dataset.clips:
+        place = store / ARRAY.format(clip.split), counts[clip.split] * size
+        clips[dataset.name(clip.path)] = clip, *place
+        counts[clip.split] += 1
+    old, lines, _ = _read_index(store)
+    other = "choose another folder or remove it"
+    if old and any(old.get(name) != header[name] for name in ("format", "sample_rate", "seconds", "channel")):
+        holds = describe(old) if old.get("format") == FORMAT else "what another version packed"
+        raise UserError(f"{printable(store)} holds {holds}, not {describe(header)}; {other}")
+    old_lines = {line["file"]: line for line in lines}
+    if old_lines and not clips.keys() & old_lines.keys():
+        raise UserError(f"{printable(store)} is the store of other data; {other}")
+    same = [split for split in SPLITS if old and old["files"][split] == header["files"][split]]
+    lines = {file: line for file, line in old_lines.items() if file in clips and clips[file][0].split in same}
+    for split in set(SPLITS) - set(same):
+        (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
+
+    def difference(file: str) -> str:
+        clip, array, offset = clips[file]
+        if verify and _hash(clip.path) != lines[file]["sha256"]:
+            return "other content, though size and time are the same"
+        damaged = not lines[file]["problem"] and _hash(array, offset, size) != lines[file]["content"]
+        return f"damaged in {array.name}" if damaged else ""
+
+    # rows of an unfinished store may not have reached the disk before the machine stopped
+    checks = list(lines) if verify or "digest" not in old else []
+    results = zip(checks, on_threads(difference, checks, "checking", jobs), strict=True)
+    differences = {file: text for file, text in results if text}
+    tasks = [file for file in clips if file not in lines or file in differences]
+
+    arrays = {store / ARRAY.format(split): counts[split] * size for split in SPLITS}
+    needed = sum(max(0, total - _size(array)) for array, total in arrays.items())
+    if needed > (free := shutil.disk_usage(store).free):
+        sizes = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
+        raise UserError(f"{printable(store)}: {sizes}; make room", FULL_DISK)
+    if tasks:
+        kept = [line for file, line in lines.items() if file not in differences]
+        with replacing(store / INDEX) as file:
+            file.writelines(json.dumps(line) + "\n" for line in (header, *kept))
+    lock = threading.Lock()
+
+    def work(file: str) -> Line:
+        clip, array, offset = clips[file]
+        line = {"file": file, "sha256": _hash(clip.path), "sound": measure(clip.path)}
+        try:
+            samples, remarks = decode(clip.path, audio, dataset.channel)
+            samples = samples.astype(SAMPLE, copy=False)
+            _write(array, offset, samples)
+            line |= {"problem": "", "remarks": remarks, "content": hashlib.sha256(samples).hexdigest()}
+        except UserError as error:
+            line |= {"problem": str(error), "remarks": [], "content": ""}
+        with lock, open(store / INDEX, "a", encoding="utf-8") as index:
+            index.write(json.dumps(line) + "\n")
+        return line
+
+    lines |= zip(tasks, on_threads(work, tasks, "packing", jobs), strict=True)
+    for array, total in arrays.items():
+        with open(array, "ab") as file:
+            file.truncate(total)
+            os.fsync(file.fileno())
+    final = [lines[file] | {"clip": asdict(clip) | {"path": file}} for file, (clip, *_) in clips.items()]
+    write_index(store, header, final)
+
+    usable = Counter(line["clip"]["split"] for line in final if not line["problem"])
+    dataset.problems |= {line["file"]: line["problem"] for line in final if line["problem"]}
+    dataset.remarks.update(remark for line in final for remark in line["remarks"])
+    report = [f"{file}: {text}; packed again" for file, text in differences.items() if verify]
+    report += filter(None, [dataset.report()])
+    report.append(
+        f"{printable(store)}: {usable['train']} training and {usable['test']} test clips of "
+        f"{audio.seconds:g} s at {audio.sample_rate} Hz, {sum(arrays.values()) / 1e6:.0f} MB; "
+        f"files: {len(tasks)} decoded, {len(clips) - len(tasks)} kept, "
+        f"{len(old_lines.keys() - clips.keys())} removed"
+    )
+    return "\n".join(report)
+
+
+def _read_index(store: Path) -> tuple[Line, list[Line], str]:
+    """Header, intact lines, and why this is no finished store; ({}, [], why) where it is damaged."""
+    name, damaged = printable(store), ({}, [], f"{printable(store / INDEX)} is damaged; {AGAIN}")
+    lines: list[Line] = []
+    names = "file", "sha256", "sound", "problem", "remarks", "content"
+    try:
+        first, _, content = (store / INDEX).read_bytes().partition(b"\n")
+        header = json.loads(first)
+        if header["format"] != FORMAT:
+            return header, [], f"{name} was packed by another version; remove it and pack again"
+        describe(header), header["files"]["train"], header["files"]["test"]
+        if "digest" not in header:
+            with suppress(ValueError, LookupError, TypeError):  # the last line may be half there
+                for line in map(json.loads, content.splitlines()):
+                    lines.append({name: line[name] for name in names})
+            return header, lines, f"{name}: its packing was not finished; {AGAIN}, it resumes"
+        if header["digest"] != _digest(header, content):
+            return damaged
+        lines = [json.loads(line) for line in content.splitlines()]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return damaged
+    counts = Counter(line["clip"]["split"] for line in lines)
+    for split in SPLITS:
+        array = store / ARRAY.format(split)
+        expected = counts[split] * round(header["seconds"] * header["sample_rate"]) * SAMPLE.itemsize
+        if _size(array) != expected:
+            problem = f"{printable(array)} is damaged: {_size(array)} bytes, not {expected}; {AGAIN}"
+            return {}, [], problem
+    return header, lines, ""
+
+
+def _digest(header: Line, content: bytes) -> str:
+    """Of everything in an index but this, so that no line needs a check of its own."""
+    rest = {name: value for name, value in header.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + content).hexdigest()
+
+
+def _list_digest(dataset: Dataset, split: str) -> str:
+    """Stands for the files of a split: their names, sizes and times of change."""
+    status = [(dataset.name(clip.path), os.stat(clip.path)) for clip in dataset.split(split)]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in status]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _hash(path: Path, offset: int = 0, size: int = -1) -> str:
+    """sha256 of a file, or of a part of it; "" where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(offset)
+            read = hashlib.sha256(file.read(size)) if size >= 0 else hashlib.file_digest(file, "sha256")
+            return read.hexdigest()
     except OSError:
         return ""
+
+
+def _write(array: Path, offset: int, samples: np.ndarray) -> None:
+    """Written, not mapped: a full disk is then an error and not a signal."""
+    with open(os.open(array, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+        file.seek(offset)
+        file.write(samples)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -1,14 +1,12 @@
 """Simulated machines: six types written as a folder in the DCASE 2020 Task 2 layout.
 
 A stand-in for the real recordings, so that everything runs without a download. Each machine identity has
-its own fixed physical parameters; each clip varies a little in speed, load, phase and gain and stands in
-factory-like noise. A fault changes the structure of the sound, never just its level. Results obtained on
-these clips say that the code learns; they say nothing about real machines.
+its own fixed physical parameters; clips vary a little in speed, load, phase and gain, in factory-like noise.
+A fault changes the structure of the sound, never just its level. Results on these clips show that the code
+learns; they say nothing about real machines.
 """
 
-import io
-import json
-import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from scipy import signal
 from scipy.io import wavfile
 from tqdm import tqdm
 
-from osscl_min.runtime.files import UserError, replacing, write_json
+from osscl_min.runtime.files import UserError, printable, read_json, replacing, write_json
 
 IDS = {
     "fan": ("00", "02", "04", "06"),
@@ -36,8 +34,8 @@ ANOMALIES: dict[str, tuple[str, ...]] = {
     "ToyConveyor": ("bearing", "imbalance", "rattle"),
     "valve": ("missing_stroke", "leak", "rattle"),
 }
-# What sets the identities of one type apart. Frequencies in Hz, periods in seconds; whole numbers are counts
-# (upper end excluded). `speed` is turns a second, `mode_k` a resonance of the housing.
+# What distinguishes the identities of one type. Frequencies in Hz, periods in seconds; whole numbers are
+# counts (upper end excluded). `speed` is turns per second, `mode_k` a resonance of the housing.
 PARAMETERS: dict[str, dict[str, tuple[float, float]]] = {
     "fan": dict(speed=(23.0, 29.0), blades=(5, 9), mode_1=(420.0, 640.0), mode_2=(1300.0, 1900.0),
                 mode_3=(3000.0, 4200.0)),
@@ -57,9 +55,14 @@ RECIPE = 1  # raise it when the sound of a clip changes: a folder of an older re
 NOTE = "Synthetic: simulated machines made by osscl_min.data.synth, no recordings. Not the DCASE 2020 data."
 
 
+_COUNT = 1, 1_000_000
+RANGES = dict(seconds=(1, 3600), sample_rate=(16_000, 1_000_000), ids_per_type=(1, 4), snr_db=(-300, 300),
+              train_clips=_COUNT, test_normal=_COUNT, test_anomaly=_COUNT, seed=(0, 2**63))  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SynthConfig:
-    """What the simulated data set holds. Counts are clips of one machine id."""
+    """What the simulated data set holds. Counts are clips per machine id."""
 
     seconds: float = 2.0  # length of a clip, at least 1
     sample_rate: int = 16000  # Hz, at least 16000
@@ -71,12 +74,9 @@ class SynthConfig:
     seed: int = 0  # draws the machines and the clips
 
     def __post_init__(self) -> None:
-        least = dict(seconds=1, sample_rate=16000, train_clips=1, test_normal=1, test_anomaly=1, seed=0)
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise UserError(f"SynthConfig.{name} is {getattr(self, name)}: give at least {low}")
-        if not (1 <= self.ids_per_type <= 4 and math.isfinite(self.snr_db) and math.isfinite(self.seconds)):
-            raise UserError(f"ids_per_type must be 1 to 4, snr_db and seconds finite numbers: {self}")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"synth: {name} is {getattr(self, name)}, not in {low} to {high}")
 
 
 def clip_generator(seed: int, *name: str | int) -> np.random.Generator:
@@ -107,7 +107,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 class _Clip:
-    """One recording: its clock, its random generator and the small natural variation of this run."""
+    """One recording: its clock, its random generator and its small natural variation."""
 
     def __init__(self, rng: np.random.Generator, config: SynthConfig, anomaly: str | None):
         self.rng, self.rate, self.anomaly = rng, config.sample_rate, anomaly
@@ -265,24 +265,10 @@ def machine_clip(
     config: SynthConfig,
     anomaly: str | None = None,
 ) -> np.ndarray:
-    """Simulate one recording of one machine of IDS.
+    """Simulate one recording of a machine of IDS: float64 in [-1, 1], shape (round(seconds * sample_rate),).
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Draws what differs from clip to clip; the machine's own parameters follow from `config.seed`.
-    anomaly : str, optional
-        A fault of ANOMALIES[machine_type]; None for a normal clip.
-
-    Returns
-    -------
-    numpy.ndarray
-        Samples in [-1, 1], shape (round(seconds * sample_rate),), float64.
-
-    Raises
-    ------
-    UserError
-        For an unknown machine, or a fault that its type does not have.
+    `rng` draws what differs from clip to clip; the machine's own parameters follow from `config.seed`.
+    `anomaly` is a fault of ANOMALIES[machine_type], or None for a normal clip.
     """
     p = machine_parameters(machine_type, machine_id, config.seed)
     if anomaly is not None and anomaly not in ANOMALIES[machine_type]:
@@ -311,22 +297,15 @@ def _plan(config: SynthConfig) -> dict[str, tuple[tuple[str | int, ...], str | N
 
 
 def write_dataset(root: Path, config: SynthConfig) -> Path:
-    """Write the simulated data set as 16-bit mono wav files in the DCASE 2020 layout.
+    """Write the simulated data set as 16-bit mono wav files in the DCASE 2020 layout; returns `root`.
 
-    `root`/TYPE/train/normal_id_00_00000000.wav, .../test/normal_..., .../test/anomaly_..., and last of all
-    synthetic.json: the configuration, the machines' parameters and the fault in each anomalous clip. A
-    complete folder of this configuration is left as it is. An interrupted one is completed, once the clips
-    in it have been compared with what belongs there. Nothing is ever overwritten. Returns `root`.
-
-    Raises
-    ------
-    UserError
-        If `root` holds another configuration or other files, or is a file itself.
+    synthetic.json comes first: the configuration, the machines' parameters and the fault of each anomalous
+    clip. It marks the folder as this data set's: the next call adds the clips that are missing, another
+    configuration or a folder with other files is refused, and nothing is ever overwritten.
     """
     root, plan = Path(root), _plan(config)
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root} is a file: name a folder for the simulated clips")
-    machines = sorted({name[:2] for name, _ in plan.values()})
+    name, recipe = printable(root), root / "synthetic.json"
+    machines = sorted({parts[:2] for parts, _ in plan.values()})
     record = {
         "note": NOTE,
         "recipe": RECIPE,
@@ -334,31 +313,19 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
         "machines": {f"{t}/id_{i}": vars(machine_parameters(t, i, config.seed)) for t, i in machines},
         "anomalies": {file: fault for file, (_, fault) in plan.items() if fault},
     }
-    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    if "synthetic.json" in present:
-        try:
-            found = json.loads((root / "synthetic.json").read_text())
-        except ValueError:
-            found = None
-        if found != record:
-            raise UserError(f"{root}/synthetic.json tells of other clips: use a new folder")
-        if plan.keys() <= present:
-            return root
-    strangers = {name for name in present - {*plan, "synthetic.json"} if not name.endswith(".part")}
-    if strangers:
-        raise UserError(f"{root} holds other files, such as {min(strangers)}: use a new or empty folder")
-
-    # Clips that are there come first: they are compared before anything is written.
-    files = sorted(plan, key=lambda file: file not in present)
-    for file in tqdm(files, "simulated clips", unit="clip", disable=None):
-        name, fault = plan[file]
-        wave = machine_clip(name[0], name[1], clip_generator(config.seed, *name), config, fault)
-        wav = io.BytesIO()
-        wavfile.write(wav, config.sample_rate, np.round(wave * 32767).astype("<i2"))
-        if file not in present:
-            with replacing(root / file, "wb") as target:
-                target.write(wav.getvalue())
-        elif (root / file).read_bytes() != wav.getvalue():
-            raise UserError(f"{root / file} is not the clip of this configuration: use a new folder")
-    write_json(root / "synthetic.json", record)
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise UserError(f"{name} is a file: name a folder for the simulated clips")
+    if os.path.exists(recipe):
+        if read_json(recipe) != record:
+            raise UserError(f"{name}/synthetic.json describes other clips: use a new folder")
+    elif others := [file for file in (os.listdir(root) if root.exists() else ()) if not file.startswith(".")]:
+        raise UserError(f"{name} holds other files, such as {printable(min(others))}: use a new folder")
+    else:
+        write_json(recipe, record)
+    missing = [file for file in plan if not os.path.exists(root / file)]
+    for file in tqdm(missing, "simulated clips", unit="clip", disable=None):
+        parts, fault = plan[file]
+        wave = machine_clip(parts[0], parts[1], clip_generator(config.seed, *parts), config, fault)
+        with replacing(root / file, "wb") as target:
+            wavfile.write(target, config.sample_rate, np.round(wave * 32767).astype("<i2"))
     return root

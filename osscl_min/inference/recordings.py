@@ -20,7 +20,8 @@ import torch
 
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig
-from osscl_min.data.clips import MANIFEST, decode, duration, scan
+from osscl_min.data.audio import decode, duration
+from osscl_min.data.clips import MANIFEST, scan
 from osscl_min.data.layouts import readings
 from osscl_min.features import FrontEnd
 from osscl_min.inference.calibration import Calibration
@@ -146,7 +147,7 @@ class Scorer:
                 (part["type"], part["id"], layout.channel)
                 for layout, part in readings(Path(recording.file).absolute())
                 # any folder in a folder has the plain form, so only a known type makes it evidence
-                if layout.name != "plain" or part["type"] in ([given] if given else self.types)
+                if layout.distinctive or part["type"] in ([given] if given else self.types)
             ]
         if given:
             possible = [(given, machine_id, channel) for _, machine_id, channel in possible]

@@ -77,6 +77,7 @@ class Zenodo(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.files, self.faults, self.checksums, self.asked = files, {}, {}, Counter()
+        self.records = {}  # number -> what is answered instead of the record
         self.stalled, self.resume = threading.Event(), threading.Event()
 
     @classmethod
@@ -99,7 +100,9 @@ class Answer(BaseHTTPRequestHandler):
         fault = server.faults[name].pop(0) if server.faults.get(name) else None
         if isinstance(fault, int):
             return self.send_error(fault)
-        if name == record:
+        if name == record and record in server.records:
+            body = server.records[record]
+        elif name == record:
             body = json.dumps(
                 {"files": [self.entry(*key) for key in server.files if key[0] == int(record)]}
             ).encode()
@@ -132,7 +135,7 @@ def zenodo(monkeypatch):
 
 
 def fetch(zenodo, folder, **options):
-    return download(folder, **{"types": TYPES, "mirror": zenodo.url, **options})
+    return download(folder, **{"types": TYPES, "mirror": zenodo.url, "trust_mirror": True, **options})
 
 
 def tree(folder):
@@ -219,9 +222,9 @@ def refused(zenodo, folder, status, message, **options):
 @pytest.mark.parametrize("fault", [404, 503, "cut"])
 def test_a_file_that_cannot_be_fetched(fault, zenodo, tmp_path):
     zenodo.faults["dev_data_fan.zip"] = [fault] * 99
-    said = "ChunkedEncodingError" if fault == "cut" else str(fault)
+    reason = "ChunkedEncodingError" if fault == "cut" else str(fault)
     refused(
-        zenodo, tmp_path, NETWORK, rf"dev_data_fan.zip/content: cannot be fetched \({said}.* \(1 of 7 files"
+        zenodo, tmp_path, NETWORK, rf"dev_data_fan.zip/content: cannot be fetched \({reason}.* \(1 of 7 files"
     )
     missing = {name for name in everything(zenodo) if "fan" in name and "id_00" in name}
     assert missing and tree(tmp_path) == everything(zenodo) - missing, "the other files are there"
@@ -244,45 +247,94 @@ def test_no_network_and_no_record(zenodo, tmp_path):
     )
 
 
-def test_a_wrong_checksum(zenodo, tmp_path):
-    zenodo.checksums["dev_data_fan.zip"] = "0" * 32
-    refused(zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content: wrong checksum", **FAN)
+def test_the_published_checksums_are_pinned(zenodo, tmp_path):
+    assert len(module.MD5) == 18 and all(len(bytes.fromhex(value)) == 16 for value in module.MD5.values())
+    zips = {pattern.format(name) for _, pattern in module.PARTS.values() for name in module.TYPES}
+    assert zips - module.MD5.keys() == {"eval_data_list.csv"}
+    refused(
+        zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content.*the published one", trust_mirror=False, **FAN
+    )
+    assert zenodo.asked == {"3678171": 1}, "nothing that would be refused is fetched"
+    zenodo.checksums["dev_data_fan.zip"] = module.MD5["dev_data_fan.zip"]  # a server that tells a lie
+    refused(zenodo, tmp_path, CHECKSUM, "wrong checksum", trust_mirror=False, **FAN)
     assert tree(tmp_path) == set() and not leftovers(tmp_path)
 
 
-def test_a_truncated_zip(zenodo, tmp_path):
-    whole = zenodo.files[3678171, "dev_data_fan.zip"]
-    zenodo.files[3678171, "dev_data_fan.zip"] = whole[: len(whole) // 2]
-    refused(zenodo, tmp_path, CORRUPT, "dev_data_fan.zip.*a corrupt zip", **FAN)
-    assert tree(tmp_path) == set()
-    zenodo.files[3678171, "dev_data_fan.zip"] = whole
-    fetch(zenodo, tmp_path)
-    assert tree(tmp_path) == everything(zenodo) and not leftovers(tmp_path)
-
-
-def test_a_zip_with_a_damaged_clip_leaves_nothing(zenodo, tmp_path):
-    content = bytearray(zenodo.files[3678171, "dev_data_fan.zip"])
-    last = zipfile.ZipFile(io.BytesIO(content)).infolist()[-1]
-    content[last.header_offset + 1500] ^= 0xFF
-    zenodo.files[3678171, "dev_data_fan.zip"] = bytes(content)
-    refused(zenodo, tmp_path, CORRUPT, "a corrupt zip", **FAN)
-    assert tree(tmp_path) == set()
-    assert leftovers(tmp_path) == ["dev_data_fan.zip"]
+ENTRY = {"key": "dev_data_fan.zip", "size": 9, "checksum": "md5:0", "links": {"self": "https://zenodo.org/x"}}
 
 
 @pytest.mark.parametrize(
-    "evil", ["../evil", "fan/train/../../../evil.wav", "/evil", "C:/evil", "fan\\..\\..\\evil"]
+    "record",
+    [
+        "[" * 100_000,
+        '{"files": ' * 10_000,
+        "[]",
+        "5",
+        "null",
+        '{"files": null}',
+        '{"files": [5]}',
+        '{"files": [{"key": []}]}',
+        json.dumps({"files": [ENTRY | {"size": -1}]}),
+        json.dumps({"files": [ENTRY | {"size": "many"}]}),
+        '{"files": [{"key": "dev_data_fan.zip", "size": 1e999, "checksum": "", "links": {"self": ""}}]}',
+        json.dumps({"files": [ENTRY | {"links": {"self": 5}}]}),
+        json.dumps({"files": [ENTRY | {"links": []}]}),
+        "\xff",
+    ],
 )
-def test_a_zip_that_would_leave_the_folder(evil, zenodo, tmp_path):
-    zenodo.files[3678171, "dev_data_fan.zip"] = packed(["fan/train/normal_id_00_00000000.wav", evil])
-    refused(zenodo, tmp_path / "data", CORRUPT, "evil.*would leave the folder", **FAN)
-    assert tree(tmp_path / "data") == set()
+def test_an_odd_record_is_one_line(record, zenodo, tmp_path):
+    zenodo.records["3678171"] = record.encode("latin-1")
+    refused(zenodo, tmp_path, NETWORK, "3678171: not a record with the files dev_data_fan.zip", **FAN)
+
+
+def bomb(size):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("fan/train/normal_id_00_00000000.wav", bytes(size))
+    return content.getvalue()
+
+
+def test_room_for_the_clips_is_checked_before_unpacking(zenodo, tmp_path, monkeypatch):
+    content = zenodo.files[3678171, "dev_data_fan.zip"]
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        needed = sum(item.file_size for item in archive.infolist())
+    free = iter([10**9, needed - 1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    refused(zenodo, tmp_path, FULL, "GB needed and", **FAN)
+    assert tree(tmp_path) == set() and leftovers(tmp_path) == ["dev_data_fan.zip"]
+
+
+def damaged(content):
+    """A zip whose last clip has another byte."""
+    content = bytearray(content)
+    content[zipfile.ZipFile(io.BytesIO(content)).infolist()[-1].header_offset + 1500] ^= 0xFF
+    return bytes(content)
+
+
+CLIP = "fan/train/normal_id_00_00000000.wav"
+HOSTILE = {
+    "truncated": (lambda content: content[: len(content) // 2], "a corrupt zip"),
+    "damaged clip": (damaged, "a corrupt zip"),
+    "no clips": (lambda _: packed(["__MACOSX/fan/train/._a.wav", "fan/readme.wav"]), "no TYPE/train"),
+    "bomb": (lambda _: bomb(20_000_000), "not unpacked, its clips would take 20 MB, the zip 0.0"),
+    **{
+        name: (lambda _, name=name: packed([CLIP, name]), "evil.*would leave the folder")
+        for name in ("../evil", "fan/train/../../../evil.wav", "/evil", "C:/evil", "fan\\..\\..\\evil")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_zip_leaves_nothing(kind, zenodo, tmp_path):
+    key = 3678171, "dev_data_fan.zip"
+    whole, (spoil, message) = zenodo.files[key], HOSTILE[kind]
+    zenodo.files[key] = spoil(whole)
+    refused(zenodo, tmp_path / "data", CORRUPT, message, **FAN)
+    assert tree(tmp_path / "data") == set() and leftovers(tmp_path / "data") == ["dev_data_fan.zip"]
     assert [path.name for path in tmp_path.iterdir()] == ["data"] and not Path("/evil").exists()
-
-
-def test_a_zip_without_clips(zenodo, tmp_path):
-    zenodo.files[3678171, "dev_data_fan.zip"] = packed(["__MACOSX/fan/train/._a.wav", "fan/readme.wav"])
-    refused(zenodo, tmp_path, CORRUPT, "no TYPE/train", **FAN)
+    zenodo.files[key] = whole
+    fetch(zenodo, tmp_path / "data")
+    assert tree(tmp_path / "data") == everything(zenodo) and not leftovers(tmp_path / "data")
 
 
 def test_too_little_space_is_said_first(zenodo, tmp_path, monkeypatch):
@@ -313,35 +365,13 @@ def test_a_folder_that_cannot_be_written(place, zenodo, tmp_path):
     assert (tmp_path / place).read_text() == "in the way"
 
 
-def test_an_interrupted_run_goes_on(zenodo, tmp_path, monkeypatch):
-    """Killed between the first files: what was unpacked and what was fetched are not fetched again."""
-    place = module._place
-
-    def killed(root, name):
-        if name == "dev_data_ToyCar.zip":
-            raise KeyboardInterrupt
-        return place(root, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_place", killed)
-        with pytest.raises(KeyboardInterrupt):
-            fetch(zenodo, tmp_path, jobs=1)
-    assert zenodo.asked["eval_data_list.csv"] == 0, "it stopped at once"
-    begun = Counter(zenodo.asked) - Counter(["dev_data_fan.zip", "dev_data_ToyCar.zip"])
-    (tmp_path / ".download" / "tmpabc").write_text("half a file")
-    fetch(zenodo, tmp_path, jobs=1)
-    assert zenodo.asked["dev_data_fan.zip"] == zenodo.asked["dev_data_ToyCar.zip"] == 1
-    assert all(zenodo.asked[name] == 1 or begun[name] for _, name in zenodo.files)
-    assert tree(tmp_path) == everything(zenodo) and not leftovers(tmp_path)
-
-
 def osscl(zenodo, *options):
-    command = [*COMMAND, "download", *map(str, options), "--mirror", zenodo.url]
+    command = [*COMMAND, "download", *map(str, options), "--mirror", zenodo.url, "--trust-mirror"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **pipes, text=True, env=environment(NO_COLOR="1"))
 
 
-def test_a_killed_run_goes_on(zenodo, tmp_path):
+def test_a_killed_run_resumes(zenodo, tmp_path):
     zenodo.faults["dev_data_ToyCar.zip"] = ["stall"]
     process = osscl(zenodo, tmp_path, "--types", "fan,ToyCar", "--jobs", "1")
     assert zenodo.stalled.wait(60)

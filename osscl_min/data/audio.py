@@ -1,0 +1,177 @@
+"""Sound files: open them, decode them to the model's input, measure them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import scipy.signal
+import soundfile
+
+from osscl_min.config import AudioConfig
+from osscl_min.runtime.files import UserError
+
+LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz; a header outside this range is damaged
+LARGEST = 1e15  # full scale is 1; the square of a larger sample overflows float32
+FULL_SCALE = 32767 / 32768  # samples this large count as clipped
+BLOCK = 1 << 18  # samples, all channels together, in memory at a time
+
+
+@contextmanager
+def open_sound(path: Path | str) -> Iterator[soundfile.SoundFile]:
+    """Open a sound file for reading; what is wrong with the file is a UserError."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError("not a regular file")
+        with soundfile.SoundFile(path) as file:
+            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+                raise UserError(f"its header gives a rate of {file.samplerate} Hz, not 1 kHz to 1 MHz")
+            if file.frames >= 1 << 62:  # libsndfile's "unknown"
+                raise UserError("its header gives no length; convert it to wav")
+            # libsndfile takes the length of a truncated wav to be what is left of it, and notes the other
+            declared = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+            if declared and int(declared[1]) < 0x7FFFFFFF:  # larger: a header that never got its length
+                raise UserError(f"truncated: {declared[2]} of {declared[1]} bytes of sound")
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"not a readable sound file ({error.error_string.rstrip('.')})") from error
+    except OSError as error:
+        raise UserError(f"not a readable sound file ({error.strerror or error})") from error
+    except (RuntimeError, UnicodeError) as error:
+        raise UserError(f"not a readable sound file ({error})") from error
+
+
+def _blocks(file: soundfile.SoundFile, frames: int, dtype: str) -> Iterator[np.ndarray]:
+    """The next `frames` samples of all channels, as blocks (n, channels)."""
+    done = 0
+    while done < frames:
+        size = min(max(1, BLOCK // file.channels), frames - done)
+        block = file.read(size, dtype=dtype, always_2d=True)
+        if not len(block):
+            raise UserError(f"truncated: {done} of {frames} samples")
+        if dtype != "int16" and not np.abs(block).max() < LARGEST:
+            raise UserError(f"holds NaN or infinite samples, or some beyond {LARGEST:g}")
+        done += len(block)
+        yield block
+
+
+def duration(path: Path | str) -> float:
+    """Seconds of a sound file according to its header."""
+    with open_sound(path) as file:
+        return file.frames / file.samplerate
+
+
+def decode(
+    path: Path | str, audio: AudioConfig, channel: int | None = None, start: float | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Read a sound file as the model takes it: (audio.samples,) int16, mono; 32768 is full scale.
+
+    Other rates are resampled, longer files cropped to their beginning (only that part is read), shorter ones
+    repeated. `channel` is taken from a file with several, whose mean is the default. `start` (seconds) reads
+    the clip that starts there as if it were a file of its own. Also returns what was done, as phrases for
+    `Dataset.remarks`. A file that is truncated, empty, silent, shorter than one second or holds NaN is a
+    UserError.
+    """
+    remarks = []
+    with open_sound(path) as file:
+        rate, channels, frames, first = file.samplerate, file.channels, file.frames, 0
+        if start is not None:
+            first = file.seek(min(round(start * rate), frames))
+            frames = min(math.ceil(audio.seconds * rate), frames - first)
+        if not frames:
+            raise UserError("empty")
+        if frames < rate:
+            raise UserError(f"shorter than one second ({frames / rate:.2f} s)")
+        if channels > 1 and channel is not None and not 0 <= channel < channels:
+            raise UserError(f"has no channel {channel}, only 0 to {channels - 1}")
+        common = math.gcd(rate, audio.sample_rate)
+        up, down = audio.sample_rate // common, rate // common
+        # the resampling filter reaches 10 * max(up, down) / up samples ahead; twice that is safe
+        needed = min(frames, -(-audio.samples * down // up) + 20 * max(up, down) // up + 2)
+        mean = channels > 1 and channel is None
+        exact = file.subtype == "PCM_16" and rate == audio.sample_rate and not mean
+        column = 0 if channels == 1 else channel
+        parts, done, silent = [], 0, True
+        for block in _blocks(file, frames, "int16" if exact else "float64"):
+            mono = block.mean(axis=1) if mean else block[:, column]
+            if done < needed:
+                parts.append(mono)
+            silent = silent and bool((mono == parts[0][0]).all())
+            done += len(mono)
+            if done >= needed and not silent:
+                break
+        if done < frames and file.format == "FLAC":  # its header does not show that the end is missing
+            file.seek(first + frames - 1)
+            if not len(file.read(1)):
+                raise UserError(f"truncated: less than {frames} samples")
+    if silent:
+        raise UserError("silent")
+    if channels > 1:
+        taken = "averaged" if mean else f"channel {channel} taken"
+        remarks.append(f"with several channels, {taken}")
+    samples = np.concatenate(parts)[:needed]
+    if rate != audio.sample_rate:
+        samples = scipy.signal.resample_poly(samples, up, down)
+        remarks.append(f"resampled from {rate} Hz to {audio.sample_rate} Hz")
+    samples = samples[: audio.samples]
+    if not exact:
+        scaled = np.rint(samples * 32768)
+        if np.abs(scaled).max() > 32768:
+            remarks.append("clipped to 16 bits")
+        samples = scaled.clip(-32768, 32767).astype(np.int16)
+    if -(-frames * up // down) > audio.samples:
+        remarks.append(f"cropped to {audio.seconds:g} s")
+    elif len(samples) < audio.samples:
+        remarks.append(f"repeated to {audio.seconds:g} s")
+        samples = np.resize(samples, audio.samples)
+    return np.ascontiguousarray(samples), remarks
+
+
+class Sound(TypedDict):
+    """What one file holds, all channels together."""
+
+    seconds: float
+    sample_rate: int  # Hz
+    channels: int
+    encoding: str  # "PCM_16", ...
+    level: float | None  # root mean square, dB of full scale; None for digital silence
+    clipped: int  # samples at full scale
+    silent: bool  # one value throughout
+    content: str  # digest of rate and samples: equal for equal sounds in any container
+
+
+def measure(path: Path | str) -> Sound | str:
+    """Read a whole file, block by block; a text says why it cannot be measured."""
+    digest, clipped, power, low, high = hashlib.sha256(), 0, 0.0, np.inf, -np.inf
+    try:
+        with open_sound(path) as file:
+            rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype
+            if not frames:
+                return "empty"
+            digest.update(f"{rate} {channels}".encode())
+            for block in _blocks(file, frames, "float32"):
+                digest.update(block.astype("<f4", copy=False))
+                power += float(np.vdot(block, block)) / (frames * channels)
+                low, high = min(low, block.min()), max(high, block.max())
+                if max(high, -low) >= FULL_SCALE:
+                    clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
+    except UserError as error:
+        return str(error)
+    return {
+        "seconds": frames / rate,
+        "sample_rate": rate,
+        "channels": channels,
+        "encoding": encoding,
+        "level": round(10 * math.log10(power), 2) if power > 0 else None,
+        "clipped": clipped,
+        "silent": bool(low == high),
+        "content": digest.hexdigest()[:16],
+    }

@@ -1,0 +1,204 @@
+"""Decoding and measuring sound files, and everything that can be wrong with one."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile
+from conftest import environment, write_sound
+
+from osscl_min.config import AudioConfig
+from osscl_min.data.audio import BLOCK, decode, duration, measure
+from osscl_min.runtime.files import UserError
+
+AUDIO = AudioConfig(seconds=2.0)
+
+
+def tone(seconds=2.0, rate=16_000, frequency=440.0, amplitude=0.3):
+    """A sine at `frequency` Hz, float64."""
+    return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
+
+
+def whole_file(path, audio=AUDIO, channel=None):
+    """What `decode` must return, computed from the whole file at once."""
+    samples, rate = soundfile.read(path, always_2d=True)
+    samples = samples.mean(axis=1) if channel is None else samples[:, channel]
+    if rate != audio.sample_rate:
+        common = np.gcd(rate, audio.sample_rate)
+        samples = scipy.signal.resample_poly(samples, audio.sample_rate // common, rate // common)
+    samples = np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)
+    return np.resize(samples, max(audio.samples, len(samples)))[: audio.samples]
+
+
+def test_int16_is_read_exactly(tmp_path):
+    samples = np.random.default_rng(1).integers(-32768, 32768, 32_000).astype(np.int16)
+    for suffix in ("wav", "flac"):
+        decoded, remarks = decode(write_sound(tmp_path / f"a.{suffix}", samples), AUDIO)
+        np.testing.assert_array_equal(decoded, samples)
+        assert decoded.dtype == np.int16 and remarks == []
+
+
+def test_float_is_rounded_to_the_same_int16(tmp_path):
+    samples = np.random.default_rng(1).integers(-32768, 32768, 32_000).astype(np.int16)
+    path = write_sound(tmp_path / "a.wav", samples / 32768, subtype="FLOAT")
+    np.testing.assert_array_equal(decode(path, AUDIO)[0], samples)
+    decoded, remarks = decode(write_sound(tmp_path / "b.wav", samples / 20000, subtype="FLOAT"), AUDIO)
+    assert remarks == ["clipped to 16 bits"]
+    np.testing.assert_array_equal(decoded, np.rint(samples / 20000 * 32768).clip(-32768, 32767))
+
+
+def test_several_channels_are_averaged_or_one_is_taken(tmp_path):
+    left, right = tone(frequency=440), tone(frequency=1000)
+    path = write_sound(tmp_path / "a.wav", np.stack([left, right], axis=1))
+    mean, remarks = decode(path, AUDIO)
+    assert remarks == ["with several channels, averaged"]
+    np.testing.assert_allclose(mean, (left + right) / 2 * 32768, atol=1.51)
+    second, remarks = decode(path, AUDIO, channel=1)
+    assert remarks == ["with several channels, channel 1 taken"]
+    np.testing.assert_allclose(second, right * 32768, atol=1.01)
+    with pytest.raises(UserError, match="no channel 2, only 0 to 1"):
+        decode(path, AUDIO, channel=2)
+
+
+def test_other_rates_are_resampled(tmp_path):
+    decoded, remarks = decode(write_sound(tmp_path / "a.wav", tone(rate=44_100), 44_100), AUDIO)
+    assert remarks == ["resampled from 44100 Hz to 16000 Hz"] and len(decoded) == 32_000
+    middle = slice(2_000, -2_000)  # without the filter's ends
+    assert np.abs(decoded - tone() * 32768)[middle].max() < 0.005 * 32768
+
+
+def test_longer_is_cropped_and_shorter_repeated(tmp_path):
+    long = np.random.default_rng(2).integers(-999, 999, 40_000).astype(np.int16)
+    decoded, remarks = decode(write_sound(tmp_path / "a.wav", long), AUDIO)
+    assert remarks == ["cropped to 2 s"]
+    np.testing.assert_array_equal(decoded, long[:32_000])
+    decoded, remarks = decode(write_sound(tmp_path / "b.wav", long[:20_000]), AUDIO)
+    assert remarks == ["repeated to 2 s"]
+    np.testing.assert_array_equal(decoded, np.concatenate([long[:20_000], long[:12_000]]))
+
+
+@pytest.mark.parametrize("rate", [4_000, 11_025, 16_000, 44_100, 47_999, 48_000, 96_000])
+@pytest.mark.parametrize(("seconds", "channels"), [(1.5, 1), (7.3, 8)])
+def test_the_part_that_is_kept_equals_that_of_the_whole_file(tmp_path, rate, seconds, channels):
+    shape = round(seconds * rate), channels
+    noise = np.random.default_rng(rate).integers(-20_000, 20_000, shape).astype(np.int16)
+    path = write_sound(tmp_path / "a.flac", noise, rate)
+    np.testing.assert_array_equal(decode(path, AUDIO)[0], whole_file(path))
+    last = channels - 1
+    np.testing.assert_array_equal(decode(path, AUDIO, last)[0], whole_file(path, channel=last))
+    remarks = decode(path, AUDIO)[1]
+    assert any(("cropped" if seconds > 2 else "repeated") in remark for remark in remarks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux")
+def test_a_long_file_takes_little_memory(tmp_path):
+    """Six minutes at 48 kHz in stereo are 276 MB as float64."""
+    path = tmp_path / "long.wav"
+    with soundfile.SoundFile(path, "w", 48_000, 2) as file:
+        minute = np.random.default_rng(0).integers(-9999, 9999, (60 * 48_000, 2)).astype(np.int16)
+        for _ in range(6):
+            file.write(minute)
+    code = (
+        "import resource, sys\nfrom osscl_min.config import AudioConfig\nfrom osscl_min.data import audio\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "audio.decode(sys.argv[1], AudioConfig())\naudio.measure(sys.argv[1])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", code, path]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    assert int(result.stdout) < 100_000
+
+
+def test_silence_at_the_beginning_is_not_a_silent_file(tmp_path):
+    noise = np.random.default_rng(0).integers(-999, 999, 32_000).astype(np.int16)
+    path = write_sound(tmp_path / "a.wav", np.concatenate([np.zeros(3 * BLOCK, np.int16), noise]))
+    assert not decode(path, AUDIO)[0].any()
+
+
+@pytest.mark.parametrize(("rate", "suffix"), [(16_000, "wav"), (16_000, "flac"), (44_100, "wav")])
+def test_a_clip_within_a_recording_is_as_a_file_of_its_own(tmp_path, rate, suffix):
+    long = np.random.default_rng(3).integers(-999, 999, 5 * rate).astype(np.int16)
+    path = write_sound(tmp_path / f"a.{suffix}", long, rate)
+    assert duration(path) == 5
+    for start in (0, 1.5, 3):
+        first = round(start * rate)
+        cut = write_sound(tmp_path / f"b.{suffix}", long[first : first + 2 * rate], rate)
+        np.testing.assert_array_equal(decode(path, AUDIO, start=start)[0], decode(cut, AUDIO)[0])
+    with pytest.raises(UserError, match="empty"):
+        decode(path, AUDIO, start=6)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 1])
+    return path
+
+
+def with_rate(path, rate):
+    """Write another rate into the header of a wav file."""
+    content = bytearray(path.read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+NOISE = np.random.default_rng(0).standard_normal(48_000) * 0.1
+
+
+def spoiled(value):
+    return np.concatenate([NOISE[:1234], [value], NOISE[1235:]])
+
+
+BROKEN = {
+    "text": (lambda p: p.write_text("This is no sound.\n" * 100), "not a readable sound file"),
+    "truncated": (lambda p: cut_in_half(write_sound(p, NOISE)), r"truncated: \d+ of 96000 bytes"),
+    "truncated flac": (
+        lambda p: cut_in_half(write_sound(p, NOISE, format="FLAC")),
+        "not a readable sound file|truncated",
+    ),
+    "flac truncated after the part that is kept": (
+        lambda p: cut_in_half(write_sound(p, np.tile(NOISE, 20), format="FLAC")),
+        "not a readable sound file|truncated",
+    ),
+    "zero bytes": (lambda p: p.touch(), "not a readable sound file"),
+    "zero samples": (lambda p: write_sound(p, np.zeros(0)), "empty"),
+    "silent": (lambda p: write_sound(p, np.zeros(32_000)), "silent"),
+    "constant": (lambda p: write_sound(p, np.full(32_000, 0.25)), "silent"),
+    "nan": (lambda p: write_sound(p, spoiled(np.nan), subtype="FLOAT"), "NaN"),
+    "infinite": (lambda p: write_sound(p, spoiled(-np.inf), subtype="FLOAT"), "infinite"),
+    "huge": (lambda p: write_sound(p, spoiled(-1e300), subtype="DOUBLE"), r"beyond 1e\+15"),
+    "short": (lambda p: write_sound(p, NOISE[:8_000]), r"shorter than one second \(0.50 s\)"),
+    "rate of 4 MHz": (lambda p: with_rate(write_sound(p, NOISE), 4_000_000), "rate of 4000000 Hz"),
+    "rate of 100 Hz": (lambda p: with_rate(write_sound(p, NOISE), 100), "rate of 100 Hz"),
+    "named pipe": (lambda p: os.mkfifo(p), "not a regular file"),
+    "device": (lambda p: p.symlink_to("/dev/zero"), "not a regular file"),
+    "folder": (lambda p: p.mkdir(), "not a regular file"),
+    "nothing": (lambda p: None, "No such file"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_one_line(kind, tmp_path):
+    make, message = BROKEN[kind]
+    make(tmp_path / "a.wav")
+    with pytest.raises(UserError, match=message) as caught:
+        decode(tmp_path / "a.wav", AUDIO)
+    assert "\n" not in str(caught.value)
+    if kind not in ("silent", "constant", "short"):
+        assert re.search(message, measure(tmp_path / "a.wav"))
+
+
+def test_measurements(tmp_path):
+    sine = 0.5 * np.sin(2 * np.pi * 100 * np.arange(16_000) / 16_000)
+    sound = measure(write_sound(tmp_path / "sine.wav", sine, subtype="FLOAT"))
+    assert sound["level"] == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.01)
+    assert (sound["encoding"], sound["clipped"], sound["seconds"]) == ("FLOAT", 0, 1.0)
+    loud = np.full((16_000, 2), 32766, np.int16)
+    loud[:3], loud[3:5, 0] = 32767, -32768
+    sound = measure(write_sound(tmp_path / "loud.wav", loud))
+    assert (sound["clipped"], sound["channels"], sound["silent"]) == (8, 2, False)
+    silence = measure(write_sound(tmp_path / "silent.wav", np.zeros(16_000)))
+    assert silence["silent"] and silence["level"] is None

@@ -1,0 +1,282 @@
+"""From a folder to clips: names, labels, truth, and everything that can be wrong with a folder."""
+
+import csv
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_sound
+
+from osscl_min.config import AudioConfig
+from osscl_min.data.clips import BENCHMARK, Clip, is_benchmark, label_table, scan
+from osscl_min.data.layouts import read_truth
+from osscl_min.data.reader import FolderReader, open_data
+from osscl_min.runtime.files import UserError
+
+AUDIO = AudioConfig(seconds=2.0)
+
+
+def tone(seconds=2.0, rate=16_000, frequency=440.0, amplitude=0.3):
+    """A sine at `frequency` Hz, float64."""
+    return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
+
+
+def write(path, samples=None, rate=16_000, **options):
+    return write_sound(path, tone() if samples is None else samples, rate, **options)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two machines of one type, two training clips each, and three test clips."""
+    for number in ("00", "02"):
+        for clip in range(2):
+            write(tmp_path / f"fan/train/normal_id_{number}_{clip:08d}.wav")
+    for name in ("normal_id_00_00000000", "anomaly_id_00_00000000", "id_01_00000000"):
+        write(tmp_path / f"fan/test/{name}.wav")
+    return tmp_path
+
+
+def problems(data, split="train"):
+    """What reading the clips of a split finds to be unusable: file name -> reason."""
+    dataset = scan(data)
+    reader = FolderReader(dataset, dataset.split(split), AUDIO)
+    assert [clip.path.name for clip in reader.clips] == [clip.path.name for clip in dataset.split(split)]
+    return {name.split("/")[-1]: reason for name, reason in dataset.problems.items()}, dataset, reader
+
+
+def test_benchmark_has_the_41_labels_in_the_authors_order():
+    assert len(BENCHMARK) == 41
+    position = {machine: label for label, machine in enumerate(BENCHMARK)}
+    assert [position["fan", "00"], position["pump", "00"], position["slider", "06"]] == [0, 7, 20]
+    assert [position["ToyCar", "01"], position["ToyCar", "07"]] == [21, 27]
+    assert [position["ToyConveyor", "01"], position["ToyConveyor", "06"]] == [28, 33]
+    assert [position["valve", "00"], position["valve", "06"]] == [34, 40]
+
+
+def test_names_tell_type_id_split_and_truth(data):
+    clips = {f"{clip.split}/{clip.path.name}": clip for clip in scan(data).clips}
+    assert len(clips) == 7
+    assert clips["train/normal_id_02_00000001.wav"].machine == ("fan", "02")
+    assert clips["train/normal_id_02_00000001.wav"].anomaly == 0
+    assert clips["test/normal_id_00_00000000.wav"].anomaly == 0
+    assert clips["test/anomaly_id_00_00000000.wav"].anomaly == 1
+    unlabelled = clips["test/id_01_00000000.wav"]
+    assert (unlabelled.anomaly, unlabelled.subset, unlabelled.machine_id) == (None, "evaluation", "01")
+
+
+TRUTH = "fan\nid_01_00000000.wav,anomaly_id_01_00000097.wav,1\n"
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n", "pump,,\nid_07_00000000.wav,x.wav,0\n"])
+def test_truth_is_read_beside_the_data_without_renaming(start, data):
+    (data / "eval_data_list.csv").write_text(start + TRUTH, encoding="utf-8")
+    dataset = scan(data)
+    clip = next(clip for clip in dataset.clips if clip.path.name == "id_01_00000000.wav")
+    assert (clip.anomaly, clip.subset) == (1, "evaluation")
+    assert dataset.report() == ("1 row of truth without a test clip" if "pump" in start else "")
+
+
+def test_truth_that_matches_nothing_is_counted(data):
+    (data / "eval_data_list.csv").write_text(TRUTH.replace("id_01", "id_09").replace("fan\n", "fan\n" * 2))
+    report = scan(data).report().splitlines()
+    assert report == ["1 row of truth without a test clip", "1 test clip without a known truth"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("id_01_00000001.wav,maybe", "line 3: .*maybe"),
+        ("id_01_00000001.wav,x.wav,0,3", "line 3: .*0,3"),
+        ("id_01_00000001.wav,x.wav,2", "line 3"),
+        ("id_01_00000001.wav", "line 3"),
+    ],
+)
+def test_truth_of_another_form_names_the_line(row, message, tmp_path):
+    file = tmp_path / "eval_data_list.csv"
+    file.write_text(f"fan\nid_01_00000000.wav,normal_id_01_00000003.wav,0\n{row}\n")
+    with pytest.raises(UserError, match=message):
+        read_truth(file)
+    file.write_bytes("fän\n".encode("utf-16"))
+    with pytest.raises(UserError, match="not in UTF-8"):
+        read_truth(file)
+
+
+def test_published_truth_file(real_data):
+    file = real_data / "dcase2020_eval_labels" / "eval_data_list.csv"
+    truth = read_truth(file)
+    assert len(truth) == 7103
+    # the original name, which the reader does not use, says the same
+    machine_type = None
+    for row in csv.reader(file.open(newline="")):
+        if len(row) == 1:
+            machine_type = row[0]
+        else:
+            assert truth[machine_type, row[0].removesuffix(".wav")] == row[1].startswith("anomaly"), row
+    machines = Counter((kind, stem.split("_")[1]) for kind, stem in truth)
+    assert len(machines) == 18 and set(machines) <= set(BENCHMARK)
+    assert machines["ToyCar", "05"] == 515
+
+
+def test_real_clips(real_data):
+    dataset = scan(real_data / "mimii_mini")
+    assert (len(dataset.split("train")), len(dataset.split("test")), dataset.problems) == (224, 256, {})
+    table = label_table(dataset.split("train"))
+    assert table == BENCHMARK and table.index(("valve", "06")) == 40
+
+
+def machines(*names, pattern="data/{}/train/normal_id_{}_00000000.wav"):
+    """A training clip of every "TYPE ID"."""
+    pairs = [name.split() for name in names]
+    return [Clip(Path(pattern.format(*pair)), *pair, "train", 0) for pair in pairs]
+
+
+FANS = ("fan 00", "fan 02", "fan 04", "fan 06")
+
+
+@pytest.mark.parametrize(
+    ("clips", "classes"),
+    [
+        (machines("fan 00", "fan 02"), 2),
+        (machines("fan A", "fan B"), 2),
+        (machines(*FANS), 41),
+        (machines(*FANS, "fan 01", "ToyConveyor 01", "ToyConveyor 02", "ToyConveyor 03"), 41),
+        (machines(*FANS, "pump 00"), 5),
+        (machines(*FANS, "grinder 00"), 5),
+        (machines(*FANS, "fan 08"), 5),
+        (machines(*FANS, pattern="data/{}/{}/monday.wav"), 4),
+        (machines(*(" ".join(machine) for machine in BENCHMARK)), 41),
+    ],
+)
+def test_only_the_benchmark_has_its_41_classes(clips, classes):
+    table = label_table(clips)
+    assert len(table) == classes and is_benchmark(clips) == (classes == 41)
+    assert set(table) >= {clip.machine for clip in clips}
+    inside = {clip.machine for clip in clips} <= set(BENCHMARK)
+    assert (label_table(clips, benchmark=True) == BENCHMARK) == inside
+    assert len(label_table(clips, benchmark=False)) == len({clip.machine for clip in clips})
+
+
+def test_label_table_of_other_machines_is_their_own(data):
+    write(data / "grinder/train/normal_id_07_00000000.wav")
+    clips = scan(data).split("train")
+    assert label_table(clips) == (("fan", "00"), ("fan", "02"), ("grinder", "07"))
+    with pytest.raises(UserError, match="at least two machines.*grinder 07"):
+        label_table([clip for clip in clips if clip.machine_type == "grinder"])
+    with pytest.raises(UserError, match="there is none"):
+        label_table([])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"no usable clips; expected TYPE/train/.* or TYPE/ID/any_name.wav"),
+        (["fan/training/normal_id_00_00000000.wav"], "the layout DCASE 2020: TYPE/train/normal_id_00"),
+        (["fan/00/section_00_source_train_normal_0000.wav"], "the layout DCASE 2021-2025: TYPE/train"),
+        (
+            ["fan/a.wav", "fan/b.wav"],
+            "none of 2 files can be used; fan/a.wav: .* plain: TYPE/ID/any_name.wav",
+        ),
+        (["a.wav"], "a.wav: does not fit the layout plain: TYPE/ID/any_name.wav"),
+        (["fan/00/a.mp3", "fan/00/b.mp3", "fan/00/c.ogg"], "2 .mp3 files, 1 .ogg file, but no .wav.*ffmpeg"),
+    ],
+)
+def test_a_folder_without_clips_names_the_layout_that_nearly_fits(names, message, tmp_path):
+    for name in names:
+        write(tmp_path / name) if name.endswith("wav") else write(tmp_path / name, format="OGG")
+    with pytest.raises(UserError, match=message) as caught:
+        scan(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "x" * 300, "a\0b", "\udcff"])
+def test_a_missing_folder_is_one_line(name, tmp_path):
+    with pytest.raises(UserError, match="no such data folder"):
+        open_data(tmp_path / name, AUDIO)
+
+
+def test_a_folder_with_test_clips_only_is_a_data_set(data):
+    shutil.rmtree(data / "fan/train")
+    (data / "documents").mkdir()
+    assert [clip.split for clip in scan(data).clips] == ["test"] * 3
+
+
+def test_strange_files_are_listed_and_the_rest_is_used(data):
+    train = data / "fan/train"
+    os.mkfifo(train / "normal_id_00_00000007.wav")
+    (train / "normal_id_00_00000008.wav").symlink_to("/dev/zero")
+    (train / "normal_id_00_00000009.wav").symlink_to("nowhere")
+    (train / "loop").symlink_to(data)
+    shutil.copy(train / "normal_id_00_00000000.wav", os.fsencode(train) + b"/normal_id_00_\xff.wav")
+    (data / "closed").mkdir(mode=0)
+    dataset = scan(data)
+    assert len(dataset.clips) == 7
+    reasons = {name.split("/")[-1]: reason for name, reason in dataset.problems.items()}
+    assert (
+        reasons["normal_id_00_00000007.wav"] == reasons["normal_id_00_00000008.wav"] == "not a regular file"
+    )
+    assert "cannot be read" in reasons["normal_id_00_00000009.wav"]
+    assert reasons["normal_id_00_\\xff.wav"] == "its name is not UTF-8"
+    assert os.getuid() == 0 or "cannot be read" in reasons["closed"]
+    dataset.report().encode()  # can be printed
+
+
+def test_names_that_cannot_be_clips_are_listed_with_the_reason(data):
+    write(data / "fan/train/fan_without_id.wav")
+    write(data / "fan/train/anomaly_id_00_00000009.wav")
+    (data / "fan/train/notes.txt").write_text("louder than usual")
+    (data / "fan/train/.hidden.wav").write_text("")
+    found, _, _ = problems(data)
+    assert "does not fit" in found.pop("fan_without_id.wav")
+    assert "anomalous clip in train" in found.pop("anomaly_id_00_00000009.wav")
+    assert found == {"notes.txt": "not a .wav or .flac file"}
+
+
+def test_unusable_files_are_left_out_counted_and_named_once(data):
+    write(data / "fan/train/normal_id_02_00000099.wav", tone(0.5))
+    found, dataset, reader = problems(data)
+    assert found == {"normal_id_02_00000099.wav": "shorter than one second (0.50 s)"} and len(reader) == 4
+    report = dataset.report()
+    assert "1 file not used" in report and report.count("00000099") == 1
+    with pytest.raises(UserError, match="strict"):
+        dataset.report(strict=True)
+
+
+def test_long_lists_of_problems_are_cut_but_counted(data):
+    for number in range(15):
+        (data / f"fan/train/normal_id_02_000001{number:02d}.wav").write_text("no sound")
+    _, dataset, _ = problems(data)
+    lines = dataset.report().splitlines()
+    assert lines[1] == "15 files not used:" and lines[-1].strip() == "... and 5 more" and len(lines) == 13
+
+
+def test_what_was_done_is_counted(data):
+    write(data / "fan/train/normal_id_02_00000097.wav", tone(3))
+    write(data / "fan/train/normal_id_02_00000098.wav", np.stack([tone(), tone()], 1))
+    write(data / "fan/train/normal_id_02_00000099.wav", np.stack([tone(), tone()], 1))
+    _, dataset, _ = problems(data)
+    assert dataset.report().splitlines() == [
+        "1 file cropped to 2 s",
+        "2 files with several channels, averaged",
+        "1 test clip without a known truth",
+    ]
+
+
+@pytest.mark.parametrize("keep", [2 << 30, 0], ids=["kept", "decoded anew"])
+def test_reader_gives_the_rows_asked_for(data, keep):
+    rng = np.random.default_rng(3)
+    written = {}
+    for path in sorted(data.glob("fan/train/*.wav")):
+        written[path.name] = rng.integers(-9999, 9999, 32_000).astype(np.int16)
+        write(path, written[path.name])
+    (data / "fan/train/normal_id_00_00000000.wav").write_text("broken")
+    dataset = scan(data)
+    reader = FolderReader(dataset, dataset.split("train"), AUDIO, keep)
+    assert all(row is None for row in reader.samples) == (keep == 0) and len(reader) == 3
+    batch = np.zeros((3, 32_000), np.int16)
+    assert reader.read([2, 0, 2], out=batch) is batch
+    for row, position in zip(batch, [2, 0, 2], strict=True):
+        np.testing.assert_array_equal(row, written[reader.clips[position].path.name])
+    assert reader.read([]).shape == (0, 32_000)

@@ -1,0 +1,321 @@
+"""The packed store: equals its folder, follows it, survives kill -9, and its damage is one clear line."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import COMMAND, environment, write_sound
+
+from osscl_min.config import AudioConfig
+from osscl_min.data import store as module
+from osscl_min.data.audio import decode
+from osscl_min.data.reader import FolderReader, StoreReader, open_data
+from osscl_min.data.store import pack, read_store
+from osscl_min.runtime.files import UserError, locked
+
+AUDIO = AudioConfig(seconds=1.0)
+
+
+def noise(seed, seconds=1.0, channels=1):
+    shape = (round(16_000 * seconds), channels)
+    return np.random.default_rng(seed).integers(-9000, 9000, shape, dtype=np.int16)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two machines, of clips that are usual, long, short, stereo, of another rate, and no sound at all."""
+    root = tmp_path / "data"
+    for machine in ("00", "02"):
+        for k in range(4):
+            write_sound(root / f"fan/train/normal_id_{machine}_{k:08d}.wav", noise(k + 10 * int(machine)))
+    write_sound(root / "fan/train/normal_id_02_00000004.flac", noise(50, 1.5))
+    write_sound(root / "fan/train/normal_id_02_00000005.wav", noise(51, 1.2, 2))
+    write_sound(root / "fan/train/normal_id_02_00000006.wav", noise(52, 3.0), 44_100)
+    (root / "fan/train/normal_id_02_00000007.wav").write_text("no sound")
+    (root / "fan/train/notes.txt").write_text("louder than usual")
+    for k, name in enumerate(("normal_id_00_00000000", "anomaly_id_00_00000000", "id_02_00000000")):
+        write_sound(root / f"fan/test/{name}.wav", noise(100 + k))
+    write_sound(root / "fan/test/normal_id_00_00000001.wav", np.zeros(16_000, np.int16))
+    return root
+
+
+def same(folder, store, audio=AUDIO):
+    """Assert that a folder and its store are the same data."""
+    here, there = open_data(folder, audio), open_data(store, audio)
+    assert isinstance(here.train, FolderReader) and isinstance(there.train, StoreReader)
+    assert vars(here.dataset) == vars(there.dataset) and here.report() == there.report()
+    for split in ("train", "test"):
+        one, other = getattr(here, split), getattr(there, split)
+        assert one.clips == other.clips and len(one) == len(other)
+        order = np.random.default_rng(0).permutation(len(one))
+        a, b = one.read(order), other.read(order)
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def state(store):
+    """Every visible file of a store and a digest of it."""
+    files = (path for path in store.iterdir() if not path.name.startswith("."))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_store_is_its_folder(data, tmp_path):
+    text = pack(data, tmp_path / "store", AUDIO)
+    assert "11 training and 3 test clips of 1 s at 16000 Hz" in text
+    assert "16 decoded, 0 kept, 0 removed" in text and "3 files not used" in text
+    same(data, tmp_path / "store")
+    assert sorted(state(tmp_path / "store")) == ["index.jsonl", "test.int16", "train.int16"]
+    with pytest.raises(UserError, match="stopped because of --strict"):
+        open_data(tmp_path / "store", AUDIO, strict=True)
+    only_test = open_data(tmp_path / "store", AUDIO, splits=["test"])
+    assert vars(only_test.dataset) == vars(open_data(data, AUDIO, splits=["test"]).dataset)
+
+
+def test_the_index_describes_every_file(data, tmp_path):
+    pack(data, tmp_path / "store", AUDIO)
+    header, dataset, lines = read_store(tmp_path / "store")
+    assert len(lines) == 16 and header["layout"] == "DCASE 2020" and not header["synthetic"]
+    for line, clip in zip(lines, dataset.clips, strict=True):
+        assert line["sha256"] == hashlib.sha256((data / line["file"]).read_bytes()).hexdigest()
+        assert clip.path == data / line["file"] and clip.machine_type == "fan"
+    files = [line["file"].split("/")[-1] for line in lines]
+    long = lines[files.index("normal_id_02_00000004.flac")]
+    assert (long["sound"]["seconds"], long["sound"]["encoding"]) == (1.5, "PCM_16")
+    assert long["remarks"] == ["cropped to 1 s"]
+    rows = np.fromfile(tmp_path / "store" / "train.int16", "<i2").reshape(-1, 16_000)
+    assert len(rows) == 12  # one is empty
+    row = rows[files.index("normal_id_02_00000004.flac") - 4]  # after the test clips
+    np.testing.assert_array_equal(row, noise(50, 1.5)[:16_000, 0])
+    assert long["content"] == hashlib.sha256(row).hexdigest()
+    bad = lines[files.index("normal_id_02_00000007.wav")]
+    assert "not a readable sound file" in bad["problem"] and bad["sound"] == bad["problem"]
+
+
+def test_a_split_whose_files_changed_is_packed_again(data, tmp_path):
+    store, train_folder = tmp_path / "store", data / "fan/train"
+    pack(data, store, AUDIO)
+    before = state(store)
+    assert "0 decoded, 16 kept" in pack(data, store, AUDIO)
+    assert state(store) == before
+    old = open_data(store, AUDIO)  # opened before the change, it still reads what it opened
+    expected = old.train.read(range(11))
+    write_sound(train_folder / "normal_id_00_00000000.wav", noise(70))
+    write_sound(train_folder / "normal_id_00_00000009.wav", noise(71))
+    (train_folder / "normal_id_02_00000001.wav").unlink()
+    assert "12 decoded, 4 kept, 1 removed" in pack(data, store, AUDIO)
+    same(data, store)
+    assert np.array_equal(old.train.read(range(11)), expected)
+    assert state(store)["test.int16"] == before["test.int16"]
+
+
+def test_truth_that_comes_later_needs_no_decoding(data, tmp_path):
+    pack(data, tmp_path / "store", AUDIO)
+    (data / "eval_data_list.csv").write_text("fan\nid_02_00000000.wav,anomaly_id_02_00000000.wav,1\n")
+    assert "0 decoded" in pack(data, tmp_path / "store", AUDIO)
+    same(data, tmp_path / "store")
+    clips = open_data(tmp_path / "store", AUDIO).test.clips
+    assert [clip.anomaly for clip in clips if clip.machine_id == "02"] == [1]
+
+
+def test_verify_finds_what_size_and_time_hide(data, tmp_path):
+    store, path = tmp_path / "store", data / "fan/train/normal_id_00_00000001.wav"
+    pack(data, store, AUDIO)
+    assert pack(data, store, AUDIO, verify=True).endswith("0 decoded, 16 kept, 0 removed")
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write_sound(path, noise(80))
+    os.utime(path, ns=times)
+    with open(store / "test.int16", "r+b") as file:  # a row damaged on the disk
+        file.seek(40_000)
+        file.write(b"\x55")
+    assert "0 decoded" in pack(data, store, AUDIO), "unseen without --verify"
+    text = pack(data, store, AUDIO, verify=True).splitlines()
+    assert text[0] == "fan/test/id_02_00000000.wav: damaged in test.int16; packed again"
+    assert text[1].startswith("fan/train/normal_id_00_00000001.wav: other content, though")
+    assert "2 decoded, 14 kept" in text[-1]
+    assert len(text) == 2 + len(open_data(data, AUDIO).report().splitlines()) + 1
+    same(data, store)
+
+
+def test_kill_9_while_packing(data, tmp_path):
+    for k in range(400):  # so that there is a middle
+        os.link(
+            data / "fan/train/normal_id_00_00000000.wav", data / f"fan/train/normal_id_00_{k + 100:08d}.wav"
+        )
+    store = tmp_path / "store"
+    command = [*COMMAND, "pack", data, store, "--jobs", "2", "--seconds", "1"]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
+    index, noted = store / "index.jsonl", 0
+    while process.poll() is None and noted < 60:
+        noted = index.read_bytes().count(b"\n") if index.is_file() else 0
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    with pytest.raises(UserError, match="store: its packing was not finished; run the same `pack` again"):
+        open_data(store, AUDIO)
+    with open(index, "a") as file:  # the last line may be half there
+        file.write('{"file": "fan/tr')
+    decoded = int(pack(data, store, AUDIO).rpartition("files: ")[2].split()[0])
+    assert 0 < decoded <= 416 - noted + 1
+    same(data, store)
+    assert sorted(state(store)) == ["index.jsonl", "test.int16", "train.int16"]
+
+
+def test_an_interrupted_pack_resumes_and_checks_what_it_has(data, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+
+    def interrupted(path, *arguments):
+        if path.name == "normal_id_00_00000002.wav":
+            raise KeyboardInterrupt
+        return decode(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack(data, store, AUDIO, jobs=1)
+    packed = [json.loads(line)["file"] for line in (store / "index.jsonl").read_text().splitlines()[1:]]
+    assert packed[0].startswith("fan/test") and 6 <= len(packed) < 16
+    with open(store / "test.int16", "r+b") as file:  # noted, but its page never reached the disk
+        file.write(bytes(32_000))
+    kept = len(packed) - 1
+    assert f"{16 - kept} decoded, {kept} kept" in pack(data, store, AUDIO)
+    same(data, store)
+
+
+def test_one_packing_at_a_time(data, tmp_path):
+    with locked(tmp_path / "store", "packing"):
+        with pytest.raises(UserError, match="another process is packing here"):
+            pack(data, tmp_path / "store", AUDIO)
+    pack(data, tmp_path / "store", AUDIO)
+
+
+def test_a_write_error_is_one_line_and_the_next_call_resumes(data, tmp_path):
+    limit = ["bash", "-c", 'ulimit -f 128; exec "$@"', "limit"]
+    command = [*limit, *COMMAND, "pack", data, tmp_path / "store", "--seconds", "1", "--jobs", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        f"osscl: {tmp_path / 'store'}: cannot be written: File too large; run the same"
+    )
+    assert "kept, 0 removed" in (text := pack(data, tmp_path / "store", AUDIO))
+    assert " 0 kept" not in text
+    same(data, tmp_path / "store")
+
+
+def test_a_full_disk_is_told_before(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100_000))
+    with pytest.raises(UserError, match="0.0005.* GB needed, 0.0001 GB free; make room") as caught:
+        pack(data, tmp_path / "store", AUDIO)
+    assert caught.value.exit_status == 5
+
+
+def edit(store, old, new):
+    index = store / "index.jsonl"
+    content = index.read_text()
+    assert old in content
+    index.write_text(content.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: os.truncate(s / "train.int16", 90_000), "train.int16 is damaged: 90000 bytes, not 384000"),
+        (lambda s: (s / "test.int16").unlink(), "test.int16 is damaged: 0 bytes, not 128000"),
+        (lambda s: os.truncate(s / "index.jsonl", 3000), "index.jsonl is damaged"),
+        (lambda s: (s / "index.jsonl").write_text("{}\n"), "index.jsonl is damaged"),
+        (lambda s: (s / "index.jsonl").write_text("[" * 100_000), "index.jsonl is damaged"),
+        (lambda s: (s / "index.jsonl").write_bytes(b"\xff\x00\n"), "index.jsonl is damaged"),
+        (lambda s: edit(s, '"machine_id": "02"', '"machine_id": 2'), "index.jsonl is damaged"),
+        (lambda s: edit(s, '"channels": 1', '"channels": null'), "index.jsonl is damaged"),
+        (
+            lambda s: edit(s, '"seconds": 1.0, "channel"', '"seconds": "1", "channel"'),
+            "index.jsonl is damaged",
+        ),
+        (lambda s: edit(s, '"layout": "DCASE 2020"', '"layout": 5'), "index.jsonl is damaged"),
+        (lambda s: edit(s, '"digest"', '"other"'), "its packing was not finished"),
+    ],
+)
+def test_a_damaged_store_is_one_line_and_repaired_by_packing(damage, message, data, tmp_path):
+    store = tmp_path / "store"
+    pack(data, store, AUDIO)
+    damage(store)
+    with pytest.raises(UserError, match=message) as caught:
+        open_data(store, AUDIO)
+    assert "run the same `pack` again" in str(caught.value) and "\n" not in str(caught.value)
+    pack(data, store, AUDIO)
+    same(data, store)
+
+
+def test_a_store_of_an_older_version_is_to_be_packed_again(data, tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
+    with pytest.raises(UserError, match="another version; remove it and pack again"):
+        open_data(store, AUDIO)
+    with pytest.raises(
+        UserError, match="holds what another version packed, not .* choose another folder or remove"
+    ):
+        pack(data, store, AUDIO)
+
+
+def test_a_store_of_something_else_is_refused(data, tmp_path):
+    store = tmp_path / "store"
+    pack(data, store, AUDIO)
+    before = state(store)
+    message = (
+        f"store holds clips of 1 s at 16000 Hz, the mean of all channels; make another store: "
+        f"python -m osscl_min pack {data} OTHER --sample-rate 16000 --seconds 2$"
+    )
+    with pytest.raises(UserError, match=message):
+        open_data(store, AudioConfig(seconds=2.0))
+    with pytest.raises(UserError, match="OTHER --sample-rate 16000 --seconds 1 --channel 1$"):
+        open_data(store, AUDIO, channel=1)
+    with pytest.raises(UserError, match="store holds clips of 1 s .*, not clips of 2 s at 16000"):
+        pack(data, store, AudioConfig(seconds=2.0))
+    with pytest.raises(UserError, match="not clips of 1 s at 16000 Hz, channel 1; choose another folder"):
+        pack(data, store, AUDIO, channel=1)
+    with pytest.raises(UserError, match="is a packed store itself"):
+        pack(store, tmp_path / "again", AUDIO)
+    with pytest.raises(UserError, match="lies in the data folder"):
+        pack(data, data / "store", AUDIO)
+    with pytest.raises(UserError, match="is not empty and no packed store"):
+        pack(data, tmp_path, AUDIO)
+    write_sound(tmp_path / "other/pump/train/normal_id_00_00000000.wav", noise(1))
+    with pytest.raises(UserError, match="store is the store of other data; choose another folder"):
+        pack(tmp_path / "other", store, AUDIO)
+    with pytest.raises(UserError, match="give at least 1"):
+        pack(data, store, AUDIO, jobs=0)
+    assert state(store) == before
+
+
+def test_other_rates_and_layouts_are_kept(tmp_path):
+    """MIMII with eight channels, at half the rate; a manifest with a file of its own place."""
+    for k in range(3):
+        for state_, seed in (("normal", 0), ("abnormal", 50)):
+            path = tmp_path / f"mimii/6_dB_fan/fan/id_00/{state_}/{k:08d}.wav"
+            write_sound(path, noise(seed + k, 2.0, 8))
+    half = AudioConfig(sample_rate=8_000, seconds=1.0, f_max=4_000.0)
+    pack(tmp_path / "mimii", tmp_path / "store", half)
+    same(tmp_path / "mimii", tmp_path / "store", half)
+    opened = open_data(tmp_path / "store", half)
+    assert (opened.dataset.layout, opened.dataset.channel) == ("MIMII", 0)
+    assert opened.train.clips[0].domain == "6_dB" and opened.train.read([0]).shape == (1, 8_000)
+    assert opened.dataset.remarks["with several channels, channel 0 taken"] == 6
+    write_sound(tmp_path / "elsewhere/a.wav", noise(1))
+    write_sound(tmp_path / "list/b.wav", noise(2))
+    (tmp_path / "list/manifest.csv").write_text(
+        "path,machine_type,machine_id,split,anomaly\n"
+        f"{tmp_path / 'elsewhere/a.wav'},saw,1,train,0\nb.wav,saw,2,test,\n../elsewhere/a.wav,saw,3,test,1\n"
+    )
+    pack(tmp_path / "list", tmp_path / "store2", AUDIO)
+    same(tmp_path / "list", tmp_path / "store2")
+
+
+def test_real_clips(real_data, tmp_path):
+    data = real_data / "mimii_mini"
+    text = pack(data, tmp_path / "all", AudioConfig())
+    assert "224 training and 256 test clips of 10 s at 16000 Hz, 154 MB; files: 480 decoded" in text
+    same(data, tmp_path / "all", AudioConfig())
