@@ -66,21 +66,12 @@ class LogMel(nn.Module):
         super().__init__()
         self.audio = audio
         # float64 buffers, cast to the wave's dtype: float32 filters would cost 1e-6 of the float64 result
-        self.register_buffer(
-            "window", torch.hann_window(audio.n_fft, periodic=True, dtype=torch.float64), persistent=False
-        )
+        window = torch.hann_window(audio.n_fft, periodic=True, dtype=torch.float64)
+        self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", torch.from_numpy(mel_filters(audio)), persistent=False)
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
-        """
-        Parameters
-        ----------
-        wave : (B, samples) or (B, 1, samples) float32 or float64
-
-        Returns
-        -------
-        (B, 1, mels, frames), dB, in the wave's dtype; frames = 1 + samples // hop
-        """
+        """(B, samples) or (B, 1, samples), float32 or float64 -> (B, 1, mels, 1 + samples // hop) in dB."""
         wave = wave.flatten(1)
         spectrum = torch.stft(
             wave,
@@ -125,7 +116,7 @@ class ZeroPhaseFilter(nn.Module):
             self.order, cutoff, kind.replace("-", ""), fs=audio.sample_rate, output="sos"
         )
         self.rate = audio.sample_rate
-        self.gains: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self.gains: dict[tuple[int, torch.device], torch.Tensor] = {}  # by length
 
     def gain(self, frequency: np.ndarray) -> np.ndarray:
         """Magnitude response of both passes at frequencies in Hz."""
@@ -158,17 +149,9 @@ class FrontEnd(nn.Module):
     def forward(
         self, samples: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Parameters
-        ----------
-        samples : (B, samples) int16
-        transform : callable, optional
-            Applied to the waves (B, samples) first, such as a filter or added noise.
+        """Samples (B, samples) int16 -> waves (B, samples), log-mels (B, 1, mels, frames) in dB.
 
-        Returns
-        -------
-        wave : (B, samples) float32, in [-1, 1)
-        log_mel : (B, 1, mels, frames) float32, dB
+        `transform` is applied to the waves first, such as a filter or added noise.
         """
         wave = to_wave(samples)
         if transform is not None:

@@ -159,8 +159,11 @@ def scan(root: Path | str, channel: int | None = None) -> Dataset:
     layout = recognise(sounds)
     if layout.name == "DCASE 2020":
         for folder in sorted(root.iterdir()):
-            if folder.is_dir() and not folder.name.startswith(".") and not (folder / "train").is_dir():
-                raise UserError(f"{folder}: no train/ folder in it; expected {layout.expected}")
+            splits = [split for split in ("train", "test") if (folder / split).is_dir()]
+            if folder.is_dir() and not folder.name.startswith(".") and not splits:
+                raise UserError(
+                    f"{folder}: no train/ folder and no test/ folder in it; expected {layout.expected}"
+                )
     truth = read_truth(root / TRUTH_FILE) if (root / TRUTH_FILE).is_file() else {}
     for path in sorted(root.rglob(TRUTH_FILES)) if layout.name == "DCASE 2021-2025" else ():
         truth |= _read_section_truth(path)
