@@ -1,11 +1,13 @@
-"""Checkpoints: written whole or not at all, loaded without running code, ours and the authors'."""
+"""Checkpoints, ours and the authors': written whole or not at all, loaded without running code."""
 
 from __future__ import annotations
 
 import io
-import pickle
+import os
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from osscl_min.config import AudioConfig, Config, ModelConfig, from_dict, to_dict
+from osscl_min.config import Config, ModelConfig, from_dict, to_dict
 from osscl_min.data.clips import BENCHMARK, Clip
 from osscl_min.model import OSSCL
-from osscl_min.runtime.files import UserError, replacing
+from osscl_min.runtime.files import UserError, printable, replacing
 
 FORMAT = 1
 
@@ -31,20 +33,21 @@ class Checkpoint:
     classes: tuple[tuple[str, str], ...]  # label -> (machine type, machine id)
     epoch: int | None  # epochs trained; None for the authors' files
     synthetic: bool = False  # trained on simulated machines
-    calibration: dict[str, torch.Tensor] | None = None  # "labels", "scores" (n,) of held-out normal clips
+    # "labels", "scores" (n,) of held-out normal clips that did not choose the epoch
+    calibration: dict[str, torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return self.model.arcface.weight.device
 
     def labels_of(self, clips: Iterable[Clip]) -> np.ndarray:
-        """Each clip's class, (clips,) int64; -1 where its machine was never trained on."""
+        """Each clip's class, (clips,) int64; -1 if its machine was never trained on."""
         numbers = {machine: label for label, machine in enumerate(self.classes)}
         return np.array([numbers.get(clip.machine, -1) for clip in clips], np.int64)
 
     def held_out(self) -> tuple[list[tuple[str, str]], list[float]]:
-        """Machines and scores of the normal clips that were held out of training; empty without any."""
+        """Machines and scores of the calibration clips; empty if there are none."""
         if self.calibration is None:
             return [], []
         machines = [self.classes[label] for label in self.calibration["labels"].tolist()]
@@ -54,29 +57,50 @@ class Checkpoint:
 def save(path: Path | str, content: dict[str, Any], config: Config, classes: tuple, synthetic: bool) -> None:
     """Write tensors and plain values with their configuration, replacing the file as a whole."""
     header = {"format": FORMAT, "config": to_dict(config), "classes": [list(machine) for machine in classes]}
-    whole = io.BytesIO()  # a full disk makes torch.save itself fail without a reason
+    whole = io.BytesIO()  # on a full disk torch.save itself fails without a reason
     torch.save(header | {"synthetic": synthetic} | content, whole)
     with replacing(path, "wb") as file:
         file.write(whole.getbuffer())
 
 
-def read(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The raw content of a checkpoint file.
+@contextmanager
+def refusing(path: Path | str) -> Iterator[None]:
+    """Turn what the content of a damaged or foreign file of a run raises into one line."""
+    try:
+        yield
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        why = (
+            f"it has no entry {error}"
+            if isinstance(error, KeyError)
+            else (str(error).splitlines() or ["?"])[0]
+        )
+        raise UserError(f"{printable(path)}: not a readable checkpoint of this package: {why}") from error
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The content of a checkpoint file, ours or the authors', on the CPU; it runs no code.
 
     Raises
     ------
     UserError
-        If the file is missing, damaged or holds anything but tensors and plain values.
+        If the file is missing, damaged, no checkpoint, or holds anything but tensors and plain values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a checkpoint, but a {type(content).__name__}")
+    if not os.path.isfile(path):
+        raise UserError(f"no such checkpoint: {printable(path)}")
+    with refusing(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what torch raises depends on where the file is damaged
+            if isinstance(error, OSError):
+                raise ValueError(error.strerror) from error
+            if not path.stat().st_size:
+                raise ValueError("it is empty") from error
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no PyTorch file, or only a part of one") from error
+            raise ValueError("it is damaged, or holds more than tensors and plain values") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     return content
 
 
@@ -86,7 +110,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     Parameters
     ----------
     path : Path or str
-        One of a run's .pt files, or a .pth of the authors', whole or pruned of its unused layers.
+        One of a run's .pt files, or a .pth of the authors', whole or without its unused layers.
     device : torch.device or str
 
     Raises
@@ -95,35 +119,50 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         If the file is no checkpoint of this network.
     """
     path = Path(path)
-    content = read(path, device)
-    if "format" not in content:
-        return _load_upstream(path, content, device)
+    content = read(path)
+    with refusing(path):
+        if path.name == "failed.pt":
+            raise ValueError("it is the state of a run that failed, for inspection only; use best.pt")
+        trained = _ours(path, content) if "format" in content else _authors(path, content)
+    trained.model.to(device).eval()
+    return trained
+
+
+def _ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     if content["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {content['format']}, this package reads {FORMAT}")
-    config = from_dict(content["config"], where=str(path))
-    model = OSSCL(config.model).to(device)
+        raise ValueError(f"it has format {content['format']}, this version reads {FORMAT}")
+    config, classes = from_dict(content["config"]), content["classes"]
+    if not all(isinstance(name, str) for machine in classes for name in machine):
+        raise ValueError("its machines are not named by texts")
+    classes = tuple((machine_type, machine_id) for machine_type, machine_id in classes)
+    if len(classes) != config.model.classes:
+        raise ValueError(f"it names {len(classes)} machines for {config.model.classes} classes")
+    model = OSSCL(config.model)
     try:
         model.load_state_dict(content["ema"])
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its configuration ({error})") from error
-    classes = tuple(tuple(machine) for machine in content["classes"])
-    epoch, synthetic, calibration = content["epoch"], content["synthetic"], content.get("calibration")
-    return Checkpoint(path, model.eval(), config, classes, epoch, synthetic, calibration)
+        raise ValueError("its weights do not fit its configuration") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError("its weights are not finite")
+    calibration = content.get("calibration")
+    if calibration is not None:
+        labels, scores = calibration["labels"], calibration["scores"]
+        known = all(0 <= label < len(classes) for label in labels.tolist())
+        if not known or labels.shape != scores.shape or not scores.isfinite().all():
+            raise ValueError("its calibration scores are not one finite number per clip of a known machine")
+    return Checkpoint(
+        path, model, config, classes, int(content["epoch"]), bool(content["synthetic"]), calibration
+    )
 
 
-def _load_upstream(path: Path, state: dict[str, Any], device: torch.device | str) -> Checkpoint:
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+def _authors(path: Path, state: dict[str, Any]) -> Checkpoint:
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
     first = state.get("mobilefacenet.conv1.conv.weight")
     if first is None:
-        raise UserError(f"{path}: neither a checkpoint of this package nor one of the authors'")
+        raise ValueError("it has neither this package's entries nor those of the authors' checkpoints")
     inputs = ("log_mel",) if first.shape[1] == 1 else ("log_mel", "tgram", "tfgram")
-    config = Config(model=ModelConfig(audio=AudioConfig(), inputs=inputs))
-    model = OSSCL(config.model).to(device)
-    try:
-        load_upstream_state(model, state)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return Checkpoint(path, model.eval(), config, BENCHMARK, None)
+    config = Config(model=ModelConfig(inputs=inputs))
+    return Checkpoint(path, load_upstream_state(OSSCL(config.model), state), config, BENCHMARK, None)
 
 
 # --- the authors' checkpoints ------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_resume_needs_a_run(data, tmp_path):
 
 def test_a_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*config.json: Not a directory"):
+    with pytest.raises(UserError, match="cannot write .*run: Not a directory"):
         train.train(data, tmp_path / "file" / "run", TINY)
 
 
@@ -245,7 +245,7 @@ def test_lambda_and_learning_rate_as_tensors_give_the_same_step():
     """What a CUDA graph needs."""
     torch.manual_seed(0)
     plain, tensors = (Trainer(TINY, CPU, OSSCL(TINY.model).double()) for _ in range(2))
-    tensors.load(plain.state())
+    tensors.load_state_dict(plain.state_dict())
     for group in tensors.optimizer.param_groups:
         group["lr"] = torch.tensor(float("nan"))
     for trainer in (plain, tensors):
