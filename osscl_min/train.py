@@ -7,10 +7,9 @@ import json
 import math
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +37,7 @@ from osscl_min.runtime.files import (
     write_json,
     write_text,
 )
+from osscl_min.runtime.signals import noting_signals
 from osscl_min.trainer import Trainer
 
 POSITION = ("epoch", "step", "losses", "seconds", "best")  # fields of a Run that its checkpoints hold
@@ -78,8 +78,7 @@ def train(
 
     An interrupted run resumes from its last checkpoint, within an epoch too; a finished run is left as it is.
     Every random draw follows from (seed, epoch, step), so on a CPU with as many threads a resumed run equals
-    an uninterrupted one to the last bit. Under torchrun, processes train together, each on its block of every
-    batch.
+    an uninterrupted one to the last bit. Under torchrun, processes train together.
 
     Parameters
     ----------
@@ -93,12 +92,8 @@ def train(
         The number of classes is taken from the data.
     others : Path or str, optional
         Other machines to tell one's own from, see `with_others`.
-    device : str
-        "auto", "cpu", "cuda", "cuda:1", ...
-    strict : bool
-        Stop if any file cannot be used.
-    resume : bool
-        Stop if there is nothing to resume.
+    strict, resume : bool
+        Stop if any file cannot be used; stop if there is nothing to resume.
 
     Returns
     -------
@@ -108,21 +103,22 @@ def train(
     Raises
     ------
     UserError
-        If the data cannot be trained on; if the folder is in use, holds another run or none to resume, or
-        cannot be written; if a number is not finite; if a signal asked the run to stop (exit status
-        128 + signal).
+        If the data cannot be trained on; if the folder is in use or holds another run; if a number is not
+        finite; if a signal stopped the run (exit status 128 + signal).
     """
     out, where = Path(out), choose_device(device)
     if resume and not (out / "last.pt").is_file():
         raise UserError(
             f"{printable(out)}: nothing to resume, it has no last.pt; omit --resume to start a run"
         )
-    with joined(where) as ranks, locked(out, "training") if ranks.first else nullcontext():
+    with joined(where) as ranks, ExitStack() as stack:
         say = tqdm.write if ranks.first else lambda _: None
         running = prepare(where, config.train.precision)
         if ranks.world_size > 1:
             running += f", {ranks.world_size} processes"
         opened = open_data(data, config.model.audio, splits=["train"], strict=strict)
+        if ranks.first:
+            stack.enter_context(locked(out, "training"))
         if others is not None:
             opened = with_others(opened, others, config.model.audio, out, strict)
         dataset, reader = opened.dataset, opened.train
@@ -136,10 +132,9 @@ def train(
         if classes == BENCHMARK and config.preset != "paper" and not dataset.synthetic:
             say(f"preset {config.preset}: not the paper's experiment on this data; --preset paper is")
         config = with_classes(config, len(classes))
-        training, held_out = split_validation(
-            len(reader), config.train.validation_fraction, config.train.seed
-        )
-        torch.manual_seed(config.train.seed)
+        fraction, seed = config.train.validation_fraction, config.train.seed
+        training, held_out = split_validation(len(reader), fraction, seed)
+        torch.manual_seed(seed)
         trainer = Trainer(config, where, ranks=ranks)
         say(f"training in {running}, computed by {trainer.computed_by}")
         about = {
@@ -166,10 +161,11 @@ def train(
         if run.epoch >= config.train.epochs:
             say(f"{printable(out)}: already trained for {run.epoch} epochs, nothing to do")
             return out / "best.pt"
-        with noting_signals(ranks.world_size == 1) as run.signals, run.progress_bar() as run.bar:
-            while run.epoch < config.train.epochs:
-                run.train_epoch()
-                run.finish_epoch()
+        run.signals = stack.enter_context(noting_signals(ranks.world_size == 1))
+        run.bar = stack.enter_context(run.progress_bar())
+        while run.epoch < config.train.epochs:
+            run.train_epoch()
+            run.finish_epoch()
     return out / "best.pt"
 
 
@@ -306,10 +302,9 @@ class Run:
         """Resume from last.pt if it exists; otherwise start the run folder. Refuses another run's folder."""
         settings, last, ranks = self.out / "config.json", self.out / "last.pt", self.trainer.ranks
         resumes, clips, earlier = last.is_file(), self.about["data"]["clips"], []
+        folder = printable(self.out)
         if len(set(ranks.gather((resumes, clips)))) > 1:
-            raise UserError(
-                f"{printable(self.out)}: the processes see different data or run folders; they must share one"
-            )
+            raise UserError(f"{folder}: the processes must see the same data and the same run folder")
         if settings.is_file():
             content = read_json(settings)
             with checkpoint.refusing(settings):
@@ -322,10 +317,8 @@ class Run:
         for config, names in earlier:
             there = _flat({"config": config | {"engine": {}}, "clips": names})
             for name in (name for name in here if here[name] != there[name]):
-                raise UserError(
-                    f"{printable(self.out)} holds another run ({name.removeprefix('config.')}: {there[name]} "
-                    f"there, {here[name]} here); choose another folder or remove it"
-                )
+                what = f"{name.removeprefix('config.')}: {there[name]} there, {here[name]} here"
+                raise UserError(f"{folder} holds another run ({what}); choose another folder or remove it")
         if not resumes:
             if ranks.first:
                 write_json(settings, self.about)
@@ -342,9 +335,7 @@ class Run:
             now = self.about["running"], self.trainer.computed_by
             before = content["running"], content.get("computed_by", now[1])
         if self.best is not None and not (self.out / "best.pt").is_file():
-            raise UserError(
-                f"{printable(self.out)}: best.pt is missing; restore it, or remove the folder to train again"
-            )
+            raise UserError(f"{folder}: best.pt is missing; restore it, or remove the folder to train again")
         if before != now and ranks.first:  # sums are taken in another order
             changes = " and ".join(
                 f"{new} after {old}" for old, new in zip(before, now, strict=True) if old != new
@@ -384,32 +375,6 @@ class Run:
         checkpoint.save(self.out / name, content, self.trainer.config, classes, synthetic)
 
 
-@contextmanager
-def noting_signals(hurry: bool = True) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of stopping at once.
-
-    With `hurry` a second one acts as usual; torchrun may pass on a signal that its processes already have.
-    """
-    signals: list[int] = []
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _frame: Any) -> None:
-        signals.append(number)
-        if hurry:
-            restore()
-
-    if threading.current_thread() is threading.main_thread():  # others may not set handlers
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        restore()
-
-
 def read_log(run: Path | str) -> list[dict[str, float]]:
     """The entries of a run's log.jsonl, one per epoch."""
     path = Path(run) / "log.jsonl"
@@ -425,14 +390,6 @@ def _append(path: Path, entry: dict[str, float]) -> None:
         [] if entry["epoch"] == 1 else [old for old in read_log(path.parent) if old["epoch"] < entry["epoch"]]
     )
     write_text(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full names."""
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _fingerprint(clips: Sequence[Any]) -> str:
