@@ -216,9 +216,9 @@ def evaluate(
             metrics[subset] = evaluate_scores(known, config.bootstrap)
             write_metrics(metrics[subset], folder)
     summary = {
-        "checkpoint": Path(checkpoint_path).name,
+        "checkpoint": printable(Path(checkpoint_path).name),
         "epoch": trained.epoch,
-        "data": opened.dataset.root.name,
+        "data": printable(opened.dataset.root.name),
         "synthetic": opened.dataset.synthetic,
         "clips": len(rows),
         "unlabelled": sum(row.anomaly is None for row in rows),

@@ -37,6 +37,7 @@ from osscl_min.runtime.files import (
     write_json,
     write_text,
 )
+from osscl_min.runtime.settings import flat
 from osscl_min.runtime.signals import noting_signals
 from osscl_min.trainer import Trainer
 
@@ -140,8 +141,8 @@ def train(
         about = {
             "config": to_dict(config),
             "data": {
-                "folder": dataset.root.name,
-                "others": others and Path(others).name,
+                "folder": printable(dataset.root.name),
+                "others": others and printable(Path(others).name),
                 "synthetic": dataset.synthetic,
                 "clips": _fingerprint(reader.clips),
                 "training": len(training),
@@ -313,9 +314,9 @@ class Run:
             content = checkpoint.read(last)
             with checkpoint.refusing(last):
                 earlier.append((to_dict(from_dict(content["config"])), content["clips"]))
-        here = _flat({"config": self.about["config"] | {"engine": {}}, "clips": clips})
+        here = flat({"config": self.about["config"] | {"engine": {}}, "clips": clips})
         for config, names in earlier:
-            there = _flat({"config": config | {"engine": {}}, "clips": names})
+            there = flat({"config": config | {"engine": {}}, "clips": names})
             for name in (name for name in here if here[name] != there[name]):
                 what = f"{name.removeprefix('config.')}: {there[name]} there, {here[name]} here"
                 raise UserError(f"{folder} holds another run ({what}); choose another folder or remove it")

@@ -30,6 +30,14 @@ def from_dict(values: dict[str, Any], kind: type) -> Any:
     return kind(**values)
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full names: "train.epochs" -> 300."""
+    items = {}
+    for name, value in values.items():
+        items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return items
+
+
 def _section(kind: type) -> str:
     return kind.__name__.removesuffix("Config").lower() or "config"
 
