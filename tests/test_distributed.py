@@ -105,7 +105,7 @@ def together(rank, folder):
     if rank == 1:
         assert summary.scored == 30
         torch.save(scored.scores, f"{folder}/scores.pt")
-    assert current().size == 2
+    assert current().world_size == 2
     dist.destroy_process_group()
 
 
