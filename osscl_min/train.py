@@ -199,35 +199,25 @@ class Run:
 
     def train_epoch(self) -> None:
         """The rest of an epoch, with a checkpoint from time to time and when a signal asks to stop."""
-        trainer, config = self.trainer, self.trainer.config
-        ranks, device, seed = trainer.ranks, trainer.device, config.train.seed
+        trainer, ranks, engine = self.trainer, self.trainer.ranks, self.trainer.config.engine
         trainer.start_epoch(self.epoch)
         batches = self.batches()
         todo = batches[self.step :]
         own = [ranks.blocks(batch)[ranks.rank] for batch in todo]
         began, pending = time.perf_counter() - self.seconds, []
-        loaded = load_batches(self.source, self.labels, own, device)
-        for batch, (samples, target) in zip(todo, loaded, strict=True):
+        loaded = load_batches(self.source, self.labels, own, trainer.device)
+        for batch, (samples, labels) in zip(todo, loaded, strict=True):
             step = self.step + len(pending)
-            sizes = [len(block) for block in ranks.blocks(batch)]
-            lam, partners = draw_mixing(seed, self.epoch, step, config.loss.mixup_alpha, sizes)
-            if device.type == "cuda":
-                lam = to_device(np.array(lam, np.float32), device)
-            noise = None
-            if config.train.noise:
-                random = np.random.default_rng([seed, 3, self.epoch, step, ranks.rank])
-                noise = training_noise(config.train.noise, config.model.audio, random)
-            partners = to_device(partners[ranks.rank], device)
-            inputs = *trainer.front(samples, noise), target, lam, partners
-            pending.append(trainer.step(*inputs, share=len(target) / len(batch)))
+            pending.append(self.train_step(step, batch, samples, labels))
             self.bar.update(len(batch))
             last = step + 1 == len(batches)
-            due = time.perf_counter() - self.saved >= config.engine.checkpoint_seconds
+            due = time.perf_counter() - self.saved >= engine.checkpoint_seconds
             # several processes must agree, so they stop only where all look
             asked = ranks.world_size == 1 and (self.signals or due)
-            if not (last or asked or len(pending) >= config.engine.log_steps):
+            if not (last or asked or len(pending) >= engine.log_steps):
                 continue
-            values = torch.stack([torch.stack(list(losses.values())) for losses in pending]).tolist()  # waits
+            # waits for the device
+            values = torch.stack([torch.stack(list(losses.values())) for losses in pending]).tolist()
             rows = [dict(zip(pending[0], row, strict=True)) for row in values]
             pending.clear()
             for number, row in enumerate(rows, self.step):
@@ -245,6 +235,23 @@ class Run:
                     f"of {len(batches)}; saved, the same command resumes",
                     exit_status=128 + stopping,
                 )
+
+    def train_step(
+        self, step: int, batch: np.ndarray, samples: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Draw a step's lambda, partners and noise, and train on this rank's samples of the batch."""
+        trainer, config = self.trainer, self.trainer.config
+        ranks, device, seed = trainer.ranks, trainer.device, config.train.seed
+        sizes = [len(block) for block in ranks.blocks(batch)]
+        lam, partners = draw_mixing(seed, self.epoch, step, config.loss.mixup_alpha, sizes)
+        partners, noise = to_device(partners[ranks.rank], device), None
+        if device.type == "cuda":
+            lam = to_device(np.array(lam, np.float32), device)
+        if config.train.noise:
+            random = np.random.default_rng([seed, 3, self.epoch, step, ranks.rank])
+            noise = training_noise(config.train.noise, config.model.audio, random)
+        wave, log_mel = trainer.front(samples, noise)
+        return trainer.step(wave, log_mel, labels, lam, partners, share=len(labels) / len(batch))
 
     def finish_epoch(self) -> None:
         """Validate, log and save; the first rank's work."""

@@ -59,6 +59,7 @@ def same_run(one, other):
         assert {key: a[key] for key in a.keys() - timed} == {key: b[key] for key in b.keys() - timed}
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_weights(data, uninterrupted, tmp_path):
     for _ in range(2):
         process = command(data, tmp_path)
@@ -124,6 +125,7 @@ def test_it_goes_on_from_any_step_and_after_a_full_disk(data, uninterrupted, tmp
     same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(data, tmp_path, number):
     process = command(data, tmp_path, "--engine.checkpoint-seconds", "1000", "--train.epochs", "1000")
@@ -131,13 +133,13 @@ def test_a_signal_saves_and_ends(data, tmp_path, number):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, screen = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
-    found = re.search(rf"osscl: stopped by {name} at epoch (\d+), step (\d) of 3; saved", said)
+    match = re.search(rf"osscl: stopped by {name} at epoch (\d+), step (\d) of 3; saved", screen)
     at = state(tmp_path / "last.pt")["position"]
-    assert (int(found[1]), int(found[2])) == (at["epoch"] + 1, at["step"])
-    assert "Traceback" not in said
+    assert (int(match[1]), int(match[2])) == (at["epoch"] + 1, at["step"])
+    assert "Traceback" not in screen
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
