@@ -1,4 +1,4 @@
-"""Noise: white, pink and factory-like, added to clips in training and by the experiments."""
+"""Noise added to clips: white, pink and factory-like, for training and for analyses."""
 
 from __future__ import annotations
 
@@ -11,26 +11,15 @@ import torch
 from osscl_min.config import AudioConfig
 
 NOISES = ("white", "pink", "factory")
-HEARD = ("white", "pink")  # in noise-augmented training; factory-like noise stays new to the detector
-HEARD_SNR = (-10.0, 20.0)  # dB, the range there
+TRAINING_NOISES = ("white", "pink")  # factory-like noise stays unseen until the test
+TRAINING_SNR = (-10.0, 20.0)  # dB
 
 
 def noise(kind: str, samples: int, rate: int, random: np.random.Generator) -> np.ndarray:
-    """Noise of unit power.
+    """Noise of unit power, (samples,) float32, at a sample rate in Hz.
 
-    Parameters
-    ----------
-    kind : {"white", "pink", "factory"}
-        Equal power per Hz; per octave (from 20 Hz); or a simulated hall: a pink floor, mains hum with its
-        harmonics and metallic knocks at random times. The last is made here, not recorded.
-    samples : int
-    rate : int
-        Hz
-    random : np.random.Generator
-
-    Returns
-    -------
-    (samples,) float32
+    White: equal power per Hz. Pink: equal power per octave, from 20 Hz. Factory: simulated, a pink floor with
+    mains hum and its harmonics, and metallic knocks at random times.
     """
     wave = random.standard_normal(samples, np.float32)
     if kind != "white":
@@ -62,9 +51,9 @@ def _unit(wave: np.ndarray) -> np.ndarray:
 
 
 def add_noise(wave: torch.Tensor, added: np.ndarray, snr: np.ndarray | float) -> torch.Tensor:
-    """Waves (B, samples) with noise (B, samples) of unit power at a signal-to-noise ratio (dB) of each clip.
+    """Waves (B, samples) plus noise (B, samples) of unit power, at a signal-to-noise ratio (dB) per clip.
 
-    The ratio is to the clip's own mean power, background and all; the sum is not clipped.
+    The signal's power is the clip's mean power, background included; the sum is not clipped.
     """
     level = wave.square().mean(1, keepdim=True).sqrt()
     gain = 10 ** (-torch.as_tensor(snr, dtype=wave.dtype).reshape(-1, 1) / 20)
@@ -74,13 +63,13 @@ def add_noise(wave: torch.Tensor, added: np.ndarray, snr: np.ndarray | float) ->
 def training_noise(
     share: float, audio: AudioConfig, random: np.random.Generator
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Waves (B, samples) -> the same, a share of them in noise of HEARD at a ratio within HEARD_SNR."""
+    """A transform of waves (B, samples) that adds TRAINING_NOISES at TRAINING_SNR to a share of them."""
 
     def apply(wave: torch.Tensor) -> torch.Tensor:
         chosen = np.flatnonzero(random.random(len(wave)) < share)
         if not len(chosen):
             return wave
-        kinds, snr = random.choice(HEARD, len(chosen)), random.uniform(*HEARD_SNR, len(chosen))
+        kinds, snr = random.choice(TRAINING_NOISES, len(chosen)), random.uniform(*TRAINING_SNR, len(chosen))
         added = np.stack([noise(kind, wave.shape[1], audio.sample_rate, random) for kind in kinds])
         wave = wave.clone()
         wave[chosen] = add_noise(wave[chosen], added, snr)

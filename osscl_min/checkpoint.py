@@ -1,10 +1,13 @@
-"""Checkpoints: written whole or not at all, loaded without running code, ours and the authors'."""
+"""Checkpoints, ours and the authors': written whole or not at all, loaded without running code."""
 
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Iterable
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from osscl_min.config import AudioConfig, Config, ModelConfig, from_dict, to_dict
+from osscl_min.config import Config, ModelConfig, from_dict, to_dict
 from osscl_min.data.clips import BENCHMARK, Clip
-from osscl_min.model import OSSCL, load_upstream_state
-from osscl_min.runtime.files import UserError, replacing
+from osscl_min.model import OSSCL
+from osscl_min.runtime.files import UserError, printable, replacing
 
 FORMAT = 1
 
@@ -30,20 +33,21 @@ class Checkpoint:
     classes: tuple[tuple[str, str], ...]  # label -> (machine type, machine id)
     epoch: int | None  # epochs trained; None for the authors' files
     synthetic: bool = False  # trained on simulated machines
-    calibration: dict[str, torch.Tensor] | None = None  # "labels", "scores" (n,) of held-out normal clips
+    # "labels", "scores" (n,) of held-out normal clips that did not choose the epoch
+    calibration: dict[str, torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return self.model.arcface.weight.device
 
     def labels_of(self, clips: Iterable[Clip]) -> np.ndarray:
-        """Each clip's class, (clips,) int64; -1 where its machine was never trained on."""
+        """Each clip's class, (clips,) int64; -1 if its machine was never trained on."""
         numbers = {machine: label for label, machine in enumerate(self.classes)}
         return np.array([numbers.get(clip.machine, -1) for clip in clips], np.int64)
 
     def held_out(self) -> tuple[list[tuple[str, str]], list[float]]:
-        """Machines and scores of the normal clips that were held out of training; empty without any."""
+        """Machines and scores of the calibration clips; empty if there are none."""
         if self.calibration is None:
             return [], []
         machines = [self.classes[label] for label in self.calibration["labels"].tolist()]
@@ -53,29 +57,50 @@ class Checkpoint:
 def save(path: Path | str, content: dict[str, Any], config: Config, classes: tuple, synthetic: bool) -> None:
     """Write tensors and plain values with their configuration, replacing the file as a whole."""
     header = {"format": FORMAT, "config": to_dict(config), "classes": [list(machine) for machine in classes]}
-    whole = io.BytesIO()  # a full disk makes torch.save itself fail without a reason
+    whole = io.BytesIO()  # on a full disk torch.save itself fails without a reason
     torch.save(header | {"synthetic": synthetic} | content, whole)
     with replacing(path, "wb") as file:
         file.write(whole.getbuffer())
 
 
-def read(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The raw content of a checkpoint file.
+@contextmanager
+def refusing(path: Path | str) -> Iterator[None]:
+    """Turn what the content of a damaged or foreign file of a run raises into one line."""
+    try:
+        yield
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        why = (
+            f"it has no entry {error}"
+            if isinstance(error, KeyError)
+            else (str(error).splitlines() or ["?"])[0]
+        )
+        raise UserError(f"{printable(path)}: not a readable checkpoint of this package: {why}") from error
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The content of a checkpoint file, ours or the authors', on the CPU; it runs no code.
 
     Raises
     ------
     UserError
-        If the file is missing, damaged or holds anything but tensors and plain values.
+        If the file is missing, damaged, no checkpoint, or holds anything but tensors and plain values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such checkpoint: {path}")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a checkpoint, but a {type(content).__name__}")
+    if not os.path.isfile(path):
+        raise UserError(f"no such checkpoint: {printable(path)}")
+    with refusing(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # what torch raises depends on where the file is damaged
+            if isinstance(error, OSError):
+                raise ValueError(error.strerror) from error
+            if not path.stat().st_size:
+                raise ValueError("it is empty") from error
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no PyTorch file, or only a part of one") from error
+            raise ValueError("it is damaged, or holds more than tensors and plain values") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
     return content
 
 
@@ -85,7 +110,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     Parameters
     ----------
     path : Path or str
-        One of a run's .pt files, or a .pth of the authors', whole or pruned of its unused layers.
+        One of a run's .pt files, or a .pth of the authors', whole or without its unused layers.
     device : torch.device or str
 
     Raises
@@ -94,32 +119,132 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         If the file is no checkpoint of this network.
     """
     path = Path(path)
-    content = read(path, device)
-    if "format" not in content:
-        return _load_upstream(path, content, device)
+    content = read(path)
+    with refusing(path):
+        if path.name == "failed.pt":
+            raise ValueError("it is the state of a run that failed, for inspection only; use best.pt")
+        trained = _ours(path, content) if "format" in content else _authors(path, content)
+    trained.model.to(device).eval()
+    return trained
+
+
+def _ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     if content["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {content['format']}, this package reads {FORMAT}")
-    config = from_dict(content["config"], where=str(path))
-    model = OSSCL(config.model).to(device)
+        raise ValueError(f"it has format {content['format']}, this version reads {FORMAT}")
+    config, classes = from_dict(content["config"]), content["classes"]
+    if not all(isinstance(name, str) for machine in classes for name in machine):
+        raise ValueError("its machines are not named by texts")
+    classes = tuple((machine_type, machine_id) for machine_type, machine_id in classes)
+    if len(classes) != config.model.classes:
+        raise ValueError(f"it names {len(classes)} machines for {config.model.classes} classes")
+    model = OSSCL(config.model)
     try:
         model.load_state_dict(content["ema"])
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its configuration ({error})") from error
-    classes = tuple(tuple(machine) for machine in content["classes"])
-    epoch, synthetic, calibration = content["epoch"], content["synthetic"], content.get("calibration")
-    return Checkpoint(path, model.eval(), config, classes, epoch, synthetic, calibration)
+        raise ValueError("its weights do not fit its configuration") from error
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError("its weights are not finite")
+    calibration = content.get("calibration")
+    if calibration is not None:
+        labels, scores = calibration["labels"], calibration["scores"]
+        known = all(0 <= label < len(classes) for label in labels.tolist())
+        if not known or labels.shape != scores.shape or not scores.isfinite().all():
+            raise ValueError("its calibration scores are not one finite number per clip of a known machine")
+    return Checkpoint(
+        path, model, config, classes, int(content["epoch"]), bool(content["synthetic"]), calibration
+    )
 
 
-def _load_upstream(path: Path, state: dict[str, Any], device: torch.device | str) -> Checkpoint:
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+def _authors(path: Path, state: dict[str, Any]) -> Checkpoint:
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
     first = state.get("mobilefacenet.conv1.conv.weight")
     if first is None:
-        raise UserError(f"{path}: neither a checkpoint of this package nor one of the authors'")
+        raise ValueError("it has neither this package's entries nor those of the authors' checkpoints")
     inputs = ("log_mel",) if first.shape[1] == 1 else ("log_mel", "tgram", "tfgram")
-    config = Config(model=ModelConfig(audio=AudioConfig(), inputs=inputs))
-    model = OSSCL(config.model).to(device)
-    try:
-        load_upstream_state(model, state)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return Checkpoint(path, model.eval(), config, BENCHMARK, None)
+    config = Config(model=ModelConfig(inputs=inputs))
+    return Checkpoint(path, load_upstream_state(OSSCL(config.model), state), config, BENCHMARK, None)
+
+
+# --- the authors' checkpoints ------------------------------------------------------------------------------
+
+# Layers of the authors' model that never run or never get a gradient.
+UPSTREAM_UNUSED = re.compile(
+    r"^(TFgramNet\.(pre_block4|spec_augmenter|bn0|conv_block[1-6]|fc1|fc_audioset)|mobilefacenet\.fc_out)\."
+)
+_TFGRAM = (
+    ("pre_conv0", "pre_bn0"),
+    *((f"pre_block{b}.conv{i}", f"pre_block{b}.bn{i}") for b in (1, 2, 3) for i in (1, 2)),
+)
+
+
+def _upstream_name(name: str) -> str:
+    """Our state entry's name -> the authors'."""
+    part, _, rest = name.partition(".")
+    if part == "tfgram":
+        kind, number, entry = rest.split(".")
+        return f"TFgramNet.{_TFGRAM[int(number)][kind == 'norm']}.{entry}"
+    if part == "tgram":
+        return "tgramnet." + rest.replace("extractor", "conv_extrctor").replace("encoder", "conv_encoder")
+    return {"encoder": "mobilefacenet.", "head": "head.", "arcface": "arcface."}[part] + rest.replace(
+        "layers", "head"
+    )
+
+
+def _live_entries(model: OSSCL) -> dict[str, tuple[str, torch.Tensor]]:
+    """The authors' name -> (our name, tensor) of every entry but the batch counters."""
+    state = model.state_dict()
+    return {
+        _upstream_name(name): (name, value)
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def upstream_state_shapes(config: ModelConfig = ModelConfig()) -> dict[str, tuple[int, ...]]:
+    """The authors' names and the shapes of every live state entry, without num_batches_tracked."""
+    with torch.device("meta"):
+        model = OSSCL(config)
+    return {theirs: tuple(value.shape) for theirs, (_, value) in _live_entries(model).items()}
+
+
+def load_upstream_state(model: OSSCL, state: Mapping[str, torch.Tensor]) -> OSSCL:
+    """Load the authors' checkpoint, whole or pruned of its unused layers, into this model.
+
+    Parameters
+    ----------
+    model : OSSCL
+        Entries for inputs that it does not have are passed over, as are the authors' unused layers.
+    state : mapping
+        The authors' state dict; a "module." prefix is taken off.
+
+    Raises
+    ------
+    UserError
+        If a live entry is missing, has another shape, or a name is unknown.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    live = _live_entries(model)
+    missing = sorted(set(live) - set(state))
+    if missing:
+        raise UserError(
+            f"not a checkpoint of this model: {len(missing)} entries are missing, first {missing[0]}"
+        )
+    loaded = {}
+    for name, value in state.items():
+        if name in live:
+            ours, tensor = live[name]
+            if value.shape != tensor.shape:
+                raise UserError(
+                    f"checkpoint of another configuration: {name} has shape {tuple(value.shape)}, "
+                    f"the model {tuple(tensor.shape)}"
+                )
+            loaded[ours] = value
+        elif not (
+            UPSTREAM_UNUSED.match(name)
+            or name.endswith("num_batches_tracked")
+            or (model.tgram is None and name.startswith("tgramnet."))
+            or (model.tfgram is None and name.startswith("TFgramNet."))
+        ):
+            raise UserError(f"not a checkpoint of this model: unknown entry {name}")
+    model.load_state_dict({**model.state_dict(), **loaded})
+    return model

@@ -116,7 +116,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         """
         from osscl_min.data.store import pack as run
 
-        audio = AudioConfig(sample_rate=sample_rate, seconds=seconds)
+        audio = AudioConfig(sample_rate, seconds, f_max=min(AudioConfig.f_max, sample_rate / 2))
         print(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
 
     def train(

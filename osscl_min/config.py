@@ -1,39 +1,51 @@
-"""Every constant of the method with its source, and the three presets.
+"""Every constant of the method with its source and its range, and the three presets.
 
 Sources: "paper" is OS-SCL (ICASSP 2025, arXiv 2509.13853); "code" is the authors' released code, which
-decides where the two could differ; "ours" marks a choice of this package.
+decides where the two differ; "ours" marks a choice of this package. Ranges are intervals: (0, 1] excludes 0
+and includes 1. Making a configuration with a value outside is a UserError.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal
 
+from osscl_min.runtime import settings
 from osscl_min.runtime.files import UserError
+from osscl_min.runtime.settings import Settings
 
 Precision = Literal["fp32", "tf32", "bf16"]
+Count = Annotated[int, "[1, inf)"]
+Positive = Annotated[float, "(0, inf)"]
+NonNegative = Annotated[float, "[0, inf)"]
 
 
 @dataclass(frozen=True)
-class AudioConfig:
+class AudioConfig(Settings):
     """The front end: what a clip is and how its log-mel spectrogram is made."""
 
-    sample_rate: int = 16_000  # Hz; the data set's
-    seconds: float = 10.0  # longer clips are cropped (ToyCar is 11 s; code), shorter ones repeated (ours)
-    n_fft: int = 2048  # samples; window length too, periodic Hann (code)
-    hop: int = 512  # samples (code); Tgram and TFgram are made to match
-    mels: int = 128  # slaney scale and norm (code)
-    f_min: float = 0.0  # Hz (code)
-    f_max: float = 8_000.0  # Hz (code)
+    sample_rate: Annotated[int, "[1000, 1000000]"] = 16_000  # Hz; the data set's
+    # longer clips are cropped (ToyCar is 11 s; code), shorter ones repeated (ours)
+    seconds: Annotated[float, "[1, inf)"] = 10.0
+    n_fft: Annotated[int, "[2, inf)"] = 2048  # samples; window length too, periodic Hann (code)
+    hop: Count = 512  # samples (code); Tgram and TFgram are made to match
+    mels: Count = 128  # slaney scale and norm (code)
+    f_min: NonNegative = 0.0  # Hz (code)
+    f_max: Positive = 8_000.0  # Hz, at most half the sample rate (code)
     filter: Literal["none", "low-pass", "high-pass"] = "none"  # of every clip, in training and at test (ours)
-    cutoff: float = 4_000.0  # Hz, of that filter (ours)
+    cutoff: Positive = 4_000.0  # Hz, of that filter (ours)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nyquist = self.sample_rate / 2
+        if not self.f_min < self.f_max <= nyquist:
+            wrong = f"f_min {self.f_min:g} and f_max {self.f_max:g} Hz"
+            raise UserError(f"audio: {wrong}; set f_min below f_max, and f_max to at most {nyquist:g} Hz, "
+                            "half the sample rate")  # fmt: skip
 
     @property
     def samples(self) -> int:
-        """Samples of one clip."""
+        """Samples per clip."""
         return round(self.seconds * self.sample_rate)
 
     @property
@@ -43,81 +55,91 @@ class AudioConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The network."""
 
     audio: AudioConfig = field(default_factory=AudioConfig)
     inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")  # maps (paper)
-    classes: int = 41  # machine identities of DCASE 2020 Task 2 (code); other data sets it to their own
-    embedding: int = 128  # dimensions (code)
+    classes: Count = 41  # machine identities of DCASE 2020 Task 2 (code); training sets it to the data's
+    embedding: Annotated[int, "[2, inf)"] = 128  # dimensions (code)
     # feature perturbation head: ReLU, LeakyReLU 0.01 (paper)
     head: Literal["basic", "leaky", "none"] = "basic"
-    frozen: tuple[Literal["tgram", "tfgram"], ...] = ()  # convolutions left as they were drawn (ours)
-    scale: float = 30.0  # ArcFace s (code)
-    margin: float = 0.4  # ArcFace m, radians (code)
+    frozen: tuple[Literal["tgram", "tfgram"], ...] = ()  # convolutions kept at their random start (ours)
+    scale: Positive = 30.0  # ArcFace s (code)
+    margin: Annotated[float, "[0, 3.14]"] = 0.4  # ArcFace m, radians (code)
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """w_ce (lambda CE(y_a) + (1 - lambda) CE(y_b)) + contrastive_weight SupCon(z, y_a); the rest is for
-    comparisons."""
+class LossConfig(Settings):
+    """w_ce (lambda CE(y_a) + (1 - lambda) CE(y_b)) + contrastive_weight SupCon(z, y_a); the other settings
+    serve comparisons."""
 
     mixup: bool = True  # mix every clip with a partner (paper)
-    mixup_alpha: float = 0.5  # lambda ~ Beta(alpha, alpha), one a batch, not folded (code)
-    temperature: float = 0.02  # SupCon tau (code)
-    base_temperature: float = 0.07  # SupCon scale tau / base (code)
-    contrastive_weight: float = 1.0  # of SupCon in the loss (code)
-    # SupCon of mixed clips under y_a (noise, paper), of clean clips in a pass of their own, of mixed clips
+    mixup_alpha: Positive = 0.5  # lambda ~ Beta(alpha, alpha), one per batch, not folded (code)
+    temperature: Positive = 0.02  # SupCon tau (code)
+    base_temperature: Positive = 0.07  # SupCon scale tau / base (code)
+    contrastive_weight: NonNegative = 1.0  # of SupCon in the loss (code)
+    # SupCon of mixed clips under y_a (noise, paper), of clean clips in a second forward pass, of mixed clips
     # under both labels weighted by lambda, or none
     contrastive: Literal["noise", "clean", "weighted", "none"] = "noise"
-    cross_entropy_weight: float = 1.0  # of both cross-entropies (code)
+    cross_entropy_weight: NonNegative = 1.0  # of both cross-entropies (code)
     margin_on: Literal["own", "each"] = "own"  # y_a's logit in both terms (code), or each term's own label
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """The optimisation."""
 
-    epochs: int = 300  # passes over the training clips (code)
-    batch_size: int = 64  # clips, of all processes together (code)
-    learning_rate: float = 1e-4  # AdamW, default betas, eps and weight decay 0.01 (code)
-    final_learning_rate: float = 1e-5  # cosine annealing over the epochs (code)
-    ema_decay: float = 0.9999  # after every step, over every float entry of the state (code)
-    # every such entry of the student times 1 - this, after the EMA (code); 0 is off
-    student_decay: float = 2e-6
-    pretrain_epochs: int = 0  # first epochs with SupCon of clean clips alone, then cross-entropy alone (ours)
+    epochs: Count = 300  # passes over the training clips (code)
+    batch_size: Annotated[int, "[2, inf)"] = 64  # clips, of all processes together (code)
+    learning_rate: Positive = 1e-4  # AdamW, default betas, eps and weight decay 0.01 (code)
+    final_learning_rate: NonNegative = 1e-5  # cosine annealing over the epochs (code)
+    ema_decay: Annotated[float, "[0, 1)"] = 0.9999  # after every step, over every float entry (code)
+    # every float entry of the student times 1 - this, after the EMA (code); 0 is off
+    student_decay: Annotated[float, "[0, 1)"] = 2e-6
+    # first epochs with SupCon of clean clips alone, the others with cross-entropy alone (ours)
+    pretrain_epochs: Annotated[int, "[0, inf)"] = 0
     # share of the training clips that get white or pink noise added, 20 to -10 dB SNR (ours)
-    noise: float = 0.0
+    noise: Annotated[float, "[0, 1]"] = 0.0
     precision: Precision = "fp32"  # of the network (code); cosines, losses and statistics stay float32
-    validation_fraction: float = 0.05  # random split (code)
-    seed: int = 2024  # of every random draw (code)
+    validation_fraction: Annotated[float, "(0, 1)"] = 0.05  # held-out clips, a random split (code)
+    # which EMA becomes best.pt: that of the lowest validation loss (code), measured on one half of the
+    # held-out clips so that the other half can set thresholds (ours); or that of the last epoch (ours)
+    keep: Literal["best", "last"] = "best"
+    seed: Annotated[int, "[0, 1e18]"] = 2024  # of every random draw (code)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrain_epochs >= self.epochs:
+            raise UserError(f"train.pretrain_epochs: {self.pretrain_epochs} must be below train.epochs "
+                            f"({self.epochs}), or no epoch learns classification")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How a run is carried out; a run may go on under other settings of these (all ours)."""
+class EngineConfig(Settings):
+    """How a run is carried out; a run may resume under other values (all ours)."""
 
-    checkpoint_seconds: float = 300.0  # between two checkpoints within an epoch; each epoch ends with one
-    log_steps: int = 20  # steps between two looks at the losses
+    checkpoint_seconds: NonNegative = 300.0  # between checkpoints within an epoch; each epoch ends with one
+    log_steps: Count = 20  # steps between two looks at the losses
     resident: Literal["auto", "yes", "no"] = "auto"  # keep all samples in GPU memory; auto: where they fit
     compile: bool = False  # torch.compile the network; on a CPU that takes minutes and gains little
     cuda_graph: Literal["auto", "no"] = "auto"  # auto: replay steps on one GPU; not with several processes
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Scoring and its tables."""
 
-    batch_size: int = 16  # clips (ours; the authors score one clip at a time)
+    batch_size: Count = 16  # clips (ours; the authors score one clip at a time)
     precision: Precision = "fp32"  # of the network (code)
-    bootstrap: int = 1000  # resamples for the 95 % intervals (ours); 0 leaves them out
+    bootstrap: Annotated[int, "[0, 1000000]"] = 1000  # resamples for 95 % intervals (ours); 0 omits them
     # upstream: cross-entropy in float32, which ties at 0 (code)
     score: Literal["exact", "upstream"] = "exact"
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on besides its data."""
+class Config(Settings):
+    """Everything that a run depends on besides its data. `Config()` is the paper's experiment."""
 
     preset: Literal["paper", "small", "quick"] = "paper"  # which set of defaults
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -128,7 +150,8 @@ class Config:
 
 
 # A few hundred steps. The EMA must forget the first steps' BatchNorm statistics before the end: a decay of
-# 0.99 still keeps 4 % of them after 325 steps, and that spoils the averaged network.
+# 0.99 still keeps 4 % of them after 325 steps, and that spoils the averaged network. With so few held-out
+# clips the last epoch is kept, so that all of them can set thresholds.
 _SHORT = TrainConfig(
     epochs=25,
     batch_size=16,
@@ -136,14 +159,15 @@ _SHORT = TrainConfig(
     final_learning_rate=1e-5,
     ema_decay=0.95,
     validation_fraction=0.1,
+    keep="last",
 )
 
 PRESETS: dict[str, Config] = {
     # the paper's experiment, constant for constant
     "paper": Config(),
-    # a few hundred clips of 10 s
+    # a few hundred clips of 10 s; the command line's default
     "small": Config(preset="small", train=_SHORT),
-    # the embedded default: 2 s clips of simulated machines, minutes on two CPU cores
+    # 2 s clips of simulated machines, minutes on two CPU cores
     "quick": Config(
         preset="quick",
         model=ModelConfig(audio=AudioConfig(seconds=2.0)),
@@ -153,59 +177,14 @@ PRESETS: dict[str, Config] = {
 }
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values, for JSON and checkpoints."""
-    return dataclasses.asdict(config)
+to_dict = asdict  # plain values, for JSON and checkpoints
 
 
-def from_dict(values: dict[str, Any], kind: type = Config, where: str = "config") -> Any:
-    """Build a configuration from plain values; the reverse of `to_dict`.
-
-    Parameters
-    ----------
-    values : dict
-        Missing keys keep their defaults.
-    kind : type
-        The dataclass to build.
-    where : str
-        Name of the place in error messages.
-
-    Raises
-    ------
-    UserError
-        If a key is unknown or a value has the wrong type.
-    """
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a table of settings, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise UserError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(hints))}")
-    return kind(**{key: _checked(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+def from_dict(values: dict[str, Any]) -> Config:
+    """A configuration from plain values; missing keys keep their defaults. Mistakes are a UserError."""
+    return settings.from_dict(values, Config)
 
 
 def with_classes(config: Config, classes: int) -> Config:
     """The same configuration for another number of machine identities."""
     return replace(config, model=replace(config.model, classes=classes))
-
-
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(value, hint, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise UserError(f"{where}: {value!r} is none of {', '.join(map(str, arguments))}")
-    if origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_checked(item, arguments[0], where) for item in value)
-    elif origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _checked(value, next(a for a in arguments if a is not type(None)), where)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""From samples to the network's input: the wave, filtered where asked, and its log-mel spectrogram."""
+"""From samples to the network's input: the wave, filtered where configured, and its log-mel spectrogram."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def mel_to_hz(mel: np.ndarray) -> np.ndarray:
 
 
 def mel_filters(audio: AudioConfig) -> np.ndarray:
-    """Triangular mel filters of unit area ("slaney" norm).
-
-    Returns
-    -------
-    (mels, n_fft // 2 + 1) float64
-    """
+    """Triangular mel filters of unit area ("slaney" norm): (mels, n_fft // 2 + 1) float64."""
     bins = np.linspace(0, audio.sample_rate / 2, audio.n_fft // 2 + 1)  # Hz
     edges = mel_to_hz(np.linspace(hz_to_mel(audio.f_min), hz_to_mel(audio.f_max), audio.mels + 2))  # Hz
     widths = np.diff(edges)[:, None]
     distance = edges[:, None] - bins[None, :]
     rising, falling = -distance[:-2] / widths[:-1], distance[2:] / widths[1:]
-    return np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    if empty := np.count_nonzero(filters.max(1) == 0):
+        raise UserError(
+            f"audio: {empty} of {audio.mels} mel bands hold no FFT bin; set fewer mels or a larger n_fft"
+        )
+    return filters
 
 
 def mel_ticks(audio: AudioConfig) -> tuple[np.ndarray, list[int]]:
-    """Where round frequencies lie on an axis that counts mel bands, and these frequencies (Hz)."""
+    """Positions of round frequencies on an axis that counts mel bands, and these frequencies (Hz)."""
     hertz = [f for f in (250, 500, 1000, 2000, 4000) if audio.f_min < f < audio.f_max]
     low, *mel, high = hz_to_mel(np.array([audio.f_min, *hertz, audio.f_max]))
     return (np.array(mel) - low) / (high - low) * (audio.mels + 1) - 0.5, hertz  # band k's centre: k + 0.5
@@ -58,10 +58,6 @@ class LogMel(nn.Module):
     """Waves to log-mel spectrograms in dB: power STFT, slaney mel filters, 10 log10, no normalisation.
 
     Centred frames with zero padding and no top_db limit, as in the authors' code; silence is -100 dB.
-
-    Parameters
-    ----------
-    audio : AudioConfig
     """
 
     floor = 1e-10  # power; -100 dB
@@ -70,21 +66,12 @@ class LogMel(nn.Module):
         super().__init__()
         self.audio = audio
         # float64 buffers, cast to the wave's dtype: float32 filters would cost 1e-6 of the float64 result
-        self.register_buffer(
-            "window", torch.hann_window(audio.n_fft, periodic=True, dtype=torch.float64), persistent=False
-        )
+        window = torch.hann_window(audio.n_fft, periodic=True, dtype=torch.float64)
+        self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", torch.from_numpy(mel_filters(audio)), persistent=False)
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
-        """
-        Parameters
-        ----------
-        wave : (B, samples) or (B, 1, samples) float32 or float64
-
-        Returns
-        -------
-        (B, 1, mels, frames), dB, in the wave's dtype; frames = 1 + samples // hop
-        """
+        """(B, samples) or (B, 1, samples), float32 or float64 -> (B, 1, mels, 1 + samples // hop) in dB."""
         wave = wave.flatten(1)
         spectrum = torch.stft(
             wave,
@@ -100,7 +87,7 @@ class LogMel(nn.Module):
         return 10 * mel.clamp(min=self.floor).log10().unsqueeze(1)
 
     def _apply(self, function, recurse=True):
-        # .to(dtype) must not round the filters: device moves only
+        # .to(dtype) must not round the filters: only device moves apply
         converted = function(torch.empty(0, device=self.filters.device))
         self.window, self.filters = self.window.to(converted.device), self.filters.to(converted.device)
         return self
@@ -112,23 +99,10 @@ def to_wave(samples: np.ndarray | torch.Tensor, device: torch.device | None = No
 
 
 class ZeroPhaseFilter(nn.Module):
-    """A Butterworth filter run forwards and backwards over a wave, as one product in the frequency domain.
+    """A Butterworth filter ("low-pass" or "high-pass") run forwards and backwards, as one FFT product.
 
-    The squared magnitude response without any phase: -6 dB at the cut-off. The ends are continued by their
-    odd reflection, as `scipy.signal.sosfiltfilt` does.
-
-    Parameters
-    ----------
-    kind : {"low-pass", "high-pass"}
-    cutoff : float
-        Hz, between 0 and half the sample rate.
-    audio : AudioConfig
-        Gives the sample rate (Hz).
-
-    Raises
-    ------
-    UserError
-        If the cut-off lies outside.
+    The response is the squared magnitude without any phase: -6 dB at the cut-off (Hz). The ends are extended
+    by their odd reflection, as `scipy.signal.sosfiltfilt` does.
     """
 
     order = 8  # in one direction
@@ -142,10 +116,10 @@ class ZeroPhaseFilter(nn.Module):
             self.order, cutoff, kind.replace("-", ""), fs=audio.sample_rate, output="sos"
         )
         self.rate = audio.sample_rate
-        self.gains: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self.gains: dict[tuple[int, torch.device], torch.Tensor] = {}  # by length
 
     def gain(self, frequency: np.ndarray) -> np.ndarray:
-        """Magnitude of both passes together at frequencies in Hz."""
+        """Magnitude response of both passes at frequencies in Hz."""
         return np.abs(scipy.signal.sosfreqz(self.sections, frequency, fs=self.rate)[1]) ** 2
 
     def forward(self, wave: torch.Tensor) -> torch.Tensor:
@@ -164,14 +138,7 @@ class ZeroPhaseFilter(nn.Module):
 
 
 class FrontEnd(nn.Module):
-    """From stored samples to what the network takes: the wave and its log-mel spectrogram.
-
-    Training and scoring both pass here, so a clip is heard the same way in both.
-
-    Parameters
-    ----------
-    audio : AudioConfig
-    """
+    """From stored samples to the network's input, the same in training and scoring."""
 
     def __init__(self, audio: AudioConfig = AudioConfig()):
         super().__init__()
@@ -182,17 +149,9 @@ class FrontEnd(nn.Module):
     def forward(
         self, samples: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Parameters
-        ----------
-        samples : (B, samples) int16
-        transform : callable, optional
-            Applied to the waves (B, samples) before the log-mel, such as a filter or added noise.
+        """Samples (B, samples) int16 -> waves (B, samples), log-mels (B, 1, mels, frames) in dB.
 
-        Returns
-        -------
-        wave : (B, samples) float32, in [-1, 1)
-        log_mel : (B, 1, mels, frames) float32, dB
+        `transform` is applied to the waves first, such as a filter or added noise.
         """
         wave = to_wave(samples)
         if transform is not None:

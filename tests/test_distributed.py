@@ -27,6 +27,7 @@ from osscl_min.runtime.files import UserError
 from osscl_min.train import read_log, train
 from osscl_min.trainer import Trainer
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 ROWS, SIZES, STEPS = 7, (2, 3), 2  # blocks of 4 and 3, and of 3, 2 and 2
 FRAME_MAPS = ("log_mel", "tgram")  # TFgram's statistics cannot be frozen in training
@@ -105,7 +106,7 @@ def together(rank, folder):
     if rank == 1:
         assert summary.scored == 30
         torch.save(scored.scores, f"{folder}/scores.pt")
-    assert current().size == 2
+    assert current().world_size == 2
     dist.destroy_process_group()
 
 

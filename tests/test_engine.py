@@ -1,6 +1,7 @@
 """The training engine: runs go on bit for bit from any moment, and nothing bad replaces a checkpoint."""
 
 import io
+import os
 import random
 import re
 import resource
@@ -11,7 +12,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -20,11 +20,13 @@ from conftest import COMMAND, TINY, environment
 from test_train import equal, state
 
 from osscl_min import train
+from osscl_min import trainer as trainer_module
 from osscl_min.config import EngineConfig
 from osscl_min.data.batches import Resident, load_batches
 from osscl_min.model import OSSCL
 from osscl_min.runtime.distributed import Ranks
-from osscl_min.runtime.files import UserError
+from osscl_min.runtime.files import UserError, locked
+from osscl_min.runtime.graph import CaptureError
 from osscl_min.train import draw_mixing
 from osscl_min.trainer import Trainer
 
@@ -57,6 +59,7 @@ def same_run(one, other):
         assert {key: a[key] for key in a.keys() - timed} == {key: b[key] for key in b.keys() - timed}
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_weights(data, uninterrupted, tmp_path):
     for _ in range(2):
         process = command(data, tmp_path)
@@ -70,15 +73,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(data, uninterrup
     same_run(uninterrupted, tmp_path)
 
 
-def test_says_that_other_threads_give_other_bits(uninterrupted, data, tmp_path, capfd):
+def test_says_once_that_other_threads_or_implementations_give_other_bits(
+    uninterrupted, data, tmp_path, capfd
+):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
     train.train(data, out, TINY)
     assert "last bits" not in capfd.readouterr().out
-    content = state(out / "last.pt") | {"running": "float32 on cpu, 99 threads"}
+    content = state(out / "last.pt") | {"running": "float32 on cpu, 99 threads", "computed_by": "abacus"}
     torch.save(content, out / "last.pt")
     train.train(data, out, TINY)
-    assert "after float32 on cpu, 99 threads: the last bits will differ" in capfd.readouterr().out
+    screen = capfd.readouterr().out
+    assert screen.count("the last bits will differ") == 1
+    assert "after float32 on cpu, 99 threads and " in screen and " after abacus: " in screen
 
 
 @contextmanager
@@ -118,6 +125,7 @@ def test_it_goes_on_from_any_step_and_after_a_full_disk(data, uninterrupted, tmp
     same_run(uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends(data, tmp_path, number):
     process = command(data, tmp_path, "--engine.checkpoint-seconds", "1000", "--train.epochs", "1000")
@@ -125,13 +133,13 @@ def test_a_signal_saves_and_ends(data, tmp_path, number):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, screen = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     name = signal.Signals(number).name
-    found = re.search(rf"osscl: stopped by {name} at epoch (\d+), step (\d) of 3; saved", said)
+    match = re.search(rf"osscl: stopped by {name} at epoch (\d+), step (\d) of 3; saved", screen)
     at = state(tmp_path / "last.pt")["position"]
-    assert (int(found[1]), int(found[2])) == (at["epoch"] + 1, at["step"])
-    assert "Traceback" not in said
+    assert (int(match[1]), int(match[2])) == (at["epoch"] + 1, at["step"])
+    assert "Traceback" not in screen
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -141,9 +149,15 @@ def test_resume_needs_a_run(data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_another_process_trains_in_is_refused(data, tmp_path):
+    with locked(tmp_path, "training"), pytest.raises(UserError, match="another process is training here"):
+        train.train(data, tmp_path, TINY)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
 def test_a_folder_that_cannot_be_written(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*config.json: Not a directory"):
+    with pytest.raises(UserError, match="cannot write .*run: Not a directory"):
         train.train(data, tmp_path / "file" / "run", TINY)
 
 
@@ -190,9 +204,8 @@ def test_the_progress_line(data, tmp_path, monkeypatch):
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
     train.train(data, tmp_path, replace(TINY, train=replace(TINY.train, epochs=1)))
-    epoch = r"(step/s|s/step), epoch 1/1, \d+ clips/s"  # tqdm turns a slow rate round
-    losses = r"loss [\d.]+ = [\d.]+ \+ [\d.]+, lr 1.0e-03"
-    assert re.search(rf"3/3 .*{epoch}, {losses}, ends \w+ \d\d:", screen.getvalue())
+    losses = r"total [\d.]+, cross_entropy [\d.]+, contrastive [\d.]+, lr 1.0e-03"
+    assert re.search(rf"16/16 .*(clip/s|s/clip), epoch 1/1, {losses}", screen.getvalue())
 
 
 class Counting:
@@ -226,18 +239,18 @@ def test_batches_arrive_in_order_from_two_buffers():
 
 def test_blocks_and_partners():
     whole = draw_mixing(7, 2, 3, 0.5, [5])
-    mix, partners = draw_mixing(7, 2, 3, 0.5, [3, 2])
-    assert mix == whole[0] and [sorted(one) for one in partners] == [[0, 1, 2], [0, 1]]
-    assert draw_mixing(7, 2, 4, 0.5, [5])[0] != mix
+    lam, partners = draw_mixing(7, 2, 3, 0.5, [3, 2])
+    assert lam == whole[0] and [sorted(block) for block in partners] == [[0, 1, 2], [0, 1]]
+    assert draw_mixing(7, 2, 4, 0.5, [5])[0] != lam
     blocks = Ranks(1, 3).blocks(np.arange(7))
     assert [len(block) for block in blocks] == [3, 2, 2] and np.concatenate(blocks).tolist() == [*range(7)]
 
 
-def steps(trainer, mix, dtype=torch.float32):
+def steps(trainer, lam, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     samples = torch.randint(-9000, 9000, (6, trainer.config.model.audio.samples), generator=generator)
     wave, log_mel = (value.to(dtype) for value in trainer.front(samples.to(torch.int16)))
-    batch = torch.arange(6) % 4, mix, torch.randperm(6, generator=generator)
+    batch = torch.arange(6) % 4, lam, torch.randperm(6, generator=generator)
     return torch.stack([trainer.step(wave, log_mel, *batch)["total"] for _ in range(2)])
 
 
@@ -245,7 +258,7 @@ def test_lambda_and_learning_rate_as_tensors_give_the_same_step():
     """What a CUDA graph needs."""
     torch.manual_seed(0)
     plain, tensors = (Trainer(TINY, CPU, OSSCL(TINY.model).double()) for _ in range(2))
-    tensors.load(plain.state())
+    tensors.load_state_dict(plain.state_dict())
     for group in tensors.optimizer.param_groups:
         group["lr"] = torch.tensor(float("nan"))
     for trainer in (plain, tensors):
@@ -258,17 +271,26 @@ def test_lambda_and_learning_rate_as_tensors_give_the_same_step():
     assert plain.is_finite()
 
 
-def test_a_compiler_that_fails_leaves_the_network_as_it_is(monkeypatch, capsys):
+def test_steps_run_eagerly_where_a_graph_cannot_be_captured(capsys):
+    def refuse(*batch):
+        raise CaptureError("operation not permitted when stream is capturing")
+
     torch.manual_seed(0)
-    config = replace(TINY, model=replace(TINY.model, inputs=("log_mel",)))
-    plain = Trainer(config, CPU)
+    config = replace(TINY, train=replace(TINY.train, batch_size=6))
+    plain, graphed = (Trainer(config, CPU) for _ in range(2))
+    graphed.load_state_dict(plain.state_dict())
+    graphed.graph, lam = refuse, torch.tensor(0.3)
+    assert torch.equal(steps(graphed, lam), steps(plain, lam))
+    assert graphed.graph is None
+    assert capsys.readouterr().out.count("steps run without a CUDA graph: operation not permitted") == 1
 
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    compiled = Trainer(replace(config, engine=EngineConfig(compile=True)), CPU, Trainer(config, CPU).model)
-    assert compiled._network is compiled.model
-    assert "runs uncompiled" in capsys.readouterr().out
-    compiled.load(plain.state())
-    assert torch.equal(steps(plain, 0.3), steps(compiled, 0.3))
+def test_compiled_cpu_layers_are_recorded_and_used_by_the_student_alone(monkeypatch):
+    accelerated = []
+    monkeypatch.setattr(
+        trainer_module, "accelerate", lambda model: accelerated.append(model) or "fast layers"
+    )
+    fast = Trainer(TINY, CPU)
+    assert fast.computed_by == "fast layers" and accelerated == [fast.model]
+    monkeypatch.setattr(trainer_module, "accelerate", lambda model: "")
+    assert Trainer(TINY, CPU).computed_by == "PyTorch"

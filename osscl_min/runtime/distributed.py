@@ -1,4 +1,4 @@
-"""Several processes, one a device, that train or score together; torchrun starts them."""
+"""Several processes, one per device, that train or score together; torchrun starts them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    group: Any = None  # torch.distributed's; None for a process alone
+    group: Any = None  # a torch.distributed process group; None for a single process
 
     @property
     def first(self) -> bool:
@@ -27,27 +27,30 @@ class Ranks:
         return self.rank == 0
 
     def blocks(self, items: np.ndarray) -> list[np.ndarray]:
-        """Items cut into a block a rank, as equal as they can be; joined in rank order they are the items."""
+        """Items cut into one block per rank, of nearly equal size, in rank order."""
         return np.array_split(items, self.world_size)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order; any values that can be pickled."""
+        """Every rank's value (anything that can be pickled), in rank order."""
         if self.group is None:
             return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value, self.group)
         return values
 
-    def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's value, on the device; the value itself for a process alone."""
-        if self.group is not None:
-            value = value.clone()
-            dist.all_reduce(value, group=self.group)
+
+def global_sum(value: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum over the ranks of a group, with the gradient of this rank's part alone."""
+    if group is None:
         return value
+    own = value.detach()
+    total = own.clone()
+    dist.all_reduce(total, group=group)
+    return value + (total - own)
 
 
 def current() -> Ranks:
-    """Where this process stands now."""
+    """This process in the default process group; a single process without one."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
@@ -55,9 +58,9 @@ def current() -> Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Work together with torchrun's other processes, if it started this one; alone otherwise.
+    """Join torchrun's process group if torchrun started this process; otherwise run alone.
 
-    A process that ends in an error leaves the group as it is: torchrun stops the others.
+    After an error the group is left as it is: torchrun stops the other processes.
     """
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 or not dist.is_torchelastic_launched()
     if alone or dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, files that are never half-written, and where a result came from."""
+"""Errors that a user can act on, files that are never half-written, and the provenance of results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import secrets
 import stat
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -31,14 +31,8 @@ _PRECIOUS_STARTS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"FORM", b"PK\x03\x04", b
 
 
 class UserError(Exception):
-    """A mistake in the input: what, where, what to do, in one line, which is all the command line prints.
-
-    Parameters
-    ----------
-    message : str
-    exit_status : int
-        What the command line ends with; other than 2 where a script may want to tell reasons apart.
-    """
+    """A user's mistake in one line: what, where, what to do. The command line prints it and exits with
+    `exit_status`."""
 
     def __init__(self, message: str, exit_status: int = 2):
         super().__init__(message)
@@ -52,26 +46,26 @@ def first_lines(lines: Sequence[str], most: int) -> list[str]:
 
 
 def printable(path: Path | str) -> str:
-    """A path as text that any terminal and any UTF-8 file can take."""
+    """A path as valid UTF-8 text, for messages and tables."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def safe_name(text: str) -> str:
-    """A text from outside, such as a machine type, as the name of one file or folder.
+    """A text from outside, such as a machine type, as part of a file name.
 
-    Letters, digits, spaces and ``_.+-`` stay; a name that had to be changed gets a digest, so that two
-    different texts never share a file.
+    Letters, digits, spaces and ``_.+-`` stay; a changed name gets a digest, so that different texts never
+    share a file.
     """
     name = re.sub(r"[^\w .+-]", "_", text).strip(" .")
-    if name == text and len(os.fsencode(name)) <= 100:
+    if name and name == text and len(os.fsencode(name)) <= 100:
         return name
     return f"{name[:40]}-{sha256(os.fsencode(text)).hexdigest()[:8]}"
 
 
 def walk(root: Path | str) -> Iterator[tuple[Path, str]]:
-    """Every visible file under a folder, in order, with the reason why it cannot be used ("" without one).
+    """Every visible file under a folder, sorted, with the reason why it cannot be used ("" if it can).
 
-    Each real folder is entered once, so loops of links end; pipes and devices are listed, never opened.
+    Each real folder is entered once, so loops of links end; pipes and devices are never opened.
     """
     entered = set()
 
@@ -107,21 +101,8 @@ def walk(root: Path | str) -> Iterator[tuple[Path, str]]:
 
 
 def check_output(path: Path | str, inputs: Iterable[Path | str] = (), suffixes: Sequence[str] = ()) -> Path:
-    """A file that a result may be written to.
-
-    Parameters
-    ----------
-    path : Path or str
-    inputs : iterable of Path or str
-        Files that are read, which an output never replaces.
-    suffixes : sequence of str
-        The suffixes that it may have; any without.
-
-    Raises
-    ------
-    UserError
-        If it is an input, a sound file, a checkpoint, an archive, a folder or another special file.
-    """
+    """The path of a result, unless writing it would replace an input, a sound, a checkpoint, an archive, a
+    folder or a special file, or its suffix is not one of `suffixes` (any, if there are none)."""
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"cannot write {printable(path)}: its name must end in {' or '.join(suffixes)}")
@@ -145,49 +126,41 @@ def check_output(path: Path | str, inputs: Iterable[Path | str] = (), suffixes: 
 
 @contextmanager
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside `path` and rename it to `path` when the block ends without an error.
+    """Open a temporary file beside `path` ("w" or "wb"); rename it to `path` if the block succeeds.
 
-    Parameters
-    ----------
-    path : Path or str
-        The final name; its folder is made where missing. An existing file stays whole until the rename.
-    mode : {"w", "wb"}
+    An existing file stays whole until then, and for good if the block fails.
 
     Raises
     ------
     UserError
-        If the folder cannot be written or the disk is full; the old file is untouched. Other errors of the
-        block pass through.
+        If the file cannot be written or the disk is full. Other errors of the block pass through.
     """
     path = Path(path)
     temporary = path.parent / f".{secrets.token_hex(8)}.part"
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
         with open(temporary, mode.replace("w", "x"), **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-        names = [str(place) for place in (temporary, path, *path.parents)]
-        if full or str(error.filename) in names:
-            raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
-        raise
+        if error.filename is None:  # reading and writing name no file; only writing fills a disk
+            ours = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        else:
+            ours = str(error.filename) in map(str, (temporary, path, *path.parents))
+        if not ours:
+            raise
+        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # renamed, or never made
+            temporary.unlink()
 
 
 @contextmanager
 def locked(folder: Path | str, what: str) -> Iterator[None]:
-    """Hold a folder for this process until the block ends; `what` names the work in the error.
-
-    Raises
-    ------
-    UserError
-        If another process holds it.
-    """
+    """Lock a folder until the block ends; a UserError that names the work, `what`, if it is locked."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,25 +173,19 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(
-                    f"{printable(folder)}: another process is {what} here; wait or choose another"
+                    f"{printable(folder)}: another process is {what} here; wait, or choose another folder"
                 ) from error
         yield
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` (UTF-8), replacing the file as a whole."""
+    """Write `text` in UTF-8; see `replacing`."""
     with replacing(path) as file:
         file.write(text)
 
 
 def read_json(path: Path | str) -> Any:
-    """The content of a JSON file.
-
-    Raises
-    ------
-    UserError
-        If it is missing or holds no JSON.
-    """
+    """The content of a JSON file; a UserError if it cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -226,26 +193,16 @@ def read_json(path: Path | str) -> Any:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Write `content` as indented JSON, replacing the file as a whole."""
+    """Write `content` as indented JSON; see `replacing`."""
     with replacing(path) as file:
         json.dump(content, file, indent=1, allow_nan=False)
         file.write("\n")
 
 
 def read_rows(path: Path | str) -> Iterator[tuple[str, list[str]]]:
-    """The rows of any CSV file in UTF-8 , each with its place; empty rows and a byte-order mark are dropped.
+    """The rows of a CSV file in UTF-8: "FILE, line N" for messages, and the cells without outer spaces.
 
-    Yields
-    ------
-    place : str
-        "FILE, line N", for messages.
-    cells : list of str
-        Without surrounding spaces.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read or is not CSV in UTF-8.
+    Empty rows and a byte-order mark are dropped. A file that is not CSV in UTF-8 is a UserError.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -264,10 +221,7 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, list[str]]]:
 def read_csv(path: Path | str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """The rows of a CSV file by the names in its header, which must have `columns`.
 
-    Raises
-    ------
-    UserError
-        As `read_rows`; if a column is missing or a row has another number of cells than the header.
+    A missing column, or a row with another number of cells than the header, is a UserError.
     """
     rows = read_rows(path)
     _, header = next(rows, ("", []))
@@ -282,7 +236,7 @@ def read_csv(path: Path | str, columns: Sequence[str] = ()) -> list[dict[str, st
 
 
 def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a header and rows as CSV, replacing the file as a whole; floats keep every digit."""
+    """Write a header and rows as CSV, floats with every digit; see `replacing`."""
     with replacing(path) as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -290,13 +244,7 @@ def write_csv(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[A
 
 
 def provenance(device: Any = None) -> dict[str, str]:
-    """Describe what produced a result: package commit, versions, processor, time (UTC).
-
-    Parameters
-    ----------
-    device : torch.device, optional
-        The device that computed; a CUDA device is named by its product name.
-    """
+    """What produced a result: commit, time (UTC), versions, device (a torch.device) and processor."""
     import numpy
     import torch
 
@@ -321,8 +269,8 @@ def provenance(device: Any = None) -> dict[str, str]:
 
 
 def peak_memory_mb() -> float | None:
-    """The largest resident memory that this process has had, MB; None where the system does not tell."""
-    try:  # getrusage would count what the parent held when it started this process
+    """The largest resident memory of this process so far in MB; None if the system does not tell."""
+    try:  # getrusage would count the parent's memory at the start of this process
         return round(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3, 1)
     except (OSError, TypeError):  # not Linux
         return None
