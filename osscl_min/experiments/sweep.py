@@ -274,10 +274,11 @@ def difference(
 ) -> dict[str, Any] | None:
     """How a variant differs from another in COMPARED, with the noise of both seeds and test clips.
 
-    The paired differences of n seeds vary by training noise s; the mean of them varies over test clips by c,
-    the standard deviation of its resamples. Banerjee's interval joins independent parts and covers no less
-    than it says: half width^2 = (t s / sqrt(n))^2 + (t' c)^2, t with n - 1 degrees of freedom and t' with
-    those of the smaller class of clips. Simulated: results/statistics.md.
+    The paired differences of n seeds vary by training noise s; the test clips, which the seeds share, add c,
+    the covariance of their resamples between seeds. Banerjee's interval joins independent parts and covers no
+    less than it says: half width^2 = (t s / sqrt(n))^2 + (t' c)^2, t with n - 1 degrees of freedom and t'
+    with those of the smaller class of clips; it is never narrower than what the clips alone give. Simulated:
+    results/statistics.md.
 
     Parameters
     ----------
@@ -304,8 +305,12 @@ def difference(
         return result
     ids = [n for name, n in systems[0].counts.items() if len(name) == 2 and name[: len(key)] == key]
     freedom = max(1, np.subtract(ids, 1).sum(axis=0).min())
+    t_seeds, t_clips = t.ppf(0.975, [count - 1, freedom])
     seed_sd = seeds.std(ddof=1)
-    half = np.hypot(t.ppf(0.975, count - 1) * seed_sd / np.sqrt(count), t.ppf(0.975, freedom) * clip_sd)
+    covariance = np.cov(draws)
+    shared = max(0.0, (covariance.sum() - np.trace(covariance)) / (count * (count - 1)))
+    joined = np.hypot(t_seeds * seed_sd / np.sqrt(count), t_clips * np.sqrt(shared))
+    half = max(joined, t_clips * clip_sd)
     interval = [float(mean - half), float(mean + half)]
     return result | {"interval": interval, "seed_sd": float(seed_sd), "clear": bool(abs(mean) > half)}
 
@@ -370,8 +375,8 @@ def origin(result: Mapping[str, Any]) -> str:
 NOTE = (
     "Percent; mean ± standard deviation over the seeds. Differences are of AUC id-mean, paired by seed, with "
     "95 % intervals that hold for other training seeds and other test clips: half width² = (t s / √n)² + "
-    "(t' c)², with s the standard deviation of the n paired differences, c that of their mean over "
-    "resampled clips, and t, t' from Student's distribution. * where the interval leaves out 0; "
+    "(t' c)², with s the standard deviation of the n paired differences, c² the covariance of "
+    "seeds over resampled clips, and t, t' from Student's distribution. * where the interval leaves out 0; "
     "about one comparison in twenty does so by chance."
 )
 FEW = "Too few seeds: t is 12.7 with two, 4.3 with three, 2.8 with five; one seed cannot be compared."
@@ -513,7 +518,7 @@ def keep_scores(conditions: Sequence[Condition], path: Path) -> None:
     for clips in zip(*columns.values(), strict=True):
         clip = clips[0]
         about = [clip.file, clip.machine_type, clip.machine_id, clip.subset, clip.anomaly]
-        rows.append(about + [f"{each.score:.9g}" for each in clips])
+        rows.append(about + [each.score for each in clips])
     write_csv(path, ["file", "machine_type", "machine_id", "subset", "anomaly", *columns], rows)
 
 
