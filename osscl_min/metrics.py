@@ -66,18 +66,8 @@ def weighted_auc(
 ) -> np.ndarray:
     """The same areas for many weightings of the same clips at once, for the bootstrap.
 
-    Parameters
-    ----------
-    anomaly : (n,) of 0 and 1
-    score : (n,)
-    weight : (R, n)
-        How often each clip was drawn in each resample; every row needs both classes.
-    max_fpr : float
-        1 gives the AUC, less the McClish-standardised pAUC.
-
-    Returns
-    -------
-    (R,) float64
+    `weight` (R, n) is how often each of n clips was drawn in each resample, with both classes in every row;
+    `max_fpr` below 1 gives the McClish-standardised pAUC. Returns (R,) float64.
     """
     order = np.argsort(-score, kind="stable")
     last_of_tie = np.append(np.diff(score[order]) != 0, True)
@@ -350,12 +340,7 @@ def write_metrics(metrics: dict[str, Any], out: Path | str) -> None:
 def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] = ()) -> list[list[str]]:
     """The types' table in percent, first row the header, for the terminal and the report.
 
-    Parameters
-    ----------
-    metrics : dict
-        From `evaluate_scores`.
-    more : sequence of (label, {name: fraction})
-        Further rows, such as another system's average.
+    `metrics` comes from `evaluate_scores`; `more` has further rows, such as another system's average.
     """
     header = ["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]
     rows = [(entry["type"], entry) for entry in metrics["types"]] + [("average", metrics["average"]), *more]

@@ -270,20 +270,10 @@ def collect(
     device: str = "auto",
     cutoffs: Sequence[float] = CUTOFFS,
 ) -> tuple[list[Condition], dict[str, Any]]:
-    """Examine trained detectors under every condition of one of ANALYSES.
+    """The scores of trained detectors under every condition of one of ANALYSES, and the facts behind them.
 
-    Parameters
-    ----------
-    name : str
-    checkpoints : mapping of str to sequence of Path
-        Variant -> its best.pt, one for each seed.
-    data : Path or str
-    out : Path
-        Gets arrays for figures: first filters before and after training, or embeddings of the first seed.
-    config : EvaluateConfig
-    device : str
-    cutoffs : sequence of float
-        Hz, for "high-frequency".
+    `checkpoints` maps a variant to a best.pt for each seed. `out` gets arrays for figures: first filters
+    before and after training, or embeddings of the first seed.
     """
     examine, splits = ANALYSES[name]
     conditions: dict[tuple, Condition] = {}

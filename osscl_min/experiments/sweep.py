@@ -109,7 +109,7 @@ def plan(
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what may differ between equal runs: the engine, and classes, which data set."""
+    """A configuration as JSON without the engine, and without the classes, which follow from the data."""
     model = {name: value for name, value in config["model"].items() if name != "classes"}
     rest = {name: value for name, value in config.items() if name != "engine"}
     return json.loads(json.dumps({**rest, "model": model}))  # tuples as lists
@@ -117,14 +117,11 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_done(run: Run) -> bool:
     """Whether the run is trained and evaluated; refuses a folder that holds another one."""
-    path, trained, identity = (
-        run.folder / "identity.json",
-        run.folder / "config.json",
-        json.loads(run.identity),
-    )
+    known, trained = run.folder / "identity.json", run.folder / "config.json"
+    identity = json.loads(run.identity)
     if not run.folder.exists() or not any(run.folder.iterdir()):
-        write_json(path, identity)
-    same = path.is_file() and read_json(path) == identity
+        write_json(known, identity)
+    same = known.is_file() and read_json(known) == identity
     if same and trained.is_file():
         same = _comparable(read_json(trained)["config"]) == identity["config"]
     if not same:
@@ -133,21 +130,9 @@ def _is_done(run: Run) -> bool:
 
 
 def run_all(runs: Sequence[Run], data: Path | str, *, device: str = "auto", jobs: int = 1) -> dict[Run, str]:
-    """Train and evaluate every run that is not done yet, each in a process of its own.
+    """Train and evaluate the runs of a `plan` that are not done, each in a process, `jobs` at a time.
 
-    Parameters
-    ----------
-    runs : sequence of Run
-        From one `plan`.
-    data : Path or str
-    device : str
-    jobs : int
-        Runs at a time; on a CPU they share its threads.
-
-    Returns
-    -------
-    dict
-        Each failed run -> the last line of its output.txt. The others are done.
+    Returns each failed run with the last line of its output.txt; the others are done.
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs)),
@@ -221,13 +206,7 @@ VALUES = {  # what is measured beside the AUC: heading and digits
 
 
 def collect(runs: Sequence[Run], failed: Mapping[Run, str]) -> tuple[list[Condition], dict[str, Any]]:
-    """The scores and costs of the runs that are done, and the facts behind them.
-
-    Raises
-    ------
-    UserError
-        If no run of the first variant, the baseline, is done.
-    """
+    """The scores and costs of the runs that are done, and the facts behind them."""
     done = [run for run in runs if run not in failed]
     if not any(run.variant == runs[0].variant for run in done):
         why = next(iter(failed.values()))
@@ -280,18 +259,10 @@ def difference(
     with those of the smaller class of clips; it is never narrower than what the clips alone give. Simulated:
     results/statistics.md.
 
-    Parameters
-    ----------
-    systems, base : sequences of Resampled, one per seed
-        Of the same seeds and the same clips.
-    key : () or (type,)
-        The average or a machine type.
-
-    Returns
-    -------
-    dict or None
-        "mean" (fraction), "interval" (95 %; None for one seed, which cannot tell), "seeds" (each difference),
-        "seed_sd" (s), "clip_sd" (c) and "clear": the interval leaves out 0. None without both classes.
+    `systems` and `base` hold one entry per seed, of the same seeds and clips; `key` is () for the average or
+    (type,). Returns "mean" (fraction), "interval" (95 %; None for one seed, which cannot tell), "seeds" (each
+    difference), "seed_sd" (s), "clip_sd" (of the mean) and "clear" (the interval leaves out 0); None without
+    both classes.
     """
     pairs = zip(systems, base, strict=True)
     values = np.array([ours.areas[key][COMPARED] - theirs.areas[key][COMPARED] for ours, theirs in pairs])
@@ -318,15 +289,13 @@ def difference(
 def summarise(conditions: Sequence[Condition], facts: Mapping[str, Any], times: int) -> dict[str, Any]:
     """The result of an experiment, the content of NAME.json.
 
-    Returns
-    -------
-    dict
-        `facts`, and "conditions", a list of rows: their settings, "seeds", "metrics" (means over the seeds,
-        see `metrics.evaluate_scores`), "each" (the averages of each seed), "values" and, with `times`
-        resamples, "difference" to the first row of the same variant and "gain" over the first variant's row
-        of the same settings: {"average" or a type: see `difference`}.
+    Beside `facts` it has "conditions", a list of rows: their settings, "seeds", "metrics" (means over the
+    seeds, see `metrics.evaluate_scores`), "each" (the averages of each seed), "values" and, with `times`
+    resamples, "difference" from the first row of the same variant and "gain" over the first variant's row of
+    the same settings: {"average" or a type: see `difference`}.
     """
     systems = [{seed: resampled(s, times) for seed, s in c.scores.items()} for c in conditions]
+    variants = [condition.settings["variant"] for condition in conditions]
     first = next(iter(systems[0].values()))
     keys = [(), *(key for key in first.areas if len(key) == 1)]
 
@@ -337,10 +306,10 @@ def summarise(conditions: Sequence[Condition], facts: Mapping[str, Any], times: 
 
     rows = []
     for n, condition in enumerate(conditions):
-        variant, *rest = condition.settings.values()
-        within = next(k for k, c in enumerate(conditions) if c.settings["variant"] == variant)
-        alike = [k for k, c in enumerate(conditions) if list(c.settings.values())[1:] == rest]
-        across = 0 if n == within else alike[0]
+        within = variants.index(variants[n])
+        rest = list(condition.settings.values())[1:]
+        alike = (k for k, c in enumerate(conditions) if list(c.settings.values())[1:] == rest)
+        across = 0 if n == within else next(alike)
         row = {
             **condition.settings,
             "seeds": list(condition.scores),
@@ -348,10 +317,10 @@ def summarise(conditions: Sequence[Condition], facts: Mapping[str, Any], times: 
             "each": {name: [_number(s.areas[()][name][0]) for s in systems[n].values()] for name in NAMES},
             "values": condition.values,
         }
-        first_variant = conditions[across].settings["variant"]
-        for name, other in (("difference", within), ("gain", across)):
-            if times > 1 and other != n and (name == "difference" or first_variant != variant):
-                row[name] = compare(n, other)
+        if times > 1 and within != n:
+            row["difference"] = compare(n, within)
+        if times > 1 and variants[across] != variants[n]:
+            row["gain"] = compare(n, across)
         rows.append(row)
     clips = sum(first.counts[()])
     return {**facts, "clips": clips, "bootstrap": times, "conditions": rows}

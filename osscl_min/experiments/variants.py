@@ -27,21 +27,9 @@ ALL = ("scores", "high-frequency", "bands", "noise", "embeddings", "training", "
 
 
 def variants(name: str, config: Config, cutoffs: Sequence[float] = CUTOFFS) -> dict[str, Changes]:
-    """The variants of an experiment: name -> settings that differ; the first is the baseline.
+    """The variants of an experiment: name -> settings that differ from `config`; the first is the baseline.
 
-    Parameters
-    ----------
-    name : str
-        One of TRAINED or ANALYSES, or "seeds": the baseline alone.
-    config : Config
-        What they differ from.
-    cutoffs : sequence of float
-        Hz, of "high-frequency-training".
-
-    Raises
-    ------
-    UserError
-        If "training" has less than the two epochs that its two stages need.
+    `name` is one of TRAINED or ANALYSES, or "seeds": the baseline alone.
     """
     if name == "training" and config.train.epochs < 2:
         raise UserError(
