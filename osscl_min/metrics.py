@@ -122,10 +122,12 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
                 f"{score.machine_type} {score.file}: the score is {score.score}, not a finite number"
             )
     truth, value = (np.array(column) for column in zip(*((s.anomaly, s.score) for s in known), strict=True))
-    members: dict[tuple[str, str], list[int]] = {}
+    members: dict[tuple[str, ...], list[int]] = {}
     for position, score in enumerate(known):
-        members.setdefault((score.machine_type, score.machine_id), []).append(position)
-    machines = sorted(members, key=lambda machine: (machine[0].lower(), machine))
+        for key in ((score.machine_type, score.machine_id), (score.machine_type,), ()):
+            members.setdefault(key, []).append(position)
+    ordered = sorted(members, key=lambda key: [part.lower() for part in key])
+    machines, types = ([key for key in ordered if len(key) == length] for length in (2, 1))
     random = np.random.default_rng(seed)
     weight = np.ones((1 + times, len(known)), np.int32)
     for machine in machines:
@@ -135,7 +137,8 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
                 share = np.full(len(own), 1 / len(own))
                 weight[1:, own] = random.multinomial(max(1, len(own) - 1), share, times)
 
-    def areas_of(own: Sequence[int]) -> dict[str, np.ndarray]:
+    def areas_of(key: tuple[str, ...]) -> dict[str, np.ndarray]:
+        own = members[key]
         if len(np.unique(truth[own])) < 2:
             return dict.fromkeys(("auc", "pauc"), np.full(1 + times, np.nan))
         return {
@@ -143,30 +146,21 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
             for name, max_fpr in (("auc", 1.0), ("pauc", MAX_FPR))
         }
 
-    result = Resampled({}, {})
-
-    def enter(key: tuple[str, ...], areas: dict[str, np.ndarray], own: Sequence[int]) -> None:
-        anomalous = int(truth[own].sum())
-        result.areas[key], result.counts[key] = areas, (len(own) - anomalous, anomalous)
-
-    types = list(dict.fromkeys(machine[0] for machine in machines))
-    for machine in machines:
-        enter(machine, areas_of(members[machine]), members[machine])
-    for name in types:
-        ids = [machine for machine in machines if machine[0] == name]
-        own = [position for machine in ids for position in members[machine]]
-        pooled, each = areas_of(own), [result.areas[machine] for machine in ids]
-        metrics = {
+    areas = {machine: areas_of(machine) for machine in machines}
+    for key in types:
+        pooled, ids = areas_of(key), [areas[machine] for machine in machines if machine[:1] == key]
+        areas[key] = {
             "auc_pooled": pooled["auc"],
             "pauc_pooled": pooled["pauc"],
-            "auc_id_mean": _over(np.mean, [areas["auc"] for areas in each]),
-            "pauc_id_mean": _over(np.mean, [areas["pauc"] for areas in each]),
-            "mauc": _over(np.min, [areas["auc"] for areas in each]),
+            "auc_id_mean": _over(np.mean, [each["auc"] for each in ids]),
+            "pauc_id_mean": _over(np.mean, [each["pauc"] for each in ids]),
+            "mauc": _over(np.min, [each["auc"] for each in ids]),
         }
-        enter((name,), metrics, own)
-    each = [result.areas[name,] for name in types]
-    enter((), {name: _over(np.mean, [areas[name] for areas in each]) for name in NAMES}, range(len(known)))
-    return result
+    areas[()] = {name: _over(np.mean, [areas[key][name] for key in types]) for name in NAMES}
+    anomalous = {key: int(truth[own].sum()) for key, own in members.items()}
+    return Resampled(
+        areas, {key: (len(own) - anomalous[key], anomalous[key]) for key, own in members.items()}
+    )
 
 
 def _over(function: Any, arrays: Sequence[np.ndarray]) -> np.ndarray:

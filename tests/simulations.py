@@ -1,4 +1,4 @@
-"""Simulations of the statistics: `python tests/simulations.py` writes results/statistics.md (half an hour).
+"""Simulations of the statistics: `python tests/simulations.py` writes results/statistics.md.
 
 Coverage of the 95 % intervals of `metrics`, and how often `sweep.difference` calls a difference clear.
 """
@@ -112,8 +112,8 @@ def main():
     text = (
         "How often `sweep.difference` calls a difference clear: 2,000 simulated comparisons per cell of two "
         f"variants with AUC 0.75; 500 with 0.75 and 0.85.\n\n{markdown(level)}\n\n"
-        "Coverage (%) of the 95 % intervals of `metrics`: 100, 100, 50 and 20 simulated data sets per row, of "
-        f"{TYPES} types with {IDS} ids each; normal + anomalous clips per id.\n\n{markdown(rows)}\n"
+        "Coverage (%) of the 95 % intervals of `metrics`: 100, 100, 50 and 20 simulated data sets per row "
+        f"of {TYPES} types with {IDS} ids each; normal + anomalous clips per id.\n\n{markdown(rows)}\n"
     )
     write_text(ROOT / "results" / "statistics.md", text)
 
