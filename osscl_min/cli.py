@@ -18,7 +18,7 @@ from osscl_min.runtime.files import UserError
 Positional = tyro.conf.Positional
 Preset = Literal["paper", "small", "quick"]
 Experiment = Literal["components", "inputs", "training", "precision", "high-frequency-training",
-                     "high-frequency", "bands", "noise", "scores", "embeddings"]  # fmt: skip
+                     "high-frequency", "bands", "noise", "scores", "embeddings", "all"]  # fmt: skip
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
 
 
@@ -251,10 +251,13 @@ def commands(preset: Config) -> dict[str, Callable]:
             labels: eval_data_list.csv, for files whose names do not tell the truth.
             bootstrap: Resamples for the 95 % intervals; 0 leaves them out.
         """
-        from osscl_min.metrics import evaluate_scores, read_scores, table, write_metrics
+        from osscl_min.metrics import evaluate_scores, read_scores, table, unmatched, write_metrics
         from osscl_min.runtime.tables import markdown
 
-        result = evaluate_scores(read_scores(scores, labels), bootstrap)
+        rows = read_scores(scores, labels)
+        if remark := unmatched(rows, labels):
+            print(remark, file=sys.stderr)
+        result = evaluate_scores(rows, bootstrap)
         if out is not None:
             write_metrics(result, out)
         print(markdown(table(result)))
@@ -273,17 +276,18 @@ def commands(preset: Config) -> dict[str, Callable]:
     ) -> None:
         """Run an experiment: train its variants and compare them, or examine trained detectors more closely.
 
-        What is done is not done again. A run that fails leaves the others be; the exit status is then 1.
+        Finished runs are reused; a failure does not stop the others, and the exit status is then 1.
 
         Args:
-            name: Which one; the first five compare trainings, the others examine detectors.
+            name: The first five compare trainings, the others examine detectors; all runs one after the other
+                (without precision).
             data: Data folder.
             out: Folder for the runs and the result.
             checkpoint: A run's best.pt to examine; without it, the seeds' detectors, trained where missing.
             seeds: A run of every variant for each.
             variants: Only these, beside the baseline.
             jobs: Runs at a time.
-            cutoffs: Cut-off frequencies in Hz, for high-frequency.
+            cutoffs: Cut-off frequencies in Hz, for high-frequency and high-frequency-training.
             config: Settings; --preset chooses their defaults.
             device: Where to compute.
         """
@@ -359,16 +363,23 @@ def prints() -> bool:
 
 
 def run_experiment(name: str, data: Path, out: Path, config: Config, **settings: Any) -> NoReturn:
-    """Run an experiment and print its table; exit status 1 where a run failed."""
-    from osscl_min.experiments.variants import run
+    """Run an experiment, or all, and print its table; exit status 1 where a run failed."""
+    from osscl_min.experiments.variants import run, run_all
 
-    result = run(name, data, out, config, **settings)
-    stem = out / name.replace("-", "_")
-    print(stem.with_suffix(".md").read_text(encoding="utf-8"))
-    print(stem.with_suffix(".json"))
-    for one, said in result["failed"].items():
-        print(f"failed: {one}: {said}", file=sys.stderr)
-    sys.exit(bool(result["failed"]))
+    failed = False
+    runs = run_all(data, out, config, **settings) if name == "all" else [(name, None)]
+    for each, result in runs:
+        result = result or run(each, data, out, config, **settings)
+        failed |= isinstance(result, UserError)
+        if isinstance(result, UserError):
+            print(f"failed: {each}: {result}", file=sys.stderr)
+            continue
+        stem = out / each.replace("-", "_")
+        print(f"{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem.with_suffix('.json')}")
+        for variant, line in result["failed"].items():
+            failed = True
+            print(f"failed: {variant}: {line}", file=sys.stderr)
+    sys.exit(failed)
 
 
 def main() -> None:

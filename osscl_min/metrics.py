@@ -1,27 +1,29 @@
 """AUC, pAUC and mAUC from anomaly scores: the authors' pooled protocol and the challenge's mean over ids.
 
 The authors pool the clips of all ids of a machine type into one ROC; the DCASE 2020 challenge averages the
-ids' own AUCs. The same scores give different figures, so both are always computed and named.
+AUCs of the ids. The same scores give different metrics, so both are always computed and named.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
 from osscl_min.data.layouts import read_truth
-from osscl_min.runtime.files import UserError, write_csv, write_json
+from osscl_min.runtime import tables
+from osscl_min.runtime.files import UserError, read_rows, write_csv, write_json
 
 MAX_FPR = 0.1  # pAUC's range of false-positive rates (DCASE 2020 Task 2)
 NAMES = ("auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc")
+LOWEST_PAUC = (1 - MAX_FPR / (2 - MAX_FPR)) / 2  # McClish-standardised, where every anomaly scores lowest
 SCORE_FILE = re.compile(r"^(?:anomaly_score_(.+)_id_(.+)|(.+)_anomaly_score_id_(.+))\.csv$")
 
 
@@ -37,13 +39,16 @@ class Score:
     subset: str = "development"  # or "evaluation": clips whose truth comes from eval_data_list.csv
 
 
-def measured(scores: Sequence[Score]) -> list[Score]:
+Labelled = TypeVar("Labelled")  # a Score or a data.clips.Clip
+
+
+def measured(clips: Sequence[Labelled]) -> list[Labelled]:
     """The clips that a metric is made of: development clips of known truth, else evaluation clips.
 
     The two sets hold different machines and are never pooled.
     """
-    known = [score for score in scores if score.anomaly is not None]
-    return [score for score in known if score.subset == "development"] or known
+    known = [clip for clip in clips if clip.anomaly is not None]
+    return [clip for clip in known if clip.subset == "development"] or known
 
 
 def auc(anomaly: np.ndarray, score: np.ndarray, max_fpr: float | None = None) -> float | None:
@@ -61,18 +66,8 @@ def weighted_auc(
 ) -> np.ndarray:
     """The same areas for many weightings of the same clips at once, for the bootstrap.
 
-    Parameters
-    ----------
-    anomaly : (n,) of 0 and 1
-    score : (n,)
-    weight : (R, n)
-        How often each clip was drawn in each resample; every row needs both classes.
-    max_fpr : float
-        1 gives the AUC, less the McClish-standardised pAUC.
-
-    Returns
-    -------
-    (R,) float64
+    `weight` (R, n) is how often each of n clips was drawn in each resample, with both classes in every row;
+    `max_fpr` below 1 gives the McClish-standardised pAUC. Returns (R,) float64.
     """
     order = np.argsort(-score, kind="stable")
     last_of_tie = np.append(np.diff(score[order]) != 0, True)
@@ -93,6 +88,115 @@ def weighted_auc(
     return (1 + (area - chance) / (max_fpr - chance)) / 2
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """The metrics of some clips and of their resamples.
+
+    `areas` maps (type, id) to "auc" and "pauc", and (type,) and (), the average over types, to NAMES; each is
+    an array (1 + times,): first the metric, then that of each resample, NaN without both classes. `counts`
+    maps the same keys to the numbers of normal and anomalous clips.
+    """
+
+    areas: dict[tuple[str, ...], dict[str, np.ndarray]]
+    counts: dict[tuple[str, ...], tuple[int, int]]
+
+
+def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
+    """AUC, pAUC and mAUC of the clips with known truth, and the same of `times` resamples of them.
+
+    Each class of each id is resampled with one clip less than it has, which makes the variance of the
+    resamples unbiased. The draws follow from the seed and the clips' truth alone: the same clips in the same
+    order, scored by two systems, are resampled alike, so that systems can be compared draw by draw.
+
+    Raises
+    ------
+    UserError
+        If no clip has a known truth or a score is not finite.
+    """
+    known = [score for score in scores if score.anomaly is not None]
+    if not known:
+        raise UserError("no clip has a known truth, so nothing can be measured; give labels with --labels")
+    for score in known:
+        if not math.isfinite(score.score):
+            raise UserError(
+                f"{score.machine_type} {score.file}: the score is {score.score}, not a finite number"
+            )
+    truth, value = (np.array(column) for column in zip(*((s.anomaly, s.score) for s in known), strict=True))
+    members: dict[tuple[str, ...], list[int]] = {}
+    for position, score in enumerate(known):
+        for key in ((score.machine_type, score.machine_id), (score.machine_type,), ()):
+            members.setdefault(key, []).append(position)
+    ordered = sorted(members, key=lambda key: [part.lower() for part in key])
+    machines, types = ([key for key in ordered if len(key) == length] for length in (2, 1))
+    random = np.random.default_rng(seed)
+    weight = np.ones((1 + times, len(known)), np.int32)
+    for machine in machines:
+        for kind in (0, 1):
+            own = [position for position in members[machine] if truth[position] == kind]
+            if own:
+                share = np.full(len(own), 1 / len(own))
+                weight[1:, own] = random.multinomial(max(1, len(own) - 1), share, times)
+
+    def areas_of(key: tuple[str, ...]) -> dict[str, np.ndarray]:
+        own = members[key]
+        if len(np.unique(truth[own])) < 2:
+            return dict.fromkeys(("auc", "pauc"), np.full(1 + times, np.nan))
+        return {
+            name: weighted_auc(truth[own], value[own], weight[:, own], max_fpr)
+            for name, max_fpr in (("auc", 1.0), ("pauc", MAX_FPR))
+        }
+
+    areas = {machine: areas_of(machine) for machine in machines}
+    for key in types:
+        pooled, ids = areas_of(key), [areas[machine] for machine in machines if machine[:1] == key]
+        areas[key] = {
+            "auc_pooled": pooled["auc"],
+            "pauc_pooled": pooled["pauc"],
+            "auc_id_mean": _over(np.mean, [each["auc"] for each in ids]),
+            "pauc_id_mean": _over(np.mean, [each["pauc"] for each in ids]),
+            "mauc": _over(np.min, [each["auc"] for each in ids]),
+        }
+    areas[()] = {name: _over(np.mean, [areas[key][name] for key in types]) for name in NAMES}
+    anomalous = {key: int(truth[own].sum()) for key, own in members.items()}
+    return Resampled(
+        areas, {key: (len(own) - anomalous[key], anomalous[key]) for key, own in members.items()}
+    )
+
+
+def _over(function: Any, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean or minimum of arrays (1 + times,), without those that are NaN; NaN where all are."""
+    known = [array for array in arrays if not np.isnan(array[0])]
+    return function(known, axis=0) if known else arrays[0]
+
+
+def average(systems: Sequence[Resampled]) -> dict[str, Any]:
+    """The mean metrics of several systems (seeds) scored on the same clips, as from `evaluate_scores`.
+
+    The intervals are those of that mean over other clips; how much other seeds differ is not in them.
+    """
+    first = systems[0]
+    areas = {
+        key: {name: np.mean([system.areas[key][name] for system in systems], axis=0) for name in names}
+        for key, names in first.areas.items()
+    }
+    mean = Resampled(areas, first.counts)
+
+    def entry(key: tuple[str, ...]) -> dict[str, Any]:
+        values = {name: None if np.isnan(area[0]) else float(area[0]) for name, area in areas[key].items()}
+        if len(next(iter(areas[key].values()))) > 2:
+            values["interval"] = {name: _bounds(mean, key, name) for name in values}
+        return values
+
+    counts = {
+        key: dict(zip(("normal", "anomaly"), count, strict=True)) for key, count in first.counts.items()
+    }
+    return {
+        "ids": [{"type": k[0], "id": k[1], **entry(k), **counts[k]} for k in areas if len(k) == 2],
+        "types": [{"type": k[0], **entry(k)} for k in areas if len(k) == 1],
+        "average": entry(()),
+    }
+
+
 def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:
     """AUC, pAUC and mAUC per machine id, machine type and on average.
 
@@ -111,8 +215,8 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
         {"ids": [{"type", "id", "auc", "pauc", "normal", "anomaly"}],
         "types": [{"type", "auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc"}],
         "average": {the same names}}, fractions; mauc is the lowest AUC of a type's ids. With `bootstrap`,
-        every entry also has "interval": {name: [2.5 %, 97.5 %]}. A figure that its clips cannot give (only
-        one class) is None and left out of the means.
+        every entry also has "interval": {name: [2.5 %, 97.5 %]}, None where the metric is.
+        A metric that its clips cannot give (only one class) is None and left out of the means.
 
     Raises
     ------
@@ -122,130 +226,41 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
     return average([resampled(scores, bootstrap, seed)])
 
 
-Resampled = tuple[dict[str, Any], dict[str, Any]]
+def _bounds(system: Resampled, key: tuple[str, ...], name: str, level: float = 0.975) -> list[float] | None:
+    """A 95 % interval of a metric over other clips (each side at `level`); None without both classes.
 
-
-def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
-    """The figures of `evaluate_scores`, and the same of `times` resamples of the clips.
-
-    The draws follow from the seed and the clips' truth alone: the same clips in the same order, scored by two
-    systems, are resampled alike, so that their difference can be taken draw by draw.
-
-    Returns
-    -------
-    figures : dict
-        As `evaluate_scores`, without intervals.
-    draws : dict
-        The same entries with arrays (times,) for figures; empty where `times` is 0.
+    Wilson's interval with as many trials as the variance of the resamples implies, at least the variance of
+    a share of `clips`, so that a perfect separation of few clips has a width. pAUC hangs on the few normal
+    clips within MAX_FPR: its centre is corrected by the bias of the resamples, which widens it too, and its
+    quantile is Student's with that many degrees of freedom. The lowest AUC of the ids lies between the lowest
+    of their lower and the lowest of their upper bounds. Measured coverage: results/statistics.md.
     """
-    known = [score for score in scores if score.anomaly is not None]
-    if not known:
-        what = "no clip has a known truth, so there is nothing to measure"
-        raise UserError(f"{what}; labels may be given by a file")
-    for one in known:
-        if not math.isfinite(one.score):
-            raise UserError(f"{one.machine_type} {one.file}: the score is {one.score}, not a finite number")
-    grouped: dict[str, dict[str, list[Score]]] = {}
-    for score in known:
-        grouped.setdefault(score.machine_type, {}).setdefault(score.machine_id, []).append(score)
-    random = np.random.default_rng(seed)
-    figures: dict[str, Any] = {"ids": [], "types": []}
-    draws: dict[str, Any] = {"ids": [], "types": []}
-    for machine_type in sorted(grouped, key=str.lower):
-        ids, drawn, arrays, weights = [], [], [], []
-        for machine_id, clips in sorted(grouped[machine_type].items()):
-            truth = np.array([clip.anomaly for clip in clips])
-            value = np.array([clip.score for clip in clips])
-            counts = {"normal": int((truth == 0).sum()), "anomaly": int((truth == 1).sum())}
-            ids.append({"type": machine_type, "id": machine_id, **_areas(truth, value), **counts})
-            arrays.append((truth, value))
-            if times:
-                weights.append(_resample(truth, times, random))
-                drawn.append(_areas(truth, value, weights[-1]))
-        truth, value = (np.concatenate(part) for part in zip(*arrays, strict=True))
-        figures["ids"] += ids
-        figures["types"].append({"type": machine_type} | _summary(_areas(truth, value), ids))
-        if times:
-            draws["ids"] += drawn
-            draws["types"].append(_summary(_areas(truth, value, np.concatenate(weights, axis=1)), drawn))
-    for entries in (figures, draws) if times else (figures,):
-        entries["average"] = {name: _mean([entry[name] for entry in entries["types"]]) for name in NAMES}
-    return figures, draws
-
-
-def average(measured: Sequence[Resampled]) -> dict[str, Any]:
-    """The mean figures of several systems (seeds) scored on the same clips, with intervals of that mean.
-
-    Parameters
-    ----------
-    measured : sequence of (figures, draws)
-        From `resampled`, with the same clips, seed and times.
-
-    Returns
-    -------
-    dict
-        As `evaluate_scores`.
-    """
-
-    def mean(entries: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        names = [name for name in ("auc", "pauc", *NAMES) if name in entries[0]]
-        means = {name: _mean([entry[name] for entry in entries]) for name in names}
-        intervals = {name: interval(_mean([entry[name] for entry in drawn])) for name in names}
-        return entries[0] | means | ({"interval": intervals} if drawn else {})
-
-    figures, draws = zip(*measured, strict=True)
-    draws = [drawn for drawn in draws if drawn["types"]]
-    return {
-        key: [
-            mean([one[key][n] for one in figures], [one[key][n] for one in draws])
-            for n in range(len(figures[0][key]))
-        ]
-        for key in ("ids", "types")
-    } | {"average": mean([one["average"] for one in figures], [one["average"] for one in draws])}
-
-
-def _areas(truth: np.ndarray, value: np.ndarray, weight: np.ndarray | None = None) -> dict[str, Any]:
-    """AUC and pAUC, of each resample where weights (times, n) are given; None without both classes."""
-    if weight is None:
-        return {"auc": auc(truth, value), "pauc": auc(truth, value, MAX_FPR)}
-    if len(np.unique(truth)) < 2:
-        return {"auc": None, "pauc": None}
-    return {"auc": weighted_auc(truth, value, weight), "pauc": weighted_auc(truth, value, weight, MAX_FPR)}
-
-
-def _summary(pooled: dict[str, Any], ids: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A type's figures, or their resamples, from those of its ids pooled and of each."""
-    lowest = [entry["auc"] for entry in ids if entry["auc"] is not None]
-    return {
-        "auc_pooled": pooled["auc"],
-        "pauc_pooled": pooled["pauc"],
-        "auc_id_mean": _mean([entry["auc"] for entry in ids]),
-        "pauc_id_mean": _mean([entry["pauc"] for entry in ids]),
-        "mauc": np.min(lowest, axis=0) if lowest and np.ndim(lowest[0]) else min(lowest, default=None),
-    }
-
-
-def _mean(values: Sequence[Any]) -> Any:
-    values = [value for value in values if value is not None]
-    if not values:
+    area = system.areas[key][name]
+    if np.isnan(area[0]):
         return None
-    mean = np.mean(values, axis=0)
-    return mean if np.ndim(mean) else float(mean)
-
-
-def _resample(truth: np.ndarray, times: int, random: np.random.Generator) -> np.ndarray:
-    """(times, n): how often each clip is drawn when each class is drawn anew, with replacement."""
-    weight = np.zeros((times, len(truth)), np.int64)
-    for value in (0, 1):
-        members = np.flatnonzero(truth == value)
-        if count := len(members):
-            weight[:, members] = random.multinomial(count, np.full(count, 1 / count), times)
-    return weight
-
-
-def interval(values: np.ndarray | None) -> list[float] | None:
-    """The middle 95 % of the draws."""
-    return None if values is None else [float(bound) for bound in np.quantile(values, (0.025, 0.975))]
+    if name == "mauc":
+        parts = [part for part in system.areas if part[:-1] == key and part != ()]
+        if len(key) == 1:
+            sides = [(_bounds(system, part, "auc"), _bounds(system, part, "auc", 1 - 0.025 / len(parts)))
+                     for part in parts]  # fmt: skip
+            return [min(low[0] for low, _ in sides if low), min(high[1] for _, high in sides if high)]
+        each = [bounds for part in parts if (bounds := _bounds(system, part, name))]
+        return [float(bound) for bound in np.mean(each, axis=0)]
+    partial = name.startswith("pauc")
+    lowest = LOWEST_PAUC if partial else 0.0
+    normal, anomalous = system.counts[key]
+    clips = 2 * normal * anomalous / (normal + anomalous)
+    share, draws = (area[0] - lowest) / (1 - lowest), (area[1:] - lowest) / (1 - lowest)
+    z = t.ppf(level, max(1, MAX_FPR * normal)) if partial else norm.ppf(level)
+    bias = draws.mean() - share if partial else 0.0
+    centre = min(max(share - bias, 0.0), 1.0)
+    inner = (clips * centre + 0.5) / (clips + 1)
+    variance = max(draws.var(ddof=1) + 2 * bias**2, inner * (1 - inner) / (2 * clips))
+    trials = inner * (1 - inner) / variance
+    middle = (centre + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z * math.sqrt(centre * (1 - centre) / trials + (z / (2 * trials)) ** 2) / (1 + z**2 / trials)
+    low, high = min(middle - half, share), max(middle + half, share)
+    return [float(lowest + (1 - lowest) * bound) for bound in (low, high)]
 
 
 def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Score]:
@@ -273,24 +288,33 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
         if not match:
             continue
         machine_type, machine_id = (group for group in match.groups() if group)
-        with open(path, newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                try:
-                    name, value = row[0], float(row[1])
-                except (IndexError, ValueError) as error:
-                    if not row:
-                        continue
-                    got = f"got {','.join(row)!r}"
-                    raise UserError(f"{path}, line {number}: expected `file name,score`, {got}") from error
-                stem = Path(name).stem
-                if stem.startswith(("anomaly_", "normal_")):
-                    anomaly = int(stem.startswith("anomaly_"))
-                else:
-                    anomaly = truth.get((machine_type, stem))
-                scores.append(Score(name, machine_type, machine_id, value, anomaly))
+        for place, cells in read_rows(path):
+            try:
+                name, value = cells[0], float(cells[1])
+                if len(cells) != 2:
+                    raise ValueError
+            except (IndexError, ValueError) as error:
+                got = f"got {','.join(cells)!r}"
+                raise UserError(f"{place}: expected `file name,score`, {got}") from error
+            stem = Path(name).stem
+            if stem.startswith(("anomaly_", "normal_")):
+                anomaly = int(stem.startswith("anomaly_"))
+            else:
+                anomaly = truth.get((machine_type, stem))
+            scores.append(Score(name, machine_type, machine_id, value, anomaly))
     if not scores:
         raise UserError(f"{folder}: no score file in it; expected anomaly_score_TYPE_id_XX.csv")
     return scores
+
+
+def unmatched(scores: Sequence[Score], labels: Path | str | None = None) -> str:
+    """A line on clips without a truth and on truths in `labels` without a clip; "" where all match."""
+    clips = {(score.machine_type, Path(score.file).stem) for score in scores}
+    unknown = sum(score.anomaly is None for score in scores)
+    extra = len(set(read_truth(labels)) - clips) if labels else 0
+    parts = [f"{unknown} of {len(scores)} clips have no known truth and are left out"] * bool(unknown)
+    parts += [f"{extra} rows of {labels} match no clip"] * bool(extra)
+    return "; ".join(parts)
 
 
 def write_metrics(metrics: dict[str, Any], out: Path | str) -> None:
@@ -310,12 +334,7 @@ def write_metrics(metrics: dict[str, Any], out: Path | str) -> None:
 def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] = ()) -> list[list[str]]:
     """The types' table in percent, first row the header, for the terminal and the report.
 
-    Parameters
-    ----------
-    metrics : dict
-        From `evaluate_scores`.
-    more : sequence of (label, {name: fraction})
-        Further rows, such as another system's average.
+    `metrics` comes from `evaluate_scores`; `more` has further rows, such as another system's average.
     """
     header = ["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]
     rows = [(entry["type"], entry) for entry in metrics["types"]] + [("average", metrics["average"]), *more]
@@ -323,8 +342,5 @@ def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] 
 
 
 def percent(entry: dict[str, Any], name: str) -> str:
-    """A figure of an entry in percent, with its interval where there is one; "-" where there is none."""
-    if entry.get(name) is None:
-        return "-"
-    low, high = (entry.get("interval") or {}).get(name) or (None, None)
-    return f"{100 * entry[name]:.2f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+    """A metric of an entry in percent, with its interval where there is one; "-" where there is none."""
+    return tables.percent(entry.get(name), (entry.get("interval") or {}).get(name))

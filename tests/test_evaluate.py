@@ -190,7 +190,7 @@ def test_high_frequency_ablation(data, weights, tmp_path):
     config = EvaluateConfig(bootstrap=0)
     result = examine("high-frequency", {"given": [weights]}, data, tmp_path, config, (1000.0, 7900.0))
     written = json.loads((tmp_path / "high_frequency.json").read_text())
-    assert written.pop("note") and result == written
+    assert result == written
     conditions = {(item["filter"], item["cutoff_hz"]): item["metrics"] for item in result["conditions"]}
     assert len(conditions) == 5
     plain = evaluate(weights, data, tmp_path / "plain", config=config)["metrics"]

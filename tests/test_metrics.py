@@ -5,9 +5,22 @@ import json
 
 import numpy as np
 import pytest
+from simulations import coverage
 from sklearn.metrics import roc_auc_score
 
-from osscl_min.metrics import Score, evaluate_scores, read_scores, table, weighted_auc, write_metrics
+from osscl_min.metrics import (
+    LOWEST_PAUC,
+    Score,
+    average,
+    evaluate_scores,
+    measured,
+    read_scores,
+    resampled,
+    table,
+    unmatched,
+    weighted_auc,
+    write_metrics,
+)
 from osscl_min.runtime.files import UserError
 
 
@@ -30,6 +43,12 @@ def test_real_scores_give_their_authors_figures(real_data, tmp_path):
                 compared += 1
     assert compared == 23 + 6 + 1
     assert sum(entry["normal"] + entry["anomaly"] for entry in metrics["ids"]) == 10_868
+
+
+def test_development_clips_come_before_evaluation_clips():
+    sets = [Score("", "fan", "00", 0.0, anomaly, subset) for anomaly, subset in (
+        (1, "development"), (None, "development"), (0, "evaluation"), (None, "evaluation"))]  # fmt: skip
+    assert measured(sets) == sets[:1] and measured(sets[1:]) == sets[2:3] and measured(sets[1::2]) == []
 
 
 def scores(machine_type, machine_id, truth, values):
@@ -75,19 +94,51 @@ def test_weighted_areas_equal_scikit_learns(max_fpr):
     np.testing.assert_allclose(weighted_auc(truth, value, weight, max_fpr), expected, rtol=0, atol=1e-14)
 
 
-def test_intervals_hold_the_figure_and_shrink_with_more_clips():
-    random = np.random.default_rng(0)
+def drawn(count, shift, seed):
+    random = np.random.default_rng(seed)
+    truth = np.arange(count) % 2
+    return scores("fan", "00", truth, random.standard_normal(count) + shift * truth)
 
+
+def test_intervals_hold_the_metric_and_shrink_with_more_clips():
     def width(count):
-        truth = np.arange(count) % 2
-        values = random.standard_normal(count) + truth
-        metrics = evaluate_scores(scores("fan", "00", truth, values), bootstrap=300)
-        low, high = metrics["types"][0]["interval"]["auc_pooled"]
-        assert low < metrics["types"][0]["auc_pooled"] < high
-        assert metrics["average"]["interval"]["mauc"] == [low, high]
+        (fan,) = evaluate_scores(drawn(count, 1, 0), bootstrap=300)["types"]
+        for name, (low, high) in fan["interval"].items():
+            assert low < fan[name] < high
+        low, high = fan["interval"]["auc_pooled"]
         return high - low
 
     assert width(2000) < width(40) / 3
+
+
+def test_a_perfect_separation_of_few_clips_leaves_doubt():
+    """The percentiles of the bootstrap gave [1, 1]."""
+    perfect = [drawn(16, 100, 0), drawn(16, -100, 0)]
+    best, worst = (evaluate_scores(clips, bootstrap=50)["ids"][0] for clips in perfect)
+    assert best["auc"] == best["pauc"] == 1 and worst["auc"] == 0 and worst["pauc"] == LOWEST_PAUC
+    for entry, end in ((best, 1), (worst, 0)):
+        for bounds in entry["interval"].values():
+            assert bounds[1] - bounds[0] > 0.1
+            assert bounds[end] == pytest.approx(1) or bounds[0] in (0, pytest.approx(LOWEST_PAUC))
+
+
+@pytest.mark.parametrize("auc", [0.75, 0.97])
+def test_intervals_hold_their_level_with_few_clips(auc):
+    """At 6 normal and 10 anomalous clips per id; the percentiles of the bootstrap gave 91 % and 66 %."""
+    held = coverage(6, 10, auc, times=40, draws=60)
+    assert held["id auc"] > 92 and held["id pauc"] > 92  # 640 intervals each
+    assert held["type auc_id_mean"] > 88 and held["type pauc_id_mean"] > 85  # 160, and 40 below
+    assert held["auc_id_mean"] > 85 and held["pauc_id_mean"] > 80 and held["mauc"] > 85
+
+
+def test_seeds_are_averaged():
+    one, other = (drawn(60, 1, seed) for seed in (0, 1))
+    each = [evaluate_scores(clips, 200) for clips in (one, other)]
+    both = average([resampled(clips, 200) for clips in (one, other)])
+    mean = np.mean([metrics["ids"][0]["auc"] for metrics in each])
+    assert both["ids"][0]["auc"] == pytest.approx(mean)
+    widths = [np.diff(metrics["average"]["interval"]["auc_pooled"]) for metrics in (both, *each)]
+    assert widths[0] < np.mean(widths[1:])  # the errors of two seeds partly cancel
 
 
 def test_reading_both_names_and_labels(tmp_path):
@@ -99,10 +150,22 @@ def test_reading_both_names_and_labels(tmp_path):
     labels.write_text(
         "fan\nid_01_00000000.wav,anomaly_id_01_00000097.wav,1\nid_01_00000001.wav,normal_id_01_1.wav,0\n"
     )
-    found = {(s.machine_type, s.machine_id, s.anomaly): s.score for s in read_scores(tmp_path, labels)}
+    rows = read_scores(tmp_path, labels)
     fan, pump = ("fan", "01"), ("my_pump", "02")
-    assert found == {(*fan, 1): 0.5, (*fan, 0): 0.25, (*pump, 0): 1, (*pump, 1): 2}
+    assert {(s.machine_type, s.machine_id, s.anomaly): s.score for s in rows} == {
+        (*fan, 1): 0.5, (*fan, 0): 0.25, (*pump, 0): 1, (*pump, 1): 2,
+    }  # fmt: skip
     assert [s.anomaly for s in read_scores(tmp_path)][:2] == [None, None]
+    assert unmatched(rows, labels) == ""
+    assert unmatched(read_scores(tmp_path)) == "2 of 4 clips have no known truth and are left out"
+    labels.write_text(labels.read_text() + "id_01_00000009.wav,normal_id_01_9.wav,0\n")
+    assert unmatched(rows, labels) == f"1 rows of {labels} match no clip"
+
+
+def test_a_byte_order_mark_drops_no_clip(tmp_path):
+    path = tmp_path / "anomaly_score_fan_id_00.csv"
+    path.write_text("normal_id_00_0.wav,1\nanomaly_id_00_0.wav,2\n", encoding="utf-8-sig")
+    assert [(row.file[0], row.anomaly) for row in read_scores(tmp_path)] == [("n", 0), ("a", 1)]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +173,7 @@ def test_reading_both_names_and_labels(tmp_path):
     [
         ("other.csv", "", "no score file in it"),
         ("anomaly_score_fan_id_00.csv", "a.wav,1\nb.wav\n", "line 2: expected .*, got 'b.wav'"),
+        ("anomaly_score_fan_id_00.csv", "a.wav,0,3\n", "line 1: expected .*, got 'a.wav,0,3'"),
         ("anomaly_score_fan_id_00.csv", "a.wav,high\n", "line 1: expected `file name,score`"),
     ],
 )

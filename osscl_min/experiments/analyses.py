@@ -1,14 +1,16 @@
-"""Trained detectors examined: test clips filtered, occluded or in noise, and other anomaly scores."""
+"""Analyses of trained detectors: test clips filtered, occluded or in noise, other scores, the embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -19,22 +21,22 @@ from osscl_min.config import EvaluateConfig
 from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.reader import Data, open_data
 from osscl_min.evaluate import Scored, known_machines, score_clips
-from osscl_min.experiments import perturbations as signals
-from osscl_min.experiments.sweep import difference
+from osscl_min.experiments import perturbations
+from osscl_min.experiments.sweep import Condition
 from osscl_min.features import FrontEnd, ZeroPhaseFilter, to_wave
 from osscl_min.losses import anomaly_score
-from osscl_min.metrics import Resampled, Score, average, resampled
+from osscl_min.metrics import Score, measured
 from osscl_min.runtime.device import choose_device, prepare
-from osscl_min.runtime.files import provenance, read_json
+from osscl_min.runtime.files import UserError, provenance, read_json, replacing
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
 SNRS = (20.0, 10.0, 0.0, -10.0)  # dB
-BANDS = 8  # of equally many mel bands
+BANDS = 8  # with equally many mel bands each
 NEIGHBOURS = 5  # training embeddings whose mean distance is a score
 
 
 @dataclass(frozen=True)
-class Subject:
+class Detector:
     """A trained detector and the data that it is examined on."""
 
     trained: Checkpoint
@@ -42,71 +44,79 @@ class Subject:
     config: EvaluateConfig
     cutoffs: Sequence[float] = CUTOFFS
 
-    def score(self, split: str = "test", **changes: Any) -> Scored:
-        """Score the clips of a split whose machine and truth are known; `changes` go to `score_clips`."""
+    def positions(self, split: str) -> list[int]:
+        """The clips of known machines: all training clips, and the test clips that metrics are made of."""
         reader = getattr(self.data, split)
-        positions, _ = known_machines(self.trained, reader)
-        positions = [p for p in positions if split == "train" or reader.clips[p].anomaly is not None]
+        known, _ = known_machines(self.trained, reader)
+        if split == "train":
+            return known
+        chosen = set(measured([reader.clips[position] for position in known]))
+        if not chosen:
+            raise UserError("no test clip has a known truth, so there is nothing to measure")
+        return [position for position in known if reader.clips[position] in chosen]
+
+    def score(self, split: str = "test", **changes: Any) -> Scored:
+        """Score the clips of a split; `changes` go to `score_clips`."""
+        reader, positions = getattr(self.data, split), self.positions(split)
         return score_clips(self.trained, reader, config=self.config, positions=positions, **changes)
 
+    @cached_property
+    def plain(self) -> Scored:
+        """The test clips as they are, scored once."""
+        return self.score()
+
     def batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
-        """Samples (B, samples) int16, labels (B,) and positions, in batches, of the same clips."""
+        """Samples (B, samples) int16, labels (B,) and positions of the same clips, in batches."""
         reader = getattr(self.data, split)
         labels = self.trained.labels_of(reader.clips)
-        cuts = batches_of(np.flatnonzero(labels >= 0), self.config.batch_size, least=1)
+        cuts = batches_of(np.array(self.positions(split)), self.config.batch_size, least=1)
         loaded = load_batches(reader, labels, cuts, self.trained.device)
         for (samples, target), cut in zip(loaded, cuts, strict=True):
             yield samples, target, cut.tolist()
 
 
-Measured = Iterator[tuple[dict[str, Any], Sequence[Score]]]  # what sets a row apart, and its clips' scores
+# The settings of each condition, the scores of its clips, and further values (`sweep.VALUES`).
+Examined = Iterator[tuple[dict[str, Any], list[Score], dict[str, float | None]]]
 
 
-def filtered(subject: Subject) -> Measured:
+def filtered(detector: Detector) -> Examined:
     """Test clips low-passed or high-passed; the detector stays as trained."""
-    audio = subject.trained.config.model.audio
-    filters = [("none", None, None)]
-    filters += [
-        (kind, cutoff, ZeroPhaseFilter(kind, cutoff, audio))
-        for kind in ("low-pass", "high-pass")
-        for cutoff in subject.cutoffs
-    ]
-    for kind, cutoff, transform in tqdm(filters, "filtering test clips", unit="filter", disable=None):
-        yield {"filter": kind, "cutoff_hz": cutoff}, subject.score(transform=transform).rows
+    audio = detector.trained.config.model.audio
+    yield {"filter": "none", "cutoff_hz": None}, detector.plain.rows, {}
+    filters = [(kind, cutoff) for kind in ("low-pass", "high-pass") for cutoff in detector.cutoffs]
+    for kind, cutoff in tqdm(filters, "filtering test clips", unit="filter", disable=None):
+        scored = detector.score(transform=ZeroPhaseFilter(kind, cutoff, audio))
+        yield {"filter": kind, "cutoff_hz": cutoff}, scored.rows, {}
 
 
-def occluded(subject: Subject) -> Measured:
-    """Bands of the test clips' log-mel silenced, or set to their mean in the machine's training clips.
+def occluded(detector: Detector) -> Examined:
+    """Bands of the test clips' log-mel silenced, or set to their mean over the machine's training clips.
 
-    The wave, which Tgram and TFgram hear, stays whole.
+    The wave, which Tgram and TFgram take, stays whole.
     """
-    levels = machine_levels(subject)
-    settings = {"replaced_by": "nothing", "low_hz": None, "high_hz": None}
-    yield settings, subject.score().rows
-    conditions = [
-        (by, level, band)
-        for by, level in (("silence", None), ("training mean", levels))
-        for band in signals.bands(subject.trained.config.model.audio, BANDS)
-    ]
-    for by, level, (rows, low, high) in tqdm(conditions, "occluding bands", unit="band", disable=None):
-        occlude = signals.replace_band(rows, level)
-        yield {"replaced_by": by, "low_hz": low, "high_hz": high}, subject.score(occlude=occlude).rows
+    yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, detector.plain.rows, {}
+    bands = perturbations.bands(detector.trained.config.model.audio, BANDS)
+    fills = {"silence": None, "training mean": machine_levels(detector)}
+    conditions = [(fill, level, band) for fill, level in fills.items() for band in bands]
+    for fill, level, (rows, low, high) in tqdm(conditions, "occluding bands", unit="band", disable=None):
+        scored = detector.score(occlude=perturbations.replace_band(rows, level))
+        yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, scored.rows, {}
 
 
-def noisy(subject: Subject) -> Measured:
+def noisy(detector: Detector) -> Examined:
     """Test clips in white, pink and factory-like noise."""
-    audio = subject.trained.config.model.audio
-    yield {"noise": "none", "snr_db": None}, subject.score().rows
-    conditions = [(kind, snr) for kind in signals.NOISES for snr in SNRS]
+    audio = detector.trained.config.model.audio
+    yield {"noise": "none", "snr_db": None}, detector.plain.rows, {}
+    conditions = [(kind, snr) for kind in perturbations.NOISES for snr in SNRS]
     for kind, snr in tqdm(conditions, "adding noise", unit="condition", disable=None):
-        transform = signals.clip_noise(kind, snr, audio)
-        yield {"noise": kind, "snr_db": snr}, subject.score(transform=transform).rows
+        scored = detector.score(transform=perturbations.clip_noise(kind, snr, audio))
+        yield {"noise": kind, "snr_db": snr}, scored.rows, {}
 
 
-def scored_otherwise(subject: Subject) -> Measured:
+def scored_otherwise(detector: Detector) -> Examined:
     """The paper's anomaly score and three others, all of the same embeddings."""
-    test, training = subject.score(), subject.score("train")
-    head = subject.trained.model.arcface
+    test, training = detector.plain, detector.score("train")
+    head = detector.trained.model.arcface
     weight = F.normalize(head.weight.detach().double().cpu())
     cosine = torch.from_numpy(test.embeddings).double() @ weight.T
     labels = torch.from_numpy(test.labels)
@@ -122,46 +132,87 @@ def scored_otherwise(subject: Subject) -> Measured:
         ("1 - cosine to the class weight", 1 - cosine.gather(1, labels[:, None])[:, 0].numpy()),
         (f"mean cosine distance to the {NEIGHBOURS} nearest training clips", distance),
     ):
-        yield {"score": name}, replace(test, scores=values).rows
+        yield {"score": name}, replace(test, scores=values).rows, {}
 
 
-def machine_levels(subject: Subject) -> torch.Tensor:
+def embedded(detector: Detector) -> Examined:
+    """How far machines, and normal and anomalous clips, lie apart among the test embeddings."""
+    yield {}, detector.plain.rows, separation(detector.plain)
+
+
+def separation(scored: Scored) -> dict[str, float | None]:
+    """Silhouettes and nearest neighbours of embeddings; None where the clips do not give one.
+
+    Silhouette, from -1 to 1: of the machines, among normal clips; of normal and anomalous clips within a
+    machine, averaged. Neighbour: the nearest other clip, in percent. Kind: normal or anomalous.
+    """
+    anomaly = np.array([clip.anomaly for clip in scored.clips])
+    points, labels, normal = scored.embeddings, scored.labels, anomaly == 0
+
+    def silhouette(chosen: np.ndarray, groups: np.ndarray) -> float | None:
+        count = len(np.unique(groups[chosen]))
+        if not 2 <= count < chosen.sum():
+            return None
+        return float(silhouette_score(points[chosen], groups[chosen], metric="cosine"))
+
+    def nearest(chosen: np.ndarray) -> np.ndarray:
+        """For each of the chosen clips, the position of the nearest other one among them."""
+        own = np.flatnonzero(chosen)
+        near = NearestNeighbors(n_neighbors=1, metric="cosine").fit(points[own]).kneighbors()[1][:, 0]
+        return own[near]
+
+    def mean(values: Sequence[Any]) -> float | None:
+        values = [value for value in values if value is not None]
+        return float(np.mean(values)) if values else None
+
+    same = labels[nearest(np.ones(len(labels), bool))] == labels
+    machines = [labels == label for label in np.unique(labels) if (labels == label).sum() > 1]
+    kinds = [kind for own in machines for kind in anomaly[nearest(own)] == anomaly[own]]
+    return {
+        "silhouette_machines": silhouette(normal, labels),
+        "silhouette_anomalies": mean([silhouette(own, anomaly) for own in machines]),
+        "neighbour_normal": mean([100 * value for value in same[normal]]),
+        "neighbour_anomalous": mean([100 * value for value in same[~normal]]),
+        "neighbour_kind": mean([100 * value for value in kinds]),
+    }
+
+
+def machine_levels(detector: Detector) -> torch.Tensor:
     """Mean log-mel (dB) of each machine's training clips over clips and frames: (classes, mels)."""
-    audio, classes = subject.trained.config.model.audio, len(subject.trained.classes)
-    front = FrontEnd(audio).to(subject.trained.device)
-    total = torch.zeros(classes, audio.mels, device=subject.trained.device)
+    audio, classes = detector.trained.config.model.audio, len(detector.trained.classes)
+    front = FrontEnd(audio).to(detector.trained.device)
+    total = torch.zeros(classes, audio.mels, device=detector.trained.device)
     count = torch.zeros(classes, dtype=torch.int64, device=total.device)
-    for samples, labels, _ in subject.batches("train"):
+    for samples, labels, _ in detector.batches("train"):
         total.index_add_(0, labels, front(samples)[1].mean((1, 3)))
         count += labels.bincount(minlength=classes)
     return total / count[:, None].clamp(min=1)
 
 
-def energy_shares(subject: Subject) -> list[dict[str, Any]]:
-    """Each band's share of the test clips' energy, a mean over the clips of a type, normal and anomalous."""
-    audio = subject.trained.config.model.audio
-    edges = [low for _, low, _ in signals.bands(audio, BANDS)] + [audio.f_max]
+def energy_shares(detector: Detector) -> list[dict[str, Any]]:
+    """Each band's share of the test clips' energy, averaged over a type's normal and its anomalous clips."""
+    audio = detector.trained.config.model.audio
+    edges = [low for _, low, _ in perturbations.bands(audio, BANDS)] + [audio.f_max]
     frequency = torch.linspace(0, audio.sample_rate / 2, audio.samples // 2 + 1)
     cuts = torch.searchsorted(frequency, torch.tensor(edges[1:-1])).tolist()
-    shares: dict[tuple[str, int | None], list[torch.Tensor]] = {}
-    for samples, _, positions in subject.batches("test"):
+    shares: dict[str, dict[int, list[torch.Tensor]]] = {}
+    for samples, _, positions in detector.batches("test"):
         power = torch.fft.rfft(to_wave(samples)).abs().square()
         power = torch.stack([part.sum(1) for part in power.tensor_split(cuts, 1)], 1)
-        for position, share in zip(positions, (power / power.sum(1, keepdim=True).clamp(min=1e-30)).cpu(),
-                                   strict=True):  # fmt: skip
-            clip = subject.data.test.clips[position]
-            shares.setdefault((clip.machine_type, clip.anomaly), []).append(share)
-    means = {key: torch.stack(values).double().mean(0) for key, values in shares.items()}
+        power = (power / power.sum(1, keepdim=True).clamp(min=1e-30)).cpu()
+        for position, share in zip(positions, power, strict=True):
+            clip = detector.data.test.clips[position]
+            shares.setdefault(clip.machine_type, {0: [], 1: []})[clip.anomaly].append(share)
+
+    def mean(parts: Sequence[torch.Tensor], band: int) -> float | None:
+        return float(torch.stack(list(parts))[:, band].double().mean()) if parts else None
+
     return [
-        {"low_hz": low, "high_hz": high, "type": machine_type,
-         "normal": _at(means.get((machine_type, 0)), n), "anomalous": _at(means.get((machine_type, 1)), n)}
-        for n, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
-        for machine_type in sorted({key[0] for key in means}, key=str.lower)
+        {"low_hz": low, "high_hz": high, "type": name,
+         "normal": mean(shares[name][0], band), "anomalous": mean(shares[name][1], band)}
+        for band, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+        for name in sorted(shares, key=str.lower)
     ]  # fmt: skip
-
-
-def _at(values: torch.Tensor | None, n: int) -> float | None:
-    return None if values is None else float(values[n])
 
 
 def frequency_responses(trained: Checkpoint, bins: int = 513) -> dict[str, np.ndarray]:
@@ -169,51 +220,37 @@ def frequency_responses(trained: Checkpoint, bins: int = 513) -> dict[str, np.nd
 
     `bins` frequencies from 0 to half the sample rate; the strides, which alias, are not part of it.
     """
-    model, found = trained.model, {}
+    model, responses = trained.model, {}
     for name, weight in (
         ("tgram", model.tgram and model.tgram.extractor.weight),
         ("tfgram", model.tfgram and model.tfgram.conv[0].weight),
     ):
         if weight is not None:
             spectrum = torch.fft.rfft(weight.detach()[:, 0].double().cpu(), 2 * (bins - 1))
-            found[name] = (20 * spectrum.abs().clamp(min=1e-12).log10()).numpy()
-    return found
+            responses[name] = (20 * spectrum.abs().clamp(min=1e-12).log10()).numpy()
+    return responses
 
 
-def responses_before_and_after(best: Path | str) -> dict[str, np.ndarray]:
-    """`frequency_responses` of a run's best.pt and, where it lies beside it, its initial.pt.
-
-    Returns
-    -------
-    dict
-        "tgram_before", "tgram_after", "tfgram_before", "tfgram_after", as far as there are such.
-    """
-    files = {"before": Path(best).with_name("initial.pt"), "after": Path(best)}
-    return {
-        f"{name}_{when}": gain
-        for when, path in files.items()
-        if path.is_file()
-        for name, gain in frequency_responses(checkpoint.load(path)).items()
-    }
-
-
-PROBES: dict[str, tuple[Callable[[Subject], Measured], tuple[str, ...]]] = {  # and the splits that it reads
+ANALYSES: dict[
+    str, tuple[Callable[[Detector], Examined], tuple[str, ...]]
+] = {  # and the splits that it reads
     "high-frequency": (filtered, ("test",)),
     "bands": (occluded, ("train", "test")),
     "noise": (noisy, ("test",)),
     "scores": (scored_otherwise, ("train", "test")),
+    "embeddings": (embedded, ("test",)),
 }
 
 
-def subjects(
+def detectors(
     checkpoints: Mapping[str, Sequence[Path]],
     data: Path | str,
     splits: Sequence[str],
     config: EvaluateConfig,
     device: str = "auto",
     cutoffs: Sequence[float] = CUTOFFS,
-) -> Iterator[tuple[str, Subject]]:
-    """Variant and subject of every checkpoint; the data is opened once."""
+) -> Iterator[tuple[str, Detector]]:
+    """Variant and detector of every checkpoint; the data is opened once."""
     where = choose_device(device)
     prepare(where, config.precision)
     opened = None
@@ -221,101 +258,66 @@ def subjects(
         for path in paths:
             trained = checkpoint.load(path, where)
             opened = opened or open_data(data, trained.config.model.audio, splits=splits)
-            yield variant, Subject(trained, opened, config, cutoffs)
+            yield variant, Detector(trained, opened, config, cutoffs)
 
 
-def examine(
+def collect(
     name: str,
     checkpoints: Mapping[str, Sequence[Path]],
     data: Path | str,
-    *,
-    config: EvaluateConfig = EvaluateConfig(),
+    out: Path,
+    config: EvaluateConfig,
     device: str = "auto",
     cutoffs: Sequence[float] = CUTOFFS,
-) -> dict[str, Any]:
-    """Examine trained detectors: AUC under every condition, and what it differs from the first one.
+) -> tuple[list[Condition], dict[str, Any]]:
+    """The scores of trained detectors under every condition of one of ANALYSES, and the facts behind them.
 
-    Parameters
-    ----------
-    name : str
-        One of PROBES.
-    checkpoints : mapping of str to sequence of Path
-        Variant -> its best.pt, one a seed.
-    data : Path or str
-    config : EvaluateConfig
-        `bootstrap` 0 leaves out intervals and differences.
-    device : str
-    cutoffs : sequence of float
-        Hz, for "high-frequency".
-
-    Returns
-    -------
-    dict
-        "conditions" is a list of rows: their settings, "variant", "seeds", "metrics" (see
-        `metrics.evaluate_scores`; the mean over the seeds), "each" (average's AUC id-mean of each seed),
-        "difference" to the variant's first condition, on "average" and of each type (see
-        `sweep.difference`), and, beyond the first variant, "gain" over that one in the same condition.
+    `checkpoints` maps a variant to a best.pt for each seed. `out` gets arrays for figures: first filters
+    before and after training, or embeddings of the first seed.
     """
-    measure, splits = PROBES[name]
-    times = config.bootstrap
-    rows: dict[tuple, dict[str, Any]] = {}
-    measured: dict[tuple, dict[int, Resampled]] = {}
-    extra: dict[str, Any] = {}
-    first = None
-    for variant, subject in subjects(checkpoints, data, splits, config, device, cutoffs):
-        first = first or subject
-        seed = subject.trained.config.train.seed
-        for settings, scores in measure(subject):
-            key = variant, *settings.values()
-            rows.setdefault(key, {**settings, "variant": variant})
-            measured.setdefault(key, {})[seed] = resampled(scores, times)
-    types = [entry["type"] for entry in next(iter(measured[next(iter(rows))].values()))[0]["types"]]
-
-    def compare(key: tuple, other: tuple) -> dict[str, Any]:
-        seeds = [seed for seed in measured[key] if seed in measured[other]]
-        ours, base = ([measured[which][seed] for seed in seeds] for which in (key, other))
-        return {name or "average": difference(ours, base, name) for name in ("", *types)}
-
-    bases: dict[str, tuple] = {}
-    for key, row in rows.items():
-        base = bases.setdefault(key[0], key)
-        seeds = list(measured[key])
-        row["seeds"], row["metrics"] = seeds, average(list(measured[key].values()))
-        row["each"] = [measured[key][seed][0]["average"]["auc_id_mean"] for seed in seeds]
-        if times and key != base:
-            row["difference"] = compare(key, base)
-        other = (next(iter(bases)), *key[1:])
-        if times and other != key and set(measured[key]) & set(measured[other]):
-            row["gain"] = compare(key, other)
-    if name == "high-frequency":
-        audio = first.trained.config.model.audio
-        extra = {
-            "filter": "zero-phase Butterworth, run forwards and backwards",
-            "order": ZeroPhaseFilter.order,
-            "sample_rate": audio.sample_rate,
-        }
-    if name == "bands":
-        extra = {"energy": energy_shares(first)}
-    return {
-        "experiment": name,
-        **about(first, checkpoints),
-        **extra,
-        "conditions": list(rows.values()),
+    examine, splits = ANALYSES[name]
+    conditions: dict[tuple, Condition] = {}
+    points: dict[str, np.ndarray] = {}
+    first, commits = None, set()
+    for variant, detector in detectors(checkpoints, data, splits, config, device, cutoffs):
+        first, seed = first or detector, detector.trained.config.train.seed
+        for settings, scores, values in examine(detector):
+            settings = {"variant": variant, **settings}
+            condition = conditions.setdefault(tuple(settings.values()), Condition(settings, {}, {}))
+            condition.scores[seed] = scores
+            for key, value in values.items():
+                condition.values.setdefault(key, []).append(value)
+        written = Path(detector.trained.path).with_name("config.json")
+        if written.is_file():
+            commits.add(read_json(written)["provenance"]["commit"])
+        if name == "embeddings" and f"{variant}/embeddings" not in points:
+            plain = detector.plain
+            anomaly = np.array([clip.anomaly for clip in plain.clips])
+            points |= {f"{variant}/embeddings": plain.embeddings, "labels": plain.labels, "anomaly": anomaly}
+    audio, train = first.trained.config.model.audio, first.trained.config.train
+    facts = {
+        "data": first.data.dataset.root.name,
+        "synthetic": first.data.dataset.synthetic,
+        "preset": first.trained.config.preset,
+        "precision": train.precision,
+        "epochs": train.epochs,
+        "commits": sorted(commits),
         "provenance": provenance(choose_device(device)),
     }
-
-
-def about(subject: Subject, checkpoints: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
-    """Data, preset and commits behind a result, as `sweep.origin` reads them."""
-    folders = [Path(path).parent for paths in checkpoints.values() for path in paths]
-    logs = [folder / "config.json" for folder in folders if (folder / "config.json").is_file()]
-    trained = subject.trained
-    return {
-        "data": subject.data.dataset.root.name,
-        "synthetic": subject.data.dataset.synthetic,
-        "clips": len(subject.data.test),
-        "preset": trained.config.preset,
-        "precision": trained.config.train.precision,
-        "epochs": trained.config.train.epochs,
-        "commits": sorted({read_json(log)["provenance"]["commit"] for log in logs}),
-    }
+    if name == "high-frequency":
+        facts |= {"filter": "zero-phase Butterworth, run forwards and backwards",
+                  "order": ZeroPhaseFilter.order, "sample_rate": audio.sample_rate}  # fmt: skip
+        best = Path(first.trained.path)
+        for when, path in (("before", best.with_name("initial.pt")), ("after", best)):
+            if path.is_file():
+                gains = frequency_responses(checkpoint.load(path))
+                points |= {f"{part}_{when}": gain for part, gain in gains.items()}
+    if name == "bands":
+        facts["energy"] = energy_shares(first)
+    if name == "embeddings":
+        facts["machines"] = [" ".join(machine) for machine in first.trained.classes]
+    if points:
+        stem = name.replace("-", "_") + ("_filters" if name == "high-frequency" else "")
+        with replacing(out / f"{stem}.npz", "wb") as file:
+            np.savez(file, **points)
+    return list(conditions.values()), facts

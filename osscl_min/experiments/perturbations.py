@@ -1,4 +1,4 @@
-"""What is done to clips to learn what a detector relies on: noise added, bands of the log-mel replaced."""
+"""Perturbations of test clips that show what a detector relies on: added noise, replaced log-mel bands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from osscl_min.features import LogMel, hz_to_mel, mel_to_hz
 
 
 def clip_noise(kind: str, snr: float, audio: AudioConfig) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Waves (B, samples) -> the same in noise; a clip's noise follows from its samples alone."""
+    """Adds noise to waves (B, samples); the noise of a clip follows from its samples alone."""
 
     def apply(wave: torch.Tensor) -> torch.Tensor:
         seeds = [zlib.crc32(row.tobytes()) for row in wave.cpu().numpy()]
@@ -28,7 +28,7 @@ def clip_noise(kind: str, snr: float, audio: AudioConfig) -> Callable[[torch.Ten
 
 
 def bands(audio: AudioConfig, count: int) -> list[tuple[slice, float, float]]:
-    """The log-mel's rows in `count` bands of equally many: rows, and the edges in Hz.
+    """The rows of the log-mel in `count` bands of equally many: rows, lower and upper edge (Hz).
 
     Neighbouring triangles overlap; an edge lies where two of them cross.
     """
@@ -45,15 +45,7 @@ def bands(audio: AudioConfig, count: int) -> list[tuple[slice, float, float]]:
 def replace_band(
     rows: slice, level: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Log-mels (B, 1, mels, frames) and labels (B,) -> the same, some rows at a constant level.
-
-    Parameters
-    ----------
-    rows : slice
-        Of the mels.
-    level : (classes, mels), optional
-        dB, of each machine; silence without.
-    """
+    """Sets mel `rows` of log-mels (B, 1, mels, frames) to silence, or to `level` (classes, mels; dB)."""
 
     def apply(log_mel: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         log_mel = log_mel.clone()

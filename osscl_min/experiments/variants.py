@@ -1,35 +1,40 @@
-"""The paper's questions: what each part of the method is worth, and what detection relies on."""
+"""The paper's questions: what each part of the method is worth, and what detection relies on.
+
+`python -m osscl_min.experiments.variants FOLDER` makes the tables and figures of experiments again from the
+scores that FOLDER keeps (NAME.json and NAME_scores.csv).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from osscl_min.config import Config, EvaluateConfig
-from osscl_min.experiments import analyses as probes
-from osscl_min.experiments import embeddings, probe_tables, sweep
-from osscl_min.experiments import figures as experiment_figures
+from osscl_min.experiments import analyses, figures, sweep
+from osscl_min.experiments.analyses import ANALYSES, CUTOFFS
 from osscl_min.experiments.sweep import BASELINE, Changes
-from osscl_min.runtime.files import UserError, replacing
+from osscl_min.runtime.files import UserError, read_json, write_csv
 
 TRAINED = ("components", "inputs", "training", "precision", "high-frequency-training")  # compare trainings
-EXAMINED = (*probes.PROBES, "embeddings")  # examine trained detectors more closely
+# `ablate all`, in an order that needs few trainings early; precision is left out: it compares processors too
+ALL = ("scores", "high-frequency", "bands", "noise", "embeddings", "training", "inputs", "components",
+       "high-frequency-training")  # fmt: skip
 
 
-def variants(name: str, config: Config) -> dict[str, Changes]:
-    """The variants of an experiment: name -> settings that differ; the first is the baseline.
+def variants(name: str, config: Config, cutoffs: Sequence[float] = CUTOFFS) -> dict[str, Changes]:
+    """The variants of an experiment: name -> settings that differ from `config`; the first is the baseline.
 
-    Parameters
-    ----------
-    name : str
-        One of TRAINED or EXAMINED, or "seeds": the baseline alone.
-    config : Config
-        What they differ from; two-stage training needs its epochs.
+    `name` is one of TRAINED or ANALYSES, or "seeds": the baseline alone.
     """
+    if name == "training" and config.train.epochs < 2:
+        raise UserError(
+            "ablate training needs --train.epochs 2 or more: its two-stage variant has two stages"
+        )
     maps = ("log_mel", "tgram", "tfgram")
     plain = {"loss.mixup": False, "loss.contrastive": "none"}
     differing: dict[str, dict[str, Changes]] = {
@@ -50,7 +55,7 @@ def variants(name: str, config: Config) -> dict[str, Changes]:
             "all, TFgram frozen": {"model.frozen": maps[2:]},
         },
         "training": {
-            "two-stage": {"train.pretrain_epochs": max(1, config.train.epochs // 2)},
+            "two-stage": {"train.pretrain_epochs": config.train.epochs // 2},
             "ArcFace": plain,
             "ArcMix": {"loss.contrastive": "none", "loss.margin_on": "each"},
             "Noisy-ArcMix": {"loss.contrastive": "none"},
@@ -59,7 +64,7 @@ def variants(name: str, config: Config) -> dict[str, Changes]:
         "high-frequency-training": {
             f"{kind} {cutoff / 1000:g} kHz": {"model.audio.filter": kind, "model.audio.cutoff": cutoff}
             for kind in ("low-pass", "high-pass")
-            for cutoff in probes.CUTOFFS
+            for cutoff in cutoffs
         },
         "noise": {"noise in training": {"train.noise": 0.5}},
         "embeddings": {"head: none": {"model.head": "none"}},
@@ -80,9 +85,9 @@ def run(
     device: str = "auto",
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """Run an experiment: train its variants over some seeds, compare or examine them, write what was found.
+    """Run an experiment: train its variants over some seeds, compare or examine them, write the results.
 
-    What is trained already is not trained again; a run that fails leaves the others be.
+    Finished runs of the same settings and data are reused; a failed run does not stop the others.
 
     Parameters
     ----------
@@ -90,8 +95,9 @@ def run(
         As in `variants`.
     data : Path or str
     out : Path or str
-        Gets runs/VARIANT-seedN (a folder a run, shared by all experiments in `out`), NAME.json, NAME.csv,
-        NAME.md, NAME.tex and figures NAME.png and NAME.pdf, with _ for - in NAME.
+        Gets runs/ (a folder per run, shared by all experiments in `out`), and with _ for - in NAME the
+        tables NAME.csv, NAME.md, NAME.tex, the figures NAME.png, NAME.pdf, NAME.json, and NAME_scores.csv,
+        from which `remake` makes the others again.
     config : Config
         What the variants differ from.
     seeds : sequence of int
@@ -100,7 +106,7 @@ def run(
     checkpoint : Path or str, optional
         A trained detector to examine instead of those of `seeds`; nothing is trained then.
     cutoffs : sequence of float, optional
-        Hz, of "high-frequency"; `probes.CUTOFFS` without.
+        Hz, of the filters of high-frequency and high-frequency-training; `analyses.CUTOFFS` without.
     device : str
     jobs : int
         Runs at a time.
@@ -108,41 +114,51 @@ def run(
     Returns
     -------
     dict
-        The content of NAME.json: see `sweep.summarise`, `probes.examine` and `embeddings.compare`.
+        The content of NAME.json, see `sweep.summarise`; "failed" maps runs to their errors.
 
     Raises
     ------
     UserError
-        If a name is unknown or no run of the baseline is done.
+        If a name or a number cannot be used, another process works in `out`, or no baseline run is done.
     """
-    table = variants(name, config)
-    unknown = set(only) - set(table)
-    if unknown:
-        raise UserError(f"{name} has no variant {', '.join(sorted(unknown))}; it has {', '.join(table)}")
-    if only:
-        table = {variant: changes for variant, changes in table.items() if variant in {BASELINE, *only}}
+    if "RANK" in os.environ:
+        raise UserError("ablate starts its own training processes: call it without torchrun, see --jobs")
+    cutoffs = CUTOFFS if cutoffs is None else tuple(dict.fromkeys(cutoffs))
+    table = variants(name, config, cutoffs)
+    nyquist = config.model.audio.sample_rate / 2
+    seed_values = sorted(set(seeds))
+    unknown = [variant for variant in only if variant not in table]
+    for wrong, message in (
+        (checkpoint is None and not seeds, "--seeds needs at least one number"),
+        (len(seed_values) < len(seeds), "--seeds holds a number twice"),
+        (min(seeds, default=0) < 0, "--seeds holds a negative number"),
+        (not cutoffs, "--cutoffs needs at least one frequency"),
+        (not all(0 < cutoff < nyquist for cutoff in cutoffs), f"--cutoffs lie between 0 and {nyquist:g} Hz"),
+        (jobs < 1, "--jobs is at least 1"),
+        (unknown, f"{name} has no variant {', '.join(unknown)}; it has {', '.join(table)}"),
+        (checkpoint and name not in ANALYSES, f"{name} trains its own detectors: leave out --checkpoint"),
+    ):
+        if wrong:
+            raise UserError(message)
     if checkpoint is not None:
-        if name not in EXAMINED:
-            raise UserError(f"{name} trains its own detectors: leave out --checkpoint")
         return examine(name, {"given": [Path(checkpoint)]}, data, out, config.evaluate, cutoffs, device)
-    runs = sweep.plan(table, seeds, config, out)
+    table = {
+        variant: changes for variant, changes in table.items() if not only or variant in {BASELINE, *only}
+    }
+    runs = sweep.plan(table, seeds, config, data, out)
     failed = sweep.run_all(runs, data, device=device, jobs=jobs)
-    if name not in EXAMINED:
-        result = sweep.summarise(name, runs, failed, config.evaluate.bootstrap or 1000)
-        if name == "high-frequency-training":
-            result["conclusion"] = probe_tables.rely_on_high_frequencies(result["variants"])
-        sweep.write(result, out)
-        experiment_figures.write(result, out)
-        return result
+    names = {f"{each.variant}, seed {each.seed}": line for each, line in failed.items()}
+    if name not in ANALYSES:
+        conditions, facts = sweep.collect(runs, failed)
+        return finish(name, conditions, facts | {"failed": names}, out, config.evaluate.bootstrap)
     checkpoints: dict[str, list[Path]] = {}
-    for one in runs:
-        if one not in failed:
-            checkpoints.setdefault(one.variant, []).append(one.folder / "best.pt")
+    for each in runs:
+        if each not in failed:
+            checkpoints.setdefault(each.variant, []).append(each.folder / "best.pt")
     if BASELINE not in checkpoints:
-        raise UserError(f"{name}: no run of {BASELINE} is done: {', '.join(set(failed.values()))}")
+        raise UserError(f"{name}: no run of {BASELINE} is done: {next(iter(failed.values()))}")
     scoring = replace(config.evaluate, precision=config.train.precision)
-    missing = {f"{one.variant}, seed {one.seed}": said for one, said in failed.items()}
-    return examine(name, checkpoints, data, out, scoring, cutoffs, device, missing)
+    return examine(name, checkpoints, data, out, scoring, cutoffs, device, names)
 
 
 def examine(
@@ -151,22 +167,65 @@ def examine(
     data: Path | str,
     out: Path | str,
     config: EvaluateConfig,
-    cutoffs: Sequence[float] | None = None,
+    cutoffs: Sequence[float] = CUTOFFS,
     device: str = "auto",
     failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Examine trained detectors, variant -> one best.pt a seed, and write what was found."""
-    out = Path(out)
-    if name == "embeddings":
-        result = embeddings.compare(checkpoints, data, out, config=config, device=device)
-    else:
-        cutoffs = cutoffs or probes.CUTOFFS
-        result = probes.examine(name, checkpoints, data, config=config, device=device, cutoffs=cutoffs)
-    result["failed"] = dict(failed or {})
-    if name == "high-frequency":
-        result["conclusion"] = probe_tables.rely_on_high_frequencies(result["conditions"])
-        with replacing(out / "high_frequency_filters.npz", "wb") as file:
-            np.savez(file, **probes.responses_before_and_after(next(iter(checkpoints.values()))[0]))
-    (embeddings if name == "embeddings" else probe_tables).write(result, out)
-    experiment_figures.write(result, out)
+    """Examine trained detectors, variant -> a best.pt for each seed, and write the results; as `run`."""
+    conditions, facts = analyses.collect(name, checkpoints, data, Path(out), config, device, cutoffs)
+    return finish(name, conditions, facts | {"failed": dict(failed or {})}, out, config.bootstrap)
+
+
+def finish(
+    name: str, conditions: Sequence[sweep.Condition], facts: Mapping[str, Any], out: Path | str, times: int
+) -> dict[str, Any]:
+    """Keep the scores, then make the result, its tables and its figures from what is kept."""
+    path = Path(out) / f"{name.replace('-', '_')}_scores.csv"
+    sweep.keep_scores(conditions, path)
+    kept = sweep.kept_scores(conditions, path)
+    result = sweep.summarise(kept, {"experiment": name, **facts}, times)
+    sweep.write(result, out)
+    figures.write(result, out)
     return result
+
+
+def remake(folder: Path | str) -> list[str]:
+    """Make every experiment in a folder again from its kept scores; returns their names."""
+    names = []
+    for path in sorted(Path(folder).glob("*_scores.csv")):
+        old = read_json(path.with_name(path.name.replace("_scores.csv", ".json")))
+        facts = {key: value for key, value in old.items() if key not in ("conditions", "clips", "bootstrap")}
+        conditions = [
+            sweep.Condition(sweep.settings_of(row), dict.fromkeys(row["seeds"], []), row["values"])
+            for row in old["conditions"]
+        ]
+        finish(old["experiment"], sweep.kept_scores(conditions, path), facts, folder, old["bootstrap"])
+        names.append(old["experiment"])
+    if not names:
+        raise UserError(f"{folder}: no kept scores (NAME_scores.csv) in it")
+    return names
+
+
+def run_all(data: Path | str, out: Path | str, config: Config, **settings: Any) -> Iterator[tuple[str, Any]]:
+    """Run ALL one after the other; yields each name with its result or, where it failed, the UserError.
+
+    `settings` go to `run`. OUT/timing.csv tells how long each took, unless it is there already.
+    """
+    timing = Path(out) / "timing.csv"
+    seconds = []
+    for name in ALL:
+        began = time.perf_counter()
+        try:
+            yield name, run(name, data, out, config, **settings)
+        except UserError as error:
+            yield name, error
+        seconds.append((name, round(time.perf_counter() - began)))
+    if not timing.is_file():
+        write_csv(timing, ["step", "seconds"], seconds)
+
+
+if __name__ == "__main__":
+    try:
+        print("\n".join(remake(*sys.argv[1:])))
+    except (TypeError, UserError) as error:
+        sys.exit(f"osscl: {error}")

@@ -6,7 +6,7 @@ import torch
 
 from osscl_min.augment import training_noise
 from osscl_min.config import AudioConfig
-from osscl_min.experiments import perturbations as signals
+from osscl_min.experiments import perturbations
 from osscl_min.features import LogMel, mel_filters
 
 AUDIO = AudioConfig(seconds=2.0)
@@ -29,27 +29,30 @@ def octaves(noise):
 
 
 def test_colours():
-    made = {kind: signals.noise(kind, 8 * RATE, RATE, np.random.default_rng(0)) for kind in signals.NOISES}
-    for noise in made.values():
+    noises = {
+        kind: perturbations.noise(kind, 8 * RATE, RATE, np.random.default_rng(0))
+        for kind in perturbations.NOISES
+    }
+    for noise in noises.values():
         assert noise.dtype == np.float32 and np.mean(noise**2) == pytest.approx(1, rel=1e-4)
-    np.testing.assert_allclose(np.diff(octaves(made["white"])), 10 * np.log10(2), atol=0.5)
-    np.testing.assert_allclose(np.diff(octaves(made["pink"])), 0, atol=0.5)
-    power = np.abs(np.fft.rfft(made["factory"])) ** 2  # bins of 1/8 Hz
+    np.testing.assert_allclose(np.diff(octaves(noises["white"])), 10 * np.log10(2), atol=0.5)
+    np.testing.assert_allclose(np.diff(octaves(noises["pink"])), 0, atol=0.5)
+    power = np.abs(np.fft.rfft(noises["factory"])) ** 2  # bins of 1/8 Hz
     assert power[400] > 100 * np.median(power[380:420])  # the hum
-    heights = np.abs(made["factory"])
-    assert (heights > 5).mean() > 10 * (np.abs(made["pink"]) > 5).mean()  # the knocks
+    heights = np.abs(noises["factory"])
+    assert (heights > 5).mean() > 10 * (np.abs(noises["pink"]) > 5).mean()  # the knocks
 
 
 @pytest.mark.parametrize("snr", [20.0, -10.0])
 def test_the_ratio_is_kept_for_each_clip(wave, snr):
     wave = wave * torch.tensor([[1.0], [0.1], [2.0], [0.5]])
-    noisy = signals.clip_noise("pink", snr, AUDIO)(wave)
+    noisy = perturbations.clip_noise("pink", snr, AUDIO)(wave)
     measured = 10 * torch.log10(wave.square().mean(1) / (noisy - wave).square().mean(1))
     torch.testing.assert_close(measured, torch.full((4,), snr), rtol=0, atol=0.01)
 
 
 def test_a_clips_noise_is_its_own_in_any_batch(wave):
-    apply = signals.clip_noise("factory", 0.0, AUDIO)
+    apply = perturbations.clip_noise("factory", 0.0, AUDIO)
     together = apply(wave)
     assert torch.equal(together[2:3], apply(wave[2:3]))
     added = together - wave
@@ -68,22 +71,22 @@ def test_training_noise_follows_from_its_generator(wave):
 
 
 def test_bands_cover_the_rows_once_and_their_edges_are_the_filters():
-    found = signals.bands(AUDIO, 8)
-    assert [rows.start for rows, _, _ in found] == list(range(0, 128, 16)) and found[-1][0].stop == 128
-    assert found[0][1] == 0 and found[-1][2] == 8000
+    bands = perturbations.bands(AUDIO, 8)
+    assert [rows.start for rows, _, _ in bands] == list(range(0, 128, 16)) and bands[-1][0].stop == 128
+    assert bands[0][1] == 0 and bands[-1][2] == 8000
     peaks = mel_filters(AUDIO).argmax(1) * RATE / AUDIO.n_fft
-    for rows, low, high in found:
+    for rows, low, high in bands:
         assert (peaks[rows] >= low - 8).all() and (peaks[rows] <= high + 8).all()  # bins of 7.8 Hz
-    for (_, _, above), (_, below, _) in zip(found, found[1:], strict=False):
+    for (_, _, above), (_, below, _) in zip(bands, bands[1:], strict=False):
         assert above == below
 
 
 def test_a_band_is_replaced_by_silence_or_its_machines_level(wave):
     log_mel, labels = LogMel(AUDIO)(wave), torch.tensor([0, 1, 1, 0])
-    silent = signals.replace_band(slice(16, 32))(log_mel, labels)
+    silent = perturbations.replace_band(slice(16, 32))(log_mel, labels)
     assert (silent[:, :, 16:32] == -100).all()
     levels = -torch.arange(256.0).reshape(2, 128)
-    level = signals.replace_band(slice(16, 32), levels)(log_mel, labels)
+    level = perturbations.replace_band(slice(16, 32), levels)(log_mel, labels)
     assert (level[1, 0, 20] == levels[1, 20]).all() and (level[3, 0, 31] == levels[0, 31]).all()
     for changed in (silent, level):
         kept = torch.ones(128, dtype=torch.bool)
