@@ -50,8 +50,8 @@ def error(value, exact, floor=0.0):
 @pytest.mark.parametrize(
     ("inputs", "precision", "floor"),
     [
-        (("log_mel", "tgram", "tfgram"), torch.float32, 2e-3),
-        (("log_mel",), torch.float32, 2e-3),
+        (("log_mel", "tgram", "tfgram"), torch.float32, 0.02),
+        (("log_mel",), torch.float32, 0.02),
         pytest.param(("tfgram", "log_mel"), torch.bfloat16, 0.05, marks=pytest.mark.slow),
     ],
 )
@@ -69,7 +69,7 @@ def test_errors_are_those_of_pytorchs_own_layers(inputs, precision, floor):
 
 
 def test_modules_run_their_own_forward_where_nothing_is_compiled():
-    """In evaluation, for a single clip, in float64, with frozen statistics; copies of a model keep the hook."""
+    """In evaluation, for a single clip, in float64, with frozen statistics; copies keep the hook."""
 
     def frozen(model):
         model.tfgram.norm[2].eval(), model.encoder.conv1.bn.eval()
@@ -221,20 +221,22 @@ def test_unknown_layers_are_left_alone():
 
 @compiled
 @pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="needs to become another user")
-def test_a_user_without_a_home_or_an_entry_in_the_user_database(tmp_path):
-    """The library is compiled into a private folder among the temporary files, twice into the same."""
+def test_a_user_without_a_home_or_an_entry_in_the_user_database():
+    """The cache is then a private folder among the temporary files."""
     program = """
-import os
+import os, tempfile
 from osscl_cpu import native
 os.setgid(54321), os.setuid(54321)
-print(native.cache_folder(), oct(native.cache_folder().stat().st_mode & 0o777))
+folder = native.cache_folder()
+print(str(folder.parent) == tempfile.gettempdir(), folder.name, oct(folder.stat().st_mode & 0o777))
+folder.rmdir()
 """
-    tmp_path.chmod(0o777)
     variables = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
-    variables |= {"PYTHONPATH": str(KERNELS), "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", program]
-    run = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=KERNELS)
-    assert run.stdout == f"{tmp_path}/osscl_cpu-54321 0o700\n", run.stderr
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=variables | {"PYTHONPATH": str(KERNELS)}, cwd=KERNELS
+    )
+    assert run.stdout == "True osscl_cpu-54321 0o700\n", run.stderr
 
 
 def test_a_folder_that_others_can_write_is_not_used(tmp_path, monkeypatch):
