@@ -44,8 +44,8 @@ class Tgram(nn.Module):
 class TFgram(nn.Module):
     """The paper's feature: seven convolutions along the wave with BatchNorm, ReLU and maximum pools.
 
-    Parameters and buffers are those of the plain modules; two fused kernels compute the result, in Triton on a
-    GPU and in PyTorch elsewhere.
+    Parameters and buffers are those of the plain modules; two fused kernels compute the result, in Triton on
+    a GPU and in PyTorch elsewhere.
     """
 
     def __init__(self, hop: int):
