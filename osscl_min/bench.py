@@ -167,19 +167,19 @@ def engine_steps(config: Config, reader, labels: np.ndarray, device, steps: int)
     return run
 
 
-def bench_train(data: Path | None, batch_size: int = 32):
+def bench_train(data: Path | None, batch_size: int = 32, config: Config = PRESETS["paper"]):
     """Training steps, plain and as `train` makes them."""
-    device, paper, calls = choose_device(), PRESETS["paper"], {}
+    device, audio, calls = choose_device(), config.model.audio, {}
     steps = 20 if device.type == "cuda" else 1
     with tempfile.TemporaryDirectory() as folder:
-        data = data or write_dataset(Path(folder, "data"), SynthConfig(seconds=10.0))
-        reader = open_data(data, paper.model.audio, splits=["train"]).train
+        data = data or write_dataset(Path(folder, "data"), SynthConfig(seconds=audio.seconds))
+        reader = open_data(data, audio, splits=["train"]).train
         classes = label_table(reader.clips)
         labels = np.array([classes.index(clip.machine) for clip in reader.clips])
-        files = FolderReader(scan(data), reader.clips, paper.model.audio, keep=0)
+        files = FolderReader(scan(data), reader.clips, audio, keep=0)
         for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
-            settings = replace(paper.train, precision=precision, batch_size=batch_size)
-            config = replace(paper, train=settings)
+            settings = replace(config.train, precision=precision, batch_size=batch_size)
+            config = replace(config, train=settings)
             calls["engine", precision] = engine_steps(config, reader, labels, device, steps)
             if precision == "fp32":
                 calls["plain", precision] = plain_steps(config, files, labels, device, steps)
@@ -191,8 +191,8 @@ def bench_train(data: Path | None, batch_size: int = 32):
         row |= {"step_ms": 1e3 * seconds / steps, "times_plain": times["plain", "fp32"] / seconds}
         rows.append(row | {"paper_hours": PAPER_CLIPS * PAPER_EPOCHS / rate / 3600})
     return rows, (
-        "Clips of 10 s. plain: plain layers, each clip decoded and analysed alone, optimiser and EMA tensor "
-        "by tensor. engine: the steps of `osscl train`, reading included. "
+        f"Clips of {audio.seconds:g} s. plain: plain layers, each clip decoded and analysed alone, optimiser and "
+        "EMA tensor by tensor. engine: the steps of `osscl train`, reading included. "
         f"paper_hours: {PAPER_EPOCHS} epochs of {PAPER_CLIPS:,} clips at this rate."
     )
 

@@ -41,7 +41,7 @@ def test_calls_are_interleaved():
 @pytest.mark.parametrize(
     ("name", "options", "identity", "measured"),
     [
-        pytest.param("train", {"batch_size": 2}, ["way", "precision"], "step_ms", marks=pytest.mark.slow),
+        ("train", {"batch_size": 2, "config": tiny({})}, ["way", "precision"], "step_ms"),
         pytest.param("data", {"batch_size": 4}, ["what"], "clips_per_second", marks=pytest.mark.slow),
         (
             "score",
