@@ -191,8 +191,8 @@ def bench_train(data: Path | None, batch_size: int = 32, config: Config = PRESET
         row |= {"step_ms": 1e3 * seconds / steps, "times_plain": times["plain", "fp32"] / seconds}
         rows.append(row | {"paper_hours": PAPER_CLIPS * PAPER_EPOCHS / rate / 3600})
     return rows, (
-        f"Clips of {audio.seconds:g} s. plain: plain layers, each clip decoded and analysed alone, optimiser and "
-        "EMA tensor by tensor. engine: the steps of `osscl train`, reading included. "
+        f"Clips of {audio.seconds:g} s. plain: plain layers, each clip decoded and analysed alone, optimiser "
+        "and EMA tensor by tensor. engine: the steps of `osscl train`, reading included. "
         f"paper_hours: {PAPER_EPOCHS} epochs of {PAPER_CLIPS:,} clips at this rate."
     )
 
