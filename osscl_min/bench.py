@@ -1,166 +1,264 @@
-"""What the benchmarks share: a case in a fresh process, wall and processor time, rows as CSV and Markdown.
+"""How fast the network, training, reading and scoring are on this machine.
 
-A case runs in a process of its own, because what a process computed before decides how its allocator and
-its caches treat the next case. Rounds of all cases are interleaved: whatever else the machine does hits all.
+"plain" is the same mathematics as the authors' code runs it: conv1d, the default memory format, each clip
+decoded and its log-mel computed when its batch comes. "pytorch" is this package with PyTorch's own layers,
+"compiled" with those of `osscl_cpu`.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import copy
 import os
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from itertools import count, cycle, islice, product
 from pathlib import Path
 from typing import Any
 
-from osscl_min.runtime.files import ROOT, UserError, peak_memory_mb, provenance, write_csv, write_text
+import numpy as np
+import soundfile
+import torch
+from osscl_kernels import LAYERS, frames
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+from osscl_min.config import PRESETS, AudioConfig, Config
+from osscl_min.data.batches import load_batches
+from osscl_min.data.clips import label_table, scan
+from osscl_min.data.reader import FolderReader, open_data
+from osscl_min.data.store import pack
+from osscl_min.data.synth import SynthConfig, write_dataset
+from osscl_min.features import FrontEnd, to_wave
+from osscl_min.inference.score import score
+from osscl_min.losses import mixup, os_scl_loss
+from osscl_min.model import OSSCL
+from osscl_min.runtime.device import autocast, choose_device, prepare
+from osscl_min.runtime.files import UserError, peak_memory_mb, provenance
+from osscl_min.runtime.tables import write_table
+from osscl_min.train import train
+from osscl_min.trainer import Trainer
+
+PAPER_CLIPS, PAPER_EPOCHS = 36_270 - 1_814, 300  # training clips less the validation split; passes over them
 
 
-def measure(call: Callable[[], Any], seconds: float = 1.5, least: int = 3) -> dict[str, float]:
-    """Run `call` once to warm up, then repeatedly.
-
-    Parameters
-    ----------
-    call : callable
-    seconds : float
-        How long to go on.
-    least : int
-        Runs at least.
-
-    Returns
-    -------
-    dict
-        "wall_ms" and "processor_ms", medians of a run (all threads together for the processor), and
-        "peak_mb", the largest resident memory of this process so far.
-    """
-    call()
-    runs, end = [], time.perf_counter() + seconds
-    while len(runs) < least or time.perf_counter() < end:
-        wall, processor = time.perf_counter(), time.process_time()
-        call()
-        runs.append((time.perf_counter() - wall, time.process_time() - processor))
-    walls, processors = zip(*runs, strict=True)
-    return {
-        "wall_ms": 1e3 * statistics.median(walls),
-        "processor_ms": 1e3 * statistics.median(processors),
-        "peak_mb": peak_memory_mb(),
-    }
+def measure(calls: Mapping[Hashable, Callable[[], Any]], rounds: int = 2) -> dict[Hashable, float]:
+    """Median seconds of each call over rounds that interleave the calls, each after a warm-up."""
+    seconds = defaultdict(list)
+    for key, call in tqdm([*calls.items()] * rounds, desc="bench", unit="case", disable=None):
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        seconds[key].append(timer.timeit(1).median)
+    return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def fresh(function: str, *arguments: Any, threads: int | None = None) -> Any:
-    """Call "module:function" of JSON arguments in a new interpreter; its result, which must be JSON too.
+def plain(network: OSSCL) -> OSSCL:
+    """The network with TFgram and the encoder run as the authors' code runs them."""
+    tfgram, encoder = network.tfgram, network.encoder
 
-    Parameters
-    ----------
-    function : str
-        Such as "osscl_min.bench_model:case".
-    *arguments
-    threads : int, optional
-        Of PyTorch; default: its own choice.
+    def extract(wave: torch.Tensor) -> torch.Tensor:
+        x, length = wave.unsqueeze(1), frames(wave.shape[1], tfgram.hop)
+        for layer, conv, norm in zip(LAYERS, tfgram.conv, tfgram.norm, strict=True):
+            x = F.relu(norm(conv(x)))
+            if layer.pool == "max4":
+                x = F.max_pool1d(x, 4)
+            elif layer.pool:
+                x = F.adaptive_max_pool1d(x, 2 * length if layer.pool == "frames2" else length)
+        return x
 
-    Raises
-    ------
-    UserError
-        If the process ends in an error; the message ends with the last line that it printed.
-    """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, "-m", "osscl_min.bench", function, json.dumps(arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-        raise UserError(f"bench: {function}{arguments} failed: {last}")
-    return json.loads(run.stdout.splitlines()[-1])
+    def encode(maps: torch.Tensor) -> torch.Tensor:
+        x = encoder.blocks(encoder.dw_conv1(encoder.conv1(maps)))
+        return encoder.linear1(encoder.linear7(encoder.conv2(x))).flatten(1)
+
+    tfgram.forward, encoder.forward = extract, encode
+    return network
 
 
-def interleaved(
-    cases: Sequence[tuple], run: Callable[..., dict[str, float]], rounds: int = 3
-) -> dict[tuple, dict[str, float]]:
-    """Run every case once a round; the median of each figure over the rounds, by case.
+def network_call(network: OSSCL, part: str, training: bool, precision: str, clips: int) -> Callable:
+    """One forward pass of "tfgram", "encoder" or "model", with the backward pass in training."""
+    audio, generator = network.config.audio, torch.Generator().manual_seed(1)
+    wave = 0.1 * torch.randn(clips, audio.samples, generator=generator)
+    maps = torch.randn(clips, 3, audio.mels, audio.frames, generator=generator)
+    labels = torch.arange(clips) % network.config.classes
+    inputs = {"tfgram": (wave,), "encoder": (maps,), "model": (wave, maps[:, :1], labels)}[part]
+    maps.requires_grad_(part == "encoder" and training)  # two of its maps come from trained layers
+    module = network if part == "model" else getattr(network, part)
 
-    Parameters
-    ----------
-    cases : sequence of tuple
-        The arguments of `run`.
-    run : callable
-        Such as `lambda *case: fresh("osscl_min.bench_model:case", *case)`; returns figures by name.
-    rounds : int
-    """
-    from tqdm import tqdm
+    def call() -> None:
+        network.train(training).zero_grad()
+        with torch.set_grad_enabled(training), autocast(torch.device("cpu"), precision):
+            output = module(*inputs)
+        if training:
+            (output[0] if part == "model" else output).float().square().mean().backward()
 
-    found: dict[tuple, list[dict[str, float]]] = {case: [] for case in cases}
-    for case in tqdm([*cases] * rounds, desc="bench", unit="case", disable=None):
-        found[case].append(run(*case))
-    return {
-        case: {name: statistics.median(one[name] for one in results) for name in results[0]}
-        for case, results in found.items()
-    }
+    return call
 
 
-def write_rows(
-    path: Path | str, rows: Sequence[dict[str, Any]], *, title: str, notes: Sequence[str] = ()
-) -> Path:
-    """Write rows as PATH.csv, provenance in every row, and as the table PATH.md.
-
-    Parameters
-    ----------
-    path : Path or str
-        Without suffix.
-    rows : sequence of dict
-        Columns by name, in the order of the first row; a float is shown with three significant digits in
-        the table, and written whole in the CSV; None is an empty cell.
-    title : str
-        The first line of the table's text: what was measured, on what data.
-    notes : sequence of str
-        Paragraphs under the table.
-
-    Returns
-    -------
-    Path
-        The Markdown file.
-    """
-    import torch
-
-    source = provenance() | {
-        "threads": torch.get_num_threads(),
-        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
-    }
-    names = list(rows[0])
-    path = Path(path)
-    write_csv(
-        path.with_suffix(".csv"),
-        [*names, *source],
-        [["" if row[n] is None else row[n] for n in names] + list(source.values()) for row in rows],
+def bench_model(data: Path | None, seconds: float = 10.0, sizes: tuple[int, ...] = (4, 16)):
+    """Inference and training of TFgram, the encoder and the network, each way at its best batch size."""
+    if data is not None:
+        raise UserError("bench model reads no data: leave out --data")
+    prepare(torch.device("cpu"))
+    config = replace(PRESETS["paper"].model, audio=AudioConfig(seconds=seconds))
+    trainer = Trainer(replace(PRESETS["paper"], model=config), torch.device("cpu"))
+    networks = {"plain": plain(OSSCL(config)), "pytorch": OSSCL(config), "compiled": trainer.model}
+    rows = []
+    for part, training, precision in product(("tfgram", "encoder", "model"), (False, True), ("fp32", "bf16")):
+        cases = list(product(networks if training else ("plain", "pytorch"), sizes))
+        calls = {(w, n): network_call(networks[w], part, training, precision, n) for w, n in cases}
+        times, best = measure(calls), {}
+        for way, size in cases:
+            best[way] = min(best.get(way, (float("inf"), 0)), (1e3 * times[way, size] / size, size))
+        for way, (milliseconds, size) in best.items():
+            row = {"part": part, "pass": "training" if training else "inference", "precision": precision}
+            row |= {"way": way, "batch": size, "ms_per_clip": milliseconds}
+            rows.append(row | {"times_plain": best["plain"][0] / milliseconds})
+    return rows, (
+        f"Clips of {seconds:g} s of noise; training is forward and backward. plain: conv1d and the default "
+        "memory format, in the same precision. pytorch: PyTorch's own layers, as in inference. compiled: "
+        f"{trainer.computed_by}."
     )
-    lines = [title, "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    lines += ["| " + " | ".join(_cell(row[n]) for n in names) + " |" for row in rows]
-    for note in notes:
-        lines += ["", note]
-    said = "{processor}, {threads} threads, load {load}, torch {torch}; {time}, commit {commit}."
-    lines += ["", said.format(**source)]
-    write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
-    return path.with_suffix(".md")
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+def plain_steps(config: Config, reader, labels: np.ndarray, device, steps: int) -> Callable:
+    """Training steps as the authors' code makes them."""
+    network = plain(OSSCL(config.model)).to(device).train()
+    average = copy.deepcopy(network)
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    optimizer = torch.optim.AdamW(network.parameters(), config.train.learning_rate, foreach=False)
+    front, random = FrontEnd(config.model.audio).to(device), np.random.default_rng(0)
+
+    def run() -> None:
+        prepare(device, config.train.precision)
+        for _ in range(steps):
+            chosen = random.permutation(len(reader))[: config.train.batch_size]
+            waves = [to_wave(reader.read([k]), device) for k in chosen]
+            log_mel = torch.cat([front.log_mel(wave) for wave in waves])
+            target = torch.from_numpy(labels[chosen]).to(device)
+            partners = torch.from_numpy(random.permutation(len(chosen))).to(device)
+            lam = random.beta(0.5, 0.5)
+            mixed = mixup(torch.cat(waves), log_mel, lam, partners)
+            losses = os_scl_loss(*network(*mixed, target), target, target[partners], lam, config.loss)
+            optimizer.zero_grad()
+            losses["total"].backward()
+            optimizer.step()
+            with torch.no_grad():
+                for mean, value in pairs:
+                    if mean.is_floating_point():
+                        mean.mul_(config.train.ema_decay).add_(value, alpha=1 - config.train.ema_decay)
+
+    return run
 
 
-def main() -> None:
-    """The fresh process: `python -m osscl_min.bench MODULE:FUNCTION ARGUMENTS_AS_JSON`."""
-    module, _, name = sys.argv[1].partition(":")
-    print(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(sys.argv[2]))))
+def engine_steps(config: Config, reader, labels: np.ndarray, device, steps: int) -> Callable:
+    """Training steps as `train` makes them, reading and a GPU's CUDA graph included."""
+    trainer, random = Trainer(config, device), np.random.default_rng(0)
+
+    def run() -> None:
+        prepare(device, config.train.precision)
+        batches = [random.permutation(len(reader))[: config.train.batch_size] for _ in range(steps)]
+        for samples, target in load_batches(reader, labels, batches, device):
+            lam = torch.tensor(float(random.beta(0.5, 0.5)), device=device)
+            partners = torch.from_numpy(random.permutation(len(target))).to(device)
+            trainer.step(*trainer.front(samples), target, lam, partners)
+
+    return run
 
 
-if __name__ == "__main__":
-    main()
+def bench_train(data: Path | None, batch_size: int = 32, config: Config = PRESETS["paper"]):
+    """Training steps, plain and as `train` makes them."""
+    device, audio, calls = choose_device(), config.model.audio, {}
+    steps = 20 if device.type == "cuda" else 1
+    with tempfile.TemporaryDirectory() as folder:
+        data = data or write_dataset(Path(folder, "data"), SynthConfig(seconds=audio.seconds))
+        reader = open_data(data, audio, splits=["train"]).train
+        classes = label_table(reader.clips)
+        labels = np.array([classes.index(clip.machine) for clip in reader.clips])
+        files = FolderReader(scan(data), reader.clips, audio, keep=0)
+        for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
+            settings = replace(config.train, precision=precision, batch_size=batch_size)
+            config = replace(config, train=settings)
+            calls["engine", precision] = engine_steps(config, reader, labels, device, steps)
+            if precision == "fp32":
+                calls["plain", precision] = plain_steps(config, files, labels, device, steps)
+        times = measure(calls)
+    rows = []
+    for (way, precision), seconds in times.items():
+        rate = steps * batch_size / seconds
+        row = {"way": way, "precision": precision, "batch": batch_size, "clips_per_second": rate}
+        row |= {"step_ms": 1e3 * seconds / steps, "times_plain": times["plain", "fp32"] / seconds}
+        rows.append(row | {"paper_hours": PAPER_CLIPS * PAPER_EPOCHS / rate / 3600})
+    return rows, (
+        f"Clips of {audio.seconds:g} s. plain: plain layers, each clip decoded and analysed alone, optimiser "
+        "and EMA tensor by tensor. engine: the steps of `osscl train`, reading included. "
+        f"paper_hours: {PAPER_EPOCHS} epochs of {PAPER_CLIPS:,} clips at this rate."
+    )
+
+
+def bench_data(data: Path | None, batch_size: int = 64):
+    """Packing, batches from files and from a store, and the log-mel."""
+    audio, random = AudioConfig(), np.random.default_rng(0)
+    prepare(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as name:
+        numbers, front = count(), FrontEnd(audio)
+        data = data or write_dataset(Path(name, "data"), SynthConfig(seconds=10.0))
+        pack(data, Path(name, "store"), audio)
+        store, dataset = open_data(Path(name, "store"), audio, splits=["train"]).train, scan(data)
+        files = FolderReader(dataset, dataset.clips, audio, keep=0)
+        samples = torch.from_numpy(store.read(np.arange(min(batch_size, len(store)))))
+
+        def read(reader: Any) -> None:
+            order = random.permutation(len(reader))
+            for start in range(0, len(order), batch_size):
+                reader.read(order[start : start + batch_size])
+
+        times = measure(
+            {
+                ("packing", len(dataset.clips)): lambda: pack(data, Path(name, f"{next(numbers)}"), audio),
+                ("batches from files, decoded", len(files)): lambda: read(files),
+                ("batches from the store", len(store)): lambda: read(store),
+                ("log-mel on the fly", len(samples)): lambda: front(samples),
+            }
+        )
+    rows = [{"what": what, "clips": n, "clips_per_second": n / t} for (what, n), t in times.items()]
+    return rows, f"Clips of 10 s, 16 kHz, from the page cache; batches of {batch_size} clips in random order."
+
+
+def bench_score(data: Path | None, files=(250, 2000), minutes=(3, 20), config: Config = PRESETS["quick"]):
+    """Scoring of many files and of long ones, by a detector of preset quick."""
+    seconds, rows = config.model.audio.seconds, []
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        data = data or write_dataset(work / "data", SynthConfig())
+        best, clips = train(data, work / "run", config), sorted(data.glob("*/test/*.wav"))
+        cases = [(f"{n} files", [str(clip) for clip in islice(cycle(clips), n)], n) for n in files]
+        sound, rate = soundfile.read(clips[0], dtype="int16")
+        for n in minutes:
+            path = work / f"{n} minutes" / clips[0].parts[-3] / "test" / clips[0].name
+            path.parent.mkdir(parents=True)
+            soundfile.write(path, np.resize(sound, int(60 * n * rate)), rate)
+            cases.append((f"one of {n} minutes", [str(path)], round(120 * n / seconds) - 1))
+        for what, names, windows in cases:
+            run = {what: lambda names=names: score(best, names, csv_path=work / "scores.csv")}
+            row = {"recordings": what, "windows": windows}
+            row |= {"windows_per_second": windows / measure(run, 1)[what], "peak_mb": peak_memory_mb()}
+            rows.append(row)
+    return rows, (
+        f"`osscl score` with a CSV, windows of {seconds:g} s every {seconds / 2:g} s. peak_mb: largest "
+        "memory of this process so far, training of the detector included."
+    )
+
+
+def bench(name: str, out: Path, data: Path | None = None, **options: Any) -> Path:
+    """Measure "model", "train", "data" or "score" and write OUT/NAME_DEVICE.csv, .md (returned) and .tex."""
+    rows, note = globals()[f"bench_{name}"](data, **options)
+    device = torch.device("cpu") if name in ("model", "data") else choose_device()
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    source = provenance(device) | {"threads": torch.get_num_threads(), "load": load}
+    machine = "{processor}, {threads} threads, load {load}, torch {torch}; {time}, commit {commit}."
+    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    stem, notes = Path(out) / f"{name}_{device.type}", [note, machine.format(**source)]
+    write_table(stem, [list(rows[0]), *cells], [row | source for row in rows], notes)
+    return stem.with_suffix(".md")

@@ -345,11 +345,9 @@ def commands(preset: Config) -> dict[str, Callable]:
             out: Folder for the table, as CSV and as Markdown.
             data: Data folder, for what reads one; without it, simulated machines are made.
         """
-        from importlib import import_module
+        from osscl_min.bench import bench as run
 
-        run = getattr(import_module(f"osscl_min.bench_{name}"), f"bench_{name}")
-        written = run(out) if data is None else run(out, data=data)
-        print(written.read_text(), end="")
+        print(run(name, out, data).read_text(encoding="utf-8"), end="")
 
     functions = (
         synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, keep, readme, bench,

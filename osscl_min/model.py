@@ -1,24 +1,15 @@
 """The network: Tgram and TFgram from the wave, MobileFaceNet over the stacked maps, FPH, ArcFace.
 
-Only the layers that ever get a gradient in the authors' code are here: 1,372,246 parameters of their
-81,174,760. Layer by layer the arithmetic is theirs; `checkpoint.load_upstream_state` takes their checkpoints.
+It has the layers that get a gradient in the authors' code, 1,372,246 of their 81,174,760 parameters, and the
+same arithmetic. `checkpoint.load_upstream_state` reads their checkpoints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
-from osscl_kernels import (
-    LAYERS,
-    ChainLayer,
-    conv_chain,
-    fold_batchnorm,
-    tfgram_infer,
-    tfgram_train,
-    update_running_statistics,
-)
+from osscl_kernels import LAYERS, fold_batchnorm, tfgram_infer, tfgram_train, update_running_statistics
 from osscl_kernels.tfgram_train import rows
 from torch import nn
 from torch.nn import functional as F
@@ -30,14 +21,7 @@ from osscl_min.runtime.files import UserError
 class Tgram(nn.Module):
     """Time-domain feature of STgram-MFN: one wide strided convolution, then three along the frames.
 
-    Parameters
-    ----------
-    mels : int
-        Channels, so that the map stacks with the log-mel.
-    hop : int
-        Stride in samples; the kernel is two hops, padded by one.
-    frames : int
-        LayerNorm runs over the frames and ties the module to one clip length.
+    LayerNorm runs over the frames and ties the module to one clip length.
     """
 
     def __init__(self, mels: int, hop: int, frames: int):
@@ -58,31 +42,18 @@ class Tgram(nn.Module):
 
 
 class TFgram(nn.Module):
-    """The paper's feature: seven convolutions along the wave with BatchNorm, ReLU and max-pooling.
+    """The paper's feature: seven convolutions along the wave with BatchNorm, ReLU and maximum pools.
 
-    Parameters, buffers and results are those of the plain modules; which kernels compute them is decided by
-    `osscl_kernels.backend`.
-
-    Parameters
-    ----------
-    hop : int
-        Samples between two frames of the result; adaptive pooling leads there.
+    Parameters and buffers are those of the plain modules; two fused kernels compute the result, in Triton on
+    a GPU and in PyTorch elsewhere.
     """
 
     def __init__(self, hop: int):
         super().__init__()
         self.hop = hop
         self.conv = nn.ModuleList(
-            nn.Conv1d(
-                layer.inputs,
-                layer.outputs,
-                layer.kernel,
-                layer.stride,
-                layer.padding,
-                dilation=layer.dilation,
-                bias=False,
-            )
-            for layer in LAYERS
+            nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, x.dilation, bias=False)
+            for x in LAYERS
         )
         self.norm = nn.ModuleList(nn.BatchNorm1d(layer.outputs) for layer in LAYERS)
         for conv in self.conv:
@@ -102,7 +73,7 @@ class TFgram(nn.Module):
 
 
 class _OneValueSafe:
-    """BatchNorm that takes its running statistics where a batch has one value a channel, and cannot fail."""
+    """BatchNorm that uses its running statistics for a single value per channel, where PyTorch's fails."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.numel() == x.shape[1]:
@@ -111,16 +82,11 @@ class _OneValueSafe:
 
 
 class BatchNorm1d(_OneValueSafe, nn.BatchNorm1d):
-    """Of vectors."""
+    """BatchNorm1d that uses running statistics for a single value per channel."""
 
 
 class BatchNorm2d(_OneValueSafe, nn.BatchNorm2d):
-    """Of maps."""
-
-
-def _has_batch_statistics(norm: nn.Module) -> bool:
-    """Whether it normalises by its batch, as in ordinary training, and by nothing special."""
-    return norm.training and norm.affine and norm.eps == 1e-5
+    """BatchNorm2d that uses running statistics for a single value per channel."""
 
 
 class ConvBlock(nn.Module):
@@ -160,23 +126,13 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """The encoder: (B, maps, mels, frames) -> (B, 128).
+    """The encoder: (B, maps, mels, frames) -> (B, embedding).
 
-    Parameters
-    ----------
-    maps : int
-        Stacked input maps, 1 to 3.
-    mels, frames : int
-        Size of a map. The last depthwise kernel covers what four strides of two leave of it, (8, 20) for
-        128 x 313, so a trained encoder fits one clip length.
-    embedding : int
+    The last depthwise kernel covers what four strides of two leave of a map, (8, 20) of 128 x 313, so a
+    trained encoder fits one clip length.
     """
 
-    bottlenecks = (
-        (2, 128, 2, 2),
-        (4, 128, 2, 2),
-        (4, 128, 2, 2),
-    )  # expansion, channels, repeats, first stride
+    bottlenecks = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))  # expansion, channels, repeats, stride
 
     def __init__(self, maps: int, mels: int, frames: int, embedding: int = 128):
         super().__init__()
@@ -189,8 +145,8 @@ class MobileFaceNet(nn.Module):
                 channels = outputs
         self.blocks = nn.Sequential(*blocks)
         self.conv2 = ConvBlock(channels, 512, 1)
-        left = tuple(math.ceil(size / 16) for size in (mels, frames))
-        self.linear7 = ConvBlock(512, 512, left, groups=512, linear=True)
+        remaining = tuple(math.ceil(size / 16) for size in (mels, frames))
+        self.linear7 = ConvBlock(512, 512, remaining, groups=512, linear=True)
         self.linear1 = ConvBlock(512, embedding, 1, linear=True)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -198,61 +154,15 @@ class MobileFaceNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        maps = maps.contiguous(memory_format=torch.channels_last)  # what convolutions like best, CPU and GPU
-        if self.training and maps.device.type == "cpu" and len(maps) > 1:
-            chain = list(self.chain())
-            if all(_has_batch_statistics(norm) for _, norm, _, _ in chain):
-                if (found := self.trained_on_cpu(maps, chain)) is not None:
-                    return found
+        maps = maps.contiguous(memory_format=torch.channels_last)  # the fastest layout for convolutions
         x = self.blocks(self.dw_conv1(self.conv1(maps)))
         return self.linear1(self.linear7(self.conv2(x))).flatten(1)
 
-    def chain(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d, nn.PReLU | None, int]]:
-        """Convolution, normalisation, PReLU and shortcut (layers back) of every layer, in order."""
-        for block in (self.conv1, self.dw_conv1, *self.blocks, self.conv2, self.linear7, self.linear1):
-            if isinstance(block, ConvBlock):
-                yield block.conv, block.bn, block.prelu, 0
-            else:
-                yield tuple(block.conv[:3]) + (0,)
-                yield tuple(block.conv[3:6]) + (0,)
-                yield tuple(block.conv[6:]) + (None, 3 if block.residual else 0)
-
-    def trained_on_cpu(self, maps: torch.Tensor, chain: list) -> torch.Tensor:
-        """The same layers as one function, which a CPU trains several times as fast."""
-        convs, norms, prelus, shortcuts = zip(*chain, strict=True)
-        layers = [
-            ChainLayer(c.stride[0], c.padding[0], c.groups, p is not None, s)
-            for c, p, s in zip(convs, prelus, shortcuts, strict=True)
-        ]
-        found = conv_chain(
-            maps,
-            layers,
-            [conv.weight for conv in convs],
-            [norm.weight for norm in norms],
-            [norm.bias for norm in norms],
-            [prelu.weight for prelu in prelus if prelu is not None],
-            eps=norms[0].eps,
-        )
-        if found is None:
-            return None
-        output, means, variances = found
-        counts, size = [], maps.shape[2:]
-        for conv in convs:
-            size = [(n + 2 * conv.padding[0] - k) // conv.stride[0] + 1
-                    for n, k in zip(size, conv.kernel_size, strict=True)]  # fmt: skip
-            counts.append(len(maps) * math.prod(size))
-        update_running_statistics(norms, means, variances, counts)
-        return output.flatten(1)
-
 
 class FeaturePerturbationHead(nn.Module):
-    """The paper's head (FPH), used in training and at test: 128 -> 64 -> 128 with ReLU before BatchNorm.
+    """The paper's head (FPH), used in training and at test: 128 -> 64 -> 128, activation before BatchNorm.
 
-    Parameters
-    ----------
-    embedding : int
-    kind : {"basic", "leaky"}
-        ReLU, or LeakyReLU with slope 0.01.
+    Its kind is "basic" (ReLU) or "leaky" (LeakyReLU with slope 0.01).
     """
 
     def __init__(self, embedding: int = 128, kind: str = "basic"):
@@ -276,14 +186,7 @@ class FeaturePerturbationHead(nn.Module):
 
 
 class ArcMarginHead(nn.Module):
-    """ArcFace (Deng et al., 2019): scaled cosines, with an angular margin on the own class.
-
-    Parameters
-    ----------
-    embedding, classes : int
-    scale, margin : float
-        s and m (radians).
-    """
+    """ArcFace (Deng et al., 2019): scaled cosines, with an angular margin (radians) on the own class."""
 
     def __init__(self, embedding: int, classes: int, scale: float = 30.0, margin: float = 0.4):
         super().__init__()
@@ -299,11 +202,11 @@ class ArcMarginHead(nn.Module):
         cosine = F.linear(embedding, F.normalize(self.weight))
         if labels is None:
             return self.scale * cosine
-        # The authors leave 1 - cos^2 unclamped: NaN for an aligned feature. A clamp at 0 would keep an
-        # infinite gradient, so it stands a little above.
+        # The authors' 1 - cos^2 is unclamped: NaN for an aligned feature. Clamped at 0, the gradient would be
+        # infinite, so the limit is a little above.
         sine = (1 - cosine.square()).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
         shifted = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
-        beyond = cosine - math.sin(math.pi - self.margin) * self.margin  # theta + m would pass pi
+        beyond = cosine - math.sin(math.pi - self.margin) * self.margin  # where theta + m > pi
         shifted = torch.where(cosine > math.cos(math.pi - self.margin), shifted, beyond)
         own = F.one_hot(labels, cosine.shape[1]).bool()
         if labels.dim() == 2:
@@ -339,7 +242,7 @@ class OSSCL(nn.Module):
         self.encoder = MobileFaceNet(len(config.inputs), audio.mels, audio.frames, config.embedding)
         self.head = FeaturePerturbationHead(config.embedding, config.head) if config.head != "none" else None
         self.arcface = ArcMarginHead(config.embedding, config.classes, config.scale, config.margin)
-        for name in config.frozen:  # BatchNorm goes on as ever: only the convolutions stay as drawn
+        for name in config.frozen:  # only the convolutions keep their initial weights; BatchNorm is trained
             for module in getattr(self, name).modules():
                 if isinstance(module, nn.Conv1d):
                     module.requires_grad_(False)
@@ -353,12 +256,8 @@ class OSSCL(nn.Module):
                 f"this model takes clips of {audio.seconds:g} s ({audio.samples} samples, {audio.frames} "
                 f"frames), not {wave.shape[-1]} samples and {log_mel.shape[-1]} frames; train one for those"
             )
-        made = {
-            "log_mel": lambda: log_mel,
-            "tgram": lambda: self.tgram(wave),
-            "tfgram": lambda: self.tfgram(wave),
-        }
-        return torch.stack([made[name]() for name in self.config.inputs], 1)
+        maps = [log_mel if name == "log_mel" else getattr(self, name)(wave) for name in self.config.inputs]
+        return torch.stack(maps, 1)
 
     def forward(
         self, wave: torch.Tensor, log_mel: torch.Tensor, labels: torch.Tensor | None = None

@@ -7,46 +7,63 @@ import shutil
 
 import pytest
 import torch
-from osscl_kernels import chain_cpu, native
-from osscl_kernels.chain_cpu import Threads, part_count
+from osscl_cpu import chain, native
+from osscl_cpu.chain import part_count
 from torch.nn import functional as F
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = pathlib.Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-SOFTWARE = pathlib.Path(__file__).with_name("tiles.h")
-KINDS = {  # what is asked of the processor, options of the compiler
+SOFTWARE = (
+    "-O1",
+    "-march=x86-64-v3",
+    "-Wno-psabi",
+    "-include",
+    str(pathlib.Path(__file__).with_name("software.h")),
+)
+KINDS = {  # the instructions that the processor must have, options of the compiler
     "this processor": ("", ()),
     "eight lanes": ("avx2", ("-march=x86-64-v3", "-mprefer-vector-width=256")),
     "four lanes": ("sse2", ("-march=x86-64",)),
-    "tiles": ("avx512_bf16", ("-include", str(SOFTWARE))),
+    "bfloat16 pairs in software": ("avx2", SOFTWARE),
+    "tiles in software": ("avx2", ("-DTILES", *SOFTWARE)),
 }
 ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-8}  # of an output, relative to the largest
 SUMS = 1e-6  # of what is added up in float32
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=pytest.mark.slow if options[1] else ()) for kind, options in KINDS.items()
+    ],
+)
 def layers(request, tmp_path_factory):
-    """The library for a kind of processor in the place of this one's."""
+    """The library compiled for a kind of processor, in place of this one's."""
     needs, options = KINDS[request.param]
     if COMPILER is None or needs not in FLAGS:
         pytest.skip(f"no C++ compiler, or a processor without {needs}")
+    if not options:  # the library as training loads it
+        assert native.library() is not None, native.load()[1]
+        yield request.param
+        return
     path = tmp_path_factory.mktemp("layers") / "layers.so"
     native.compile_library(COMPILER, path, *options)
     with pytest.MonkeyPatch.context() as patch:
-        found = ctypes.CDLL(str(path))
-        assert found.tiles() or request.param != "tiles"
-        patch.setattr(native, "library", lambda: found)
+        library = ctypes.CDLL(str(path))
+        assert library.pairs() or "software" not in request.param
+        assert library.tiles() or "tiles" not in request.param
+        patch.setattr(native, "library", lambda: library)
         yield request.param
 
 
 @pytest.fixture(autouse=True)
 def _parts_of_several_clips(monkeypatch):
-    monkeypatch.setattr(chain_cpu, "PARTS", 2)
+    monkeypatch.setattr(chain, "PARTS", 2)
 
 
-def close(found, expected, bound):
-    assert found.isfinite().all()
-    assert (found.double() - expected).abs().max() <= bound * expected.abs().max()
+def close(actual, expected, bound):
+    assert actual.isfinite().all()
+    assert (actual.double() - expected).abs().max() <= bound * expected.abs().max()
 
 
 def draw(*shape, dtype=torch.float32):
@@ -54,8 +71,7 @@ def draw(*shape, dtype=torch.float32):
 
 
 def calls(name, dtype, clips, **fields):
-    with Threads() as threads:
-        threads.run(name, dtype, clips, **fields)
+    native.run(name, dtype, clips=clips, parts=part_count(clips), threads=2, **fields)
 
 
 def affine(channels):
@@ -146,15 +162,12 @@ def maps(x, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (13, 10), (6, 157)])
-@pytest.mark.parametrize("kind", ["stride 1", "stride 2", "whole"])
-def test_channel_by_channel(layers, kind, size, dtype):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_channel_by_channel(layers, stride, size, dtype):
     torch.manual_seed(size[1])
-    clips, n, stride = 4, 48, 2 if kind == "stride 2" else 1
-    rows, whole = size[0] * size[1], kind == "whole"
-    out = (1, 1) if whole else tuple((s - 1) // stride + 1 for s in size)
-    below, a = draw(clips, rows, n, dtype=dtype), affine(n)
-    weight = draw(rows if whole else 9, n)
-    name = "whole" if whole else "depthwise"
+    clips, n, rows = 4, 48, size[0] * size[1]
+    out = tuple((s - 1) // stride + 1 for s in size)
+    below, a, weight = draw(clips, rows, n, dtype=dtype), affine(n), draw(9, n)
     sizes = {
         "rows": rows, "inputs": n, "outputs": n, "height": size[0], "width": size[1], "out_height": out[0],
         "out_width": out[1], "stride": stride,
@@ -164,11 +177,11 @@ def test_channel_by_channel(layers, kind, size, dtype):
         torch.empty(part_count(clips), n),
         torch.empty(part_count(clips), 2, n, dtype=torch.float64),
     )
-    calls(name + "_forward", dtype, clips, below=below, weight=weight, y=y, centre=centre, sums=sums,
+    calls("depthwise_forward", dtype, clips, below=below, weight=weight, y=y, centre=centre, sums=sums,
           **sizes, **a)  # fmt: skip
     x = maps(activation(below, a), size).requires_grad_()
-    kernel = weight.double().T.reshape(n, 1, *(size if whole else (3, 3))).requires_grad_()
-    exact = F.conv2d(x, kernel, None, stride, 0 if whole else 1, 1, n)
+    kernel = weight.double().T.reshape(n, 1, 3, 3).requires_grad_()
+    exact = F.conv2d(x, kernel, None, stride, 1, 1, n)
     close(maps(y, out), exact.detach(), 2 * ROUNDING[dtype])
     mean, _ = moments(centre, sums, clips * out[0] * out[1])
     close(mean, y.double().mean((0, 1)), 1e-6)
@@ -179,7 +192,7 @@ def test_channel_by_channel(layers, kind, size, dtype):
     to_x, to_w = torch.autograd.grad(exact, (x, kernel), maps(dy, out))
     d, partial = torch.empty_like(below), torch.empty(part_count(clips), *weight.shape)
     sums = torch.empty(part_count(clips), 3, n, dtype=torch.float64)
-    calls(name + "_backward", dtype, clips, dz=dz, y=y, below=below, weight=weight, d=d, sums=sums,
+    calls("depthwise_backward", dtype, clips, dz=dz, y=y, below=below, weight=weight, d=d, sums=sums,
           weight_gradient=partial, **sizes, **centring, **a)  # fmt: skip
     z = below.double() * a["scale"] + a["shift"]
     to_x = to_x.flatten(2).transpose(1, 2)
