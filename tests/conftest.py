@@ -34,6 +34,10 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"} | more
 
 
+def pytest_addoption(parser):
+    parser.addoption("--golden", action="store_true", help="write tests/golden/surface.txt anew")
+
+
 def pytest_report_header(config):
     mode = "compiled for " + torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
     return (
