@@ -42,7 +42,7 @@ class Scored:
     def rows(self) -> list[Score]:
         """As `metrics.evaluate_scores` takes them."""
         return [
-            Score(clip.path.name, *clip.machine, float(score), clip.anomaly)
+            Score(clip.path.name, *clip.machine, float(score), clip.anomaly, clip.subset)
             for clip, score in zip(self.clips, self.scores, strict=True)
         ]
 

@@ -34,6 +34,16 @@ class Score:
     machine_id: str
     score: float
     anomaly: int | None
+    subset: str = "development"  # or "evaluation": clips whose truth comes from eval_data_list.csv
+
+
+def measured(scores: Sequence[Score]) -> list[Score]:
+    """The clips that a metric is made of: development clips of known truth, else evaluation clips.
+
+    The two sets hold different machines and are never pooled.
+    """
+    known = [score for score in scores if score.anomaly is not None]
+    return [score for score in known if score.subset == "development"] or known
 
 
 def auc(anomaly: np.ndarray, score: np.ndarray, max_fpr: float | None = None) -> float | None:

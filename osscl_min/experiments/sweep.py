@@ -18,7 +18,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.config import Config, from_dict, to_dict
 from osscl_min.evaluate import evaluate
-from osscl_min.metrics import NAMES, Resampled, Score, average, interval, resampled
+from osscl_min.metrics import NAMES, Resampled, Score, average, interval, measured, resampled
 from osscl_min.model import OSSCL
 from osscl_min.runtime.files import (
     UserError,
@@ -120,11 +120,11 @@ def _work(task: dict[str, Any]) -> None:
 
 
 def read_clip_scores(evaluation: Path | str) -> list[Score]:
-    """The development clips of an evaluation's scores.csv."""
+    """The clips of an evaluation's scores.csv."""
     return [
         Score(row["file"], row["machine_type"], row["machine_id"], float(row["score"]),
-              int(row["anomaly"]) if row["anomaly"] else None)
-        for row in read_csv(Path(evaluation) / "scores.csv") if row["subset"] == "development"
+              int(row["anomaly"]) if row["anomaly"] else None, row["subset"])
+        for row in read_csv(Path(evaluation) / "scores.csv")
     ]  # fmt: skip
 
 
@@ -148,16 +148,16 @@ def difference(
         the clips give no figure.
     """
 
-    def compared(measured: Resampled) -> list[Any]:
+    def compared(system: Resampled) -> list[Any]:
         """The figure and its draws."""
-        places = [entry["type"] for entry in measured[0]["types"]]
+        places = [entry["type"] for entry in system[0]["types"]]
         return [
             (part["types"][places.index(machine_type)] if machine_type else part["average"])[COMPARED]
-            for part in measured
+            for part in system
         ]
 
     (ours_each, ours_drawn), (base_each, base_drawn) = (
-        zip(*map(compared, measured), strict=True) for measured in (ours, base)
+        zip(*map(compared, systems), strict=True) for systems in (ours, base)
     )
     if None in ours_each:
         return None
@@ -187,19 +187,19 @@ def summarise(name: str, runs: Sequence[Run], failed: Mapping[Run, str], times: 
     first, base = next(iter(done.items()))
     if not base:
         raise UserError(f"{name}: no run of {first} is done, so there is nothing to compare with")
-    scores = {run: read_clip_scores(run.folder / "evaluation") for run in runs if run not in failed}
+    scores = {run: measured(read_clip_scores(run.folder / "evaluation")) for run in runs if run not in failed}
     resamples = {run: resampled(rows, times) for run, rows in scores.items()}
     rows = []
     for variant, members in done.items():
         if not members:
             continue
-        measured = [read_json(run.folder / "evaluation" / "metrics.json") for run in members]
+        metrics = [read_json(run.folder / "evaluation" / "metrics.json") for run in members]
         said = [read_json(run.folder / "evaluation" / "evaluation.json") for run in members]
         logs = [read_log(run.folder) for run in members]
         model = members[0].config.model
         with torch.device("meta"):
             parameters = list(OSSCL(model).parameters())
-        averages = {key: [one["average"][key] for one in measured] for key in NAMES}
+        averages = {key: [one["average"][key] for one in metrics] for key in NAMES}
         to_best = [
             sum(entry["seconds"] for entry in log if entry["epoch"] <= one["epoch"])
             for log, one in zip(logs, said, strict=True)
