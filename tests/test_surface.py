@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-COMMANDS = "synth download inspect pack train evaluate score metrics ablate report keep readme bench".split()
+COMMANDS = "synth download inspect pack train evaluate score metrics ablate report bench".split()
 
 
 def help_text(*arguments):

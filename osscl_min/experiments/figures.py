@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
 
 from osscl_min.config import AudioConfig
 from osscl_min.experiments.analyses import CUTOFFS
 from osscl_min.experiments.sweep import origin
 from osscl_min.features import ZeroPhaseFilter
-from osscl_min.report.figures import high_frequency, in_two_dimensions
+from osscl_min.runtime.files import read_json
 from osscl_min.runtime.plotting import (
     BLACK,
     BLUE,
@@ -90,6 +91,47 @@ def filtered(result: Mapping[str, Any]) -> Figure:
         return high_frequency(dict(result))
     heard = "detectors trained and tested on filtered clips"
     return high_frequency({**result, "conditions": result["variants"], "heard": heard})
+
+
+def high_frequency(path: Path | str | dict[str, Any], measure: str = "auc_id_mean") -> Figure:
+    """AUC against the cut-off of low-pass and high-pass filters: on average, and of each machine type.
+
+    `path` is high_frequency.json of `probes.examine`, or its content; `measure` is "auc_id_mean" or
+    "auc_pooled", drawn with its bootstrap intervals where the file has them.
+    """
+    content = path if isinstance(path, dict) else read_json(path)
+    protocol = {"auc_id_mean": "mean over ids", "auc_pooled": "ids pooled"}[measure]
+    points: dict[str, dict[str, list]] = {}  # type -> filter -> [cut-off, AUC, its lower and upper bound]
+    for condition in content["conditions"]:
+        for entry in (condition["metrics"]["average"], *condition["metrics"]["types"]):
+            bounds = entry.get("interval", {}).get(measure) or (None, None)
+            filters = points.setdefault(entry.get("type", "average"), {})
+            point = [condition["cutoff_hz"] or 0, entry[measure], *bounds]
+            filters.setdefault(condition["filter"], []).append(point)
+    title = f"AUC ({protocol}) of {content.get('heard', 'filtered test clips')}"
+    figure, axes = panels(title, content["synthetic"], list(points), 4, (2.7, 2.5), sharey=True)
+    for ax, filters in zip(axes, points.values(), strict=True):
+        ((_, value, low, high),) = 100 * np.array(filters["none"], float)
+        ax.axhline(value, color=BLACK, linestyle="--", linewidth=1.2, label="unfiltered")
+        ax.axhspan(low, high, color=BLACK, alpha=0.08, linewidth=0)
+        for kind, stays, colour in (("low-pass", "below", BLUE), ("high-pass", "above", VERMILLION)):
+            cutoff, value, low, high = np.array(sorted(filters.get(kind, [])), float).reshape(-1, 4).T
+            label = f"{kind}: what is {stays} the cut-off stays"
+            ax.plot(cutoff / 1000, 100 * value, color=colour, marker=".", label=label)
+            ax.fill_between(cutoff / 1000, 100 * low, 100 * high, color=colour, alpha=0.15, linewidth=0)
+            ax.vlines(cutoff / 1000, 100 * low, 100 * high, color=colour, alpha=0.4, linewidth=1)
+        ax.set_xlim(left=0)
+        ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
+        ax.set(xlabel="cut-off (kHz)", ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
+    legend_below(figure, axes)
+    return figure
+
+
+def in_two_dimensions(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
+    """t-SNE of cosine distances: (n, D) -> (n, 2)."""
+    perplexity = min(30, (len(embeddings) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed)
+    return tsne.fit_transform(embeddings)
 
 
 def _heat(
