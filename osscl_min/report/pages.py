@@ -103,6 +103,7 @@ def _page(executed: Path) -> str:
     """An executed notebook as HTML that needs no other file; links to notebooks become links to pages."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(raw_template=TEMPLATE, exclude_input=executed.stem == "report")
+    plain = executed.stem == "report"  # code is noise on the first page
+    exporter = HTMLExporter(raw_template=TEMPLATE, exclude_input=plain, exclude_output_prompt=plain)
     text = exporter.from_filename(str(executed))[0]
     return re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', text)

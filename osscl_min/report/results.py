@@ -106,10 +106,10 @@ def headline(run: Path) -> str:
         return "No test clip has a known truth: there are scores and nothing to measure."
 
     def mean(average: dict[str, Any]) -> str:
-        return percent(average["auc_id_mean"], average.get("interval", {}).get("auc_id_mean")) + " %"
+        return percent(average["auc_id_mean"], average.get("interval", {}).get("auc_id_mean"))
 
-    before = f"; before training it was {mean(untrained)}" if untrained else ""
-    return f"Mean AUC over the machines of each type, then over the types: {mean(trained)}{before}."
+    before = f"; before training {mean(untrained)}" if untrained else ""
+    return f"Mean AUC in percent (mean over the machines of a type, then over the types): {mean(trained)}{before}."
 
 
 def expectation(run: Path) -> str:
@@ -134,20 +134,20 @@ def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
     """
     held_out = checkpoint.load(run / "best.pt").held_out()
     clips = clip_scores(run / "evaluation")
-    types = sorted({clip.machine_type for clip in clips}, key=str.lower)
-    rows = [["machine type"], *([name] for name in types), ["all"]]
-    for rate in rates:
-        calibration = Calibration(*held_out, rate)
-        thresholds = [calibration.group((clip.machine_type, clip.machine_id))[1] for clip in clips]
-        if None in thresholds or not thresholds:
-            return []
-        rows[0] += [f"false alarms at {100 * rate:g} %", f"detected at {100 * rate:g} %"]
-        alarm = np.array([clip.score > t.value for clip, t in zip(clips, thresholds, strict=True)])
-        for row in rows[1:]:
-            for anomaly in (0, 1):
-                own = alarm[[c.anomaly == anomaly and row[0] in (c.machine_type, "all") for c in clips]]
-                row.append(f"{own.sum()} of {len(own)}")
-    return rows
+    machines = [(clip.machine_type, clip.machine_id) for clip in clips]
+    scores, truth = (np.array([getattr(clip, name) for clip in clips]) for name in ("score", "anomaly"))
+    header, rows = ["machine type"], {}
+    for rate in rates if held_out[0] and clips else ():
+        header += [f"false alarms at {100 * rate:g} %", f"expected by chance at {100 * rate:g} %"]
+        header += [f"detected at {100 * rate:g} %"]
+        for counts in Calibration(*held_out, rate).alarms(machines, scores, truth):
+            chance = "{:.0f} to {:.0f} %".format(*(100 * x for x in counts["chance"] or (0, 1)))
+            false_alarms, detected = (
+                f"{'-' if counts[count] is None else counts[count]} of {counts[total]}"
+                for count, total in (("false_alarms", "normal_clips"), ("detected", "anomalous_clips"))
+            )
+            rows.setdefault(counts["machine_type"], []).extend([false_alarms, chance, detected])
+    return [header, *([name, *cells] for name, cells in rows.items())] if rows else []
 
 
 def published_table(metrics: dict[str, Any], synthetic: bool) -> Table:
