@@ -109,7 +109,8 @@ def headline(run: Path) -> str:
         return percent(average["auc_id_mean"], average.get("interval", {}).get("auc_id_mean"))
 
     before = f"; before training {mean(untrained)}" if untrained else ""
-    return f"Mean AUC in percent (mean over the machines of a type, then over the types): {mean(trained)}{before}."
+    what = "Mean AUC in percent (mean over the machines of a type, then over the types)"
+    return f"{what}: {mean(trained)}{before}."
 
 
 def expectation(run: Path) -> str:
