@@ -26,7 +26,7 @@ Options
 
 An active conda or virtual environment that has the packages is used as it is (`conda env create -f environment.yml`,
 `conda activate osscl-min`); otherwise .venv is made with the pins of environment.yml. OSSCL_MIRROR: server to download
-the data from instead of https://zenodo.org.
+the data from instead of https://zenodo.org; OSSCL_TRUST_MIRROR=1: with its checksums, not the published ones.
 EOF
 }
 
@@ -105,7 +105,7 @@ run=${out:-$root/runs/$name}
 if [ "$story" = full ]; then
   if [ -z "$data" ]; then
     say "DCASE 2020 data" && data=$root/data/dcase2020
-    osscl download "$data" ${OSSCL_MIRROR:+--mirror "$OSSCL_MIRROR"}
+    osscl download "$data" ${OSSCL_MIRROR:+--mirror "$OSSCL_MIRROR"} ${OSSCL_TRUST_MIRROR:+--trust-mirror}
   fi
   if [ ! -e "$data/index.jsonl" ]; then # no packed store yet
     say "packed store" && store=$root/data/$(basename "$data")-$preset

@@ -48,6 +48,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         types: str = "fan,pump,slider,ToyCar,ToyConveyor,valve",
         jobs: int = 2,
         mirror: str = "",
+        trust_mirror: bool = False,
     ) -> None:
         """Download the DCASE 2020 Task 2 data; an interrupted download resumes.
 
@@ -59,10 +60,12 @@ def commands(preset: Config) -> dict[str, Callable]:
             types: Which machine types, separated by commas.
             jobs: Parallel downloads.
             mirror: Server to use instead of https://zenodo.org.
+            trust_mirror: Use its checksums instead of the published ones.
         """
         from osscl_min.data.download import download as run
 
-        show(run(directory, parts=parts.split(","), types=types.split(","), jobs=jobs, mirror=mirror))
+        chosen = {"parts": parts.split(","), "types": types.split(",")}
+        show(run(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror))
 
     def inspect(data: Positional[Data], out: Out | None = None) -> None:
         """Show what a data set holds: counts, lengths, rates, levels, duplicates, conflicts.
@@ -99,7 +102,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             seconds: Length of the packed clips.
         """
         from osscl_min.config import AudioConfig
-        from osscl_min.data.pack import pack as run
+        from osscl_min.data.store import pack as run
 
         audio = AudioConfig(sample_rate=sample_rate, seconds=seconds)
         show(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
@@ -160,7 +163,6 @@ def commands(preset: Config) -> dict[str, Callable]:
         machine: str | None = None,
         id: str | None = None,
         false_alarm_rate: float = 0.05,
-        threshold: Literal["empirical", "gamma"] = "empirical",
         calibrate: tuple[str, ...] = (),
         window_step: float | None = None,
         csv: Path | None = None,
@@ -173,15 +175,16 @@ def commands(preset: Config) -> dict[str, Callable]:
     ) -> None:
         """Score recordings of a machine and decide which are anomalous.
 
-        Exit status: 0 if every file was scored, 1 if some were skipped (they are listed), 2 for an error.
+        Exit status: 0 if everything was scored, 1 if files or windows were skipped (they are listed), 2 for an
+        error.
 
         Args:
             files: Sound files, folders, manifests (.csv), or - for names on standard input.
             machine: Machine type of all files; by default from their folders and names (fan/id_00/...).
             id: Machine id of all files; an unknown one is scored against every id of its type.
             false_alarm_rate: Share of normal recordings that may be called anomalous.
-            threshold: From ranks of held-out normal clips, or from a gamma distribution fitted to them.
-            calibrate: Further normal recordings, never trained on, to set the threshold with.
+            calibrate: Further normal recordings, never trained on, to set the thresholds with: files or folders.
+                Each counts once; for long recordings, give ones that are as long.
             window_step: Seconds between windows of a long recording; half a window by default.
             csv: Output file, one row per recording.
             json: Output file, with the scores over time of long recordings.
@@ -192,16 +195,12 @@ def commands(preset: Config) -> dict[str, Callable]:
         from osscl_min.inference.score import score as run
 
         scorer, summary = run(
-            checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate, method=threshold,
+            checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate,
             calibrate_with=calibrate, step=window_step, batch_size=batch_size, channel=channel, csv_path=csv,
-            json_path=json, device=device,
+            json_path=json, plot_path=plot, explain_path=explain, device=device,
         )  # fmt: skip
         show(summary.text(scorer))
-        if (plot or explain) and first_process():
-            from osscl_min.inference import explain as pictures
-
-            pictures.write(scorer, summary, plot, explain, calibrate)
-        sys.exit(bool(summary.skipped))
+        sys.exit(bool(summary.skipped or summary.windows_not_scored))
 
     def metrics(
         scores: Positional[Path], out: Out | None = None, labels: Path | None = None, bootstrap: int = 1000

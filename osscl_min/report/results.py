@@ -137,18 +137,19 @@ def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
     clips = clip_scores(run / "evaluation")
     machines = [(clip.machine_type, clip.machine_id) for clip in clips]
     scores, truth = (np.array([getattr(clip, name) for clip in clips]) for name in ("score", "anomaly"))
-    header, rows = ["machine type"], {}
+    rows = [["rate", "machine type", "threshold from", "false alarms", "expected by chance", "detected"]]
     for rate in rates if held_out[0] and clips else ():
-        header += [f"false alarms at {100 * rate:g} %", f"expected by chance at {100 * rate:g} %"]
-        header += [f"detected at {100 * rate:g} %"]
         for counts in Calibration(*held_out, rate).alarms(machines, scores, truth):
-            chance = "{:.0f} to {:.0f} %".format(*(100 * x for x in counts["chance"] or (0, 1)))
             false_alarms, detected = (
                 f"{'-' if counts[count] is None else counts[count]} of {counts[total]}"
                 for count, total in (("false_alarms", "normal_clips"), ("detected", "anomalous_clips"))
             )
-            rows.setdefault(counts["machine_type"], []).extend([false_alarms, chance, detected])
-    return [header, *([name, *cells] for name, cells in rows.items())] if rows else []
+            chance = "-"  # unknown where too few clips were held out to resolve the rate
+            if counts["chance"]:
+                chance = "{:.0f} to {:.0f} %".format(*(100 * bound for bound in counts["chance"]))
+            asked = [f"{100 * rate:g} %", counts["machine_type"], counts["threshold_from"]]
+            rows.append([*asked, false_alarms, chance, detected])
+    return rows if len(rows) > 1 else []
 
 
 def published_table(metrics: dict[str, Any], synthetic: bool) -> Table:
