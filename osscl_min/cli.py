@@ -175,16 +175,15 @@ def commands(preset: Config) -> dict[str, Callable]:
     ) -> None:
         """Score recordings of a machine and decide which are anomalous.
 
-        Exit status: 0 if everything was scored, 1 if files or windows were skipped (they are listed), 2 for an
-        error.
+        Exit status: 0 if everything was scored, 1 if files or windows were skipped, 2 for an error.
 
         Args:
             files: Sound files, folders, manifests (.csv), or - for names on standard input.
             machine: Machine type of all files; by default from their folders and names (fan/id_00/...).
             id: Machine id of all files; an unknown one is scored against every id of its type.
             false_alarm_rate: Share of normal recordings that may be called anomalous.
-            calibrate: Further normal recordings, never trained on, to set the thresholds with: files or folders.
-                Each counts once; for long recordings, give ones that are as long.
+            calibrate: Further normal recordings that were never trained on, to set the thresholds with. Each
+                counts once; for long recordings, give ones that are as long.
             window_step: Seconds between windows of a long recording; half a window by default.
             csv: Output file, one row per recording.
             json: Output file, with the scores over time of long recordings.
