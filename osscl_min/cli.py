@@ -212,11 +212,14 @@ def commands(preset: Config) -> dict[str, Callable]:
             labels: eval_data_list.csv, for file names without normal_ or anomaly_.
             bootstrap: Resamples for the 95 % intervals; 0 for none.
         """
-        from osscl_min.metrics import evaluate_scores, read_scores, table, write_metrics
+        from osscl_min.metrics import evaluate_scores, read_scores, table, unmatched, write_metrics
         from osscl_min.runtime.tables import markdown
 
         folder(out)
-        result = evaluate_scores(read_scores(scores, labels), bootstrap)
+        rows = read_scores(scores, labels)
+        if remark := unmatched(rows, labels):
+            print(remark, file=sys.stderr)
+        result = evaluate_scores(rows, bootstrap)
         if out is not None:
             write_metrics(result, out)
         show(markdown(table(result)))
@@ -238,12 +241,12 @@ def commands(preset: Config) -> dict[str, Callable]:
         Finished runs are reused; a failure does not stop the others, and the exit status is then 1.
 
         Args:
-            name: The first five compare trainings, the next five analyse detectors; all runs every one.
+            name: The first five compare trainings, the next five analyse detectors; all runs all but precision.
             checkpoint: A detector to analyse; by default those of the seeds, trained if needed.
             seeds: Train every variant once per seed.
             variants: Only these, beside the baseline.
             jobs: Parallel trainings.
-            cutoffs: Cut-off frequencies of high-frequency, Hz.
+            cutoffs: Cut-off frequencies in Hz, for high-frequency and high-frequency-training.
         """
         keys = {"seeds": seeds, "only": variants, "checkpoint": checkpoint, "cutoffs": cutoffs, "jobs": jobs}
         run_experiment(name, data, out, config, device=device, **keys)
@@ -269,10 +272,9 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             data: For the benchmarks that read data; simulated machines by default.
         """
-        from importlib import import_module
+        from osscl_min.bench import bench as run
 
-        run = getattr(import_module(f"osscl_min.bench_{name}"), f"bench_{name}")
-        show((run(out) if data is None else run(out, data=data)).read_text().strip())
+        show(run(name, out, data).read_text(encoding="utf-8").strip())
 
     functions = (synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, bench)
     return {function.__name__: function for function in functions}
@@ -296,21 +298,25 @@ def folder(out: Path | None) -> None:
 
 
 def run_experiment(name: str, data: Path, out: Path, config: Config, **settings: Any) -> NoReturn:
-    """Run an experiment and print its table; exit status 1 where a run failed."""
-    from osscl_min.experiments.variants import run
+    """Run an experiment, or all, and print the tables; exit status 1 where something failed."""
+    from osscl_min.experiments.variants import run, run_all
 
     folder(out)
     if not settings.get("seeds"):
         raise UserError("--seeds takes at least one number")
     if "RANK" in os.environ:
         raise UserError("experiments train in processes of their own: start them without torchrun")
-    result = run(name, data, out, config, **settings)
-    stem = out / name.replace("-", "_")
-    show(stem.with_suffix(".md").read_text(encoding="utf-8"))
-    show(stem.with_suffix(".json"))
-    for variant, reason in result["failed"].items():
-        print(f"failed: {variant}: {reason}", file=sys.stderr)
-    sys.exit(bool(result["failed"]))
+    all_of = run_all(data, out, config, **settings) if name == "all" else None
+    failures = []
+    for each, result in all_of or [(name, run(name, data, out, config, **settings))]:
+        if isinstance(result, UserError):
+            failures.append(f"failed: {each}: {result}")
+            continue
+        stem = out / each.replace("-", "_")
+        show(f"{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem.with_suffix('.json')}")
+        failures += [f"failed: {variant}: {reason}" for variant, reason in result["failed"].items()]
+    print("\n".join(failures), end="\n" if failures else "", file=sys.stderr)
+    sys.exit(bool(failures))
 
 
 def main() -> None:
