@@ -241,7 +241,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         Finished runs are reused; a failure does not stop the others, and the exit status is then 1.
 
         Args:
-            name: The first five compare trainings, the next five analyse detectors; all runs all but precision.
+            name: The first five compare trainings, the next five analyse detectors; all leaves out precision.
             checkpoint: A detector to analyse; by default those of the seeds, trained if needed.
             seeds: Train every variant once per seed.
             variants: Only these, beside the baseline.
