@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -144,3 +145,48 @@ def test_reproduce_help():
         "--test -- tests/kernels",
     ):
         assert option in result.stdout
+
+
+STUB = """#!/bin/bash
+[ "$1" = -c ] && exit 0  # has the packages
+shift 2
+echo "called: $*"
+[ "$1 $2" = "ablate all" ] && exit 1
+while [ $# -gt 0 ]; do
+  if [ "$1" = --out ]; then
+    mkdir -p "$2"
+    for name in best.pt initial.pt evaluation.json metrics.json high_frequency.json; do
+      [ -e "$2/$name" ] || touch "$2/$name"
+    done
+  fi
+  shift
+done
+"""
+STORIES = {  # arguments of reproduce.sh -> the commands of a first run and of a second one
+    "": ("synth train evaluate evaluate ablate report", "synth train report"),
+    "--data DIR --seed 3": ("train evaluate evaluate ablate report", "train report"),
+    "--full": ("download pack train evaluate evaluate ablate report", "download pack train report"),
+    "--full --data DIR": ("pack train evaluate evaluate ablate report", "pack train report"),
+    "--experiments": ("synth ablate", "synth ablate"),
+}
+
+
+@pytest.mark.parametrize("arguments", STORIES)
+def test_reproduce_calls_the_commands_and_reuses_what_is_there(arguments, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "DIR").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    shutil.copy(ROOT / "reproduce.sh", tmp_path)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    for commands in STORIES[arguments]:
+        result = subprocess.run(
+            ["bash", "reproduce.sh", *arguments.split()], cwd=tmp_path, capture_output=True, text=True,
+            env=environment(PATH=path, VIRTUAL_ENV="active"),
+        )  # fmt: skip
+        assert result.returncode == (arguments == "--experiments"), result.stderr
+        calls = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("called: ")]
+        assert calls == commands.split()
+    if arguments != "--experiments":
+        (timing,) = tmp_path.glob("runs/*/timing.csv")
+        assert timing.read_text().startswith("step,seconds\n")

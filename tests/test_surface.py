@@ -83,17 +83,17 @@ def test_help(request):
 
 
 @pytest.mark.slow
-def test_files_of_a_run_and_its_analyses(tiny_run, tmp_path, request):
+def test_files_of_a_run_and_its_analyses(reported, tmp_path, request):
     from osscl_min.config import EvaluateConfig
     from osscl_min.data.inspection import inspect, write
     from osscl_min.experiments.variants import examine
 
     quick = EvaluateConfig(batch_size=24, bootstrap=10)
-    best, data = tiny_run / "best.pt", tiny_run / "data"
+    best, data = reported / "best.pt", reported / "data"
     for name in ("bands", "noise", "scores", "embeddings"):
         examine(name, {"given": [best]}, data, tmp_path / name, quick, device="cpu")
     write(inspect(data), tmp_path / "inspect")
-    compare({"a run": files(tiny_run), "analyses and inspection": files(tmp_path)}, request)
+    compare({"a run": files(reported), "analyses and inspection": files(tmp_path)}, request)
 
 
 if __name__ == "__main__":

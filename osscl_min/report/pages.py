@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from zipfile import BadZipFile
 
 from tqdm import tqdm
 
@@ -22,6 +23,8 @@ NEEDS = {
     "05_kernels": (),
     "report": (),
 }
+# what reading a damaged file of a run raises
+DAMAGE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, EOFError, BadZipFile)
 # nbconvert's page without what it would load from other servers
 TEMPLATE = """{% extends 'lab/index.html.j2' %}{% block html_head_js %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}"""
@@ -46,7 +49,7 @@ def write(run: Path | str, data: Path | str | None = None) -> Path:
     sources = _notebooks(run, data)
     try:
         drawn, tables = figures.draw(run, data), results.paper_tables(run)
-    except (KeyError, TypeError, ValueError, IndexError, OSError, AttributeError) as error:
+    except DAMAGE as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{printable(run)}: damaged; evaluate it again ({reason})") from error
     save_all(drawn, run / "figures")

@@ -60,7 +60,7 @@ def test_the_report_of_a_run(reported):
         (lambda run: (run / "best.pt").unlink(), r"best.pt is missing; first run `osscl train"),
         (lambda run: (run / "evaluation" / "evaluation.json").unlink(), r"evaluation.json is missing"),
         (lambda run: (run / "evaluation" / "evaluation.json").write_text("{}"), "damaged"),
-        (lambda run: (run / "evaluation" / "metrics.json").write_text("[]"), "damaged"),
+        (lambda run: (run / "evaluation" / "metrics.json").write_text("[1]"), "damaged"),
         (lambda run: (run / "evaluation" / "metrics.json").write_text("{"), "not a readable JSON file"),
         (lambda run: (run / "evaluation" / "scores.csv").write_text("a,b\n1,2\n"), "damaged"),
         (lambda run: (run / "evaluation" / "embeddings.npz").write_bytes(b"x"), "damaged"),
