@@ -28,10 +28,11 @@ def keep(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) ->
         run: An evaluated run; of one of `reproduce.sh --experiments`, only cost.md is kept.
         folder: Such as results/quick; results/paper gets the LaTeX tables.
     """
+    is_experiments = (run / "runs").is_dir()
+    run = run if is_experiments else results.check(run)
     write_text(folder / "cost.md", markdown(cost_table(run)) + "\n")
-    if (run / "runs").is_dir():
+    if is_experiments:
         return
-    run = results.check(run)
     evaluation = read_json(run / "evaluation" / "evaluation.json")
     facts = ("synthetic", "data", "clips", "machines", "ms_per_clip", "identity_accuracy", "provenance")
     metrics = {name: results.read_metrics(run / name) for name in ("evaluation", "untrained")}
