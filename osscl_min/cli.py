@@ -1,4 +1,8 @@
-"""OS-SCL anomalous sound detection. Every command has its own --help."""
+"""OS-SCL anomalous sound detection. Every command has its own --help; --version prints the version.
+
+Settings start from a preset, by default small, for a few hundred clips of 10 s. --preset quick is for the
+simulated machines, --preset paper for the published experiment on the whole DCASE 2020 benchmark.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +14,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
+from tyro.conf import Positional, arg
 
-from osscl_min.config import PRESETS, AudioConfig, Config, EvaluateConfig
+from osscl_min import __version__
+from osscl_min.config import PRESETS, Config, EvaluateConfig
 from osscl_min.data.synth import SynthConfig
-from osscl_min.runtime.files import UserError
+from osscl_min.runtime.files import UserError, printable
 
-Positional = tyro.conf.Positional
-Preset = Literal["paper", "small", "quick"]
 Experiment = Literal["components", "inputs", "training", "precision", "high-frequency-training",
                      "high-frequency", "bands", "noise", "scores", "embeddings", "all"]  # fmt: skip
-Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
+Data = Annotated[Path, arg(help="Data folder, manifest (.csv) or packed store.")]
+Out = Annotated[Path, arg(help="Folder for the results.")]
+BestPt = Annotated[Path, arg(help="A run's best.pt, or a .pth file of the authors.")]
+Device = Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
+Strict = Annotated[bool, arg(help="Stop if any file cannot be used.")]
+Channel = Annotated[int | None, arg(help="Channel of files with several; else MIMII's first, or the mean.")]
+Preset = Annotated[Literal["paper", "small", "quick"], arg(help="Chooses the defaults of the settings.")]
+Settings = Annotated[Config, arg(name="")]
 
 
 def commands(preset: Config) -> dict[str, Callable]:
-    """Every command as a function; what they import is loaded only when they run.
+    """Every command as a function, with the preset's defaults; imports wait until a command runs."""
 
-    Parameters
-    ----------
-    preset : Config
-        Gives the defaults of every setting.
-    """
-
-    def synth(
-        out: Positional[Path],
-        config: Annotated[SynthConfig, tyro.conf.arg(name="")] = SynthConfig(),
-    ) -> None:
-        """Write simulated machines as a data folder in the DCASE 2020 layout.
-
-        Args:
-            out: The new folder.
-            config: What to simulate.
-        """
+    def synth(out: Positional[Out], config: Annotated[SynthConfig, arg(name="")] = SynthConfig()) -> None:
+        """Simulate machines: a data folder in the layout of DCASE 2020."""
         from osscl_min.data.synth import write_dataset
 
-        print(write_dataset(out, config))
+        show(write_dataset(out, config))
 
     def download(
         directory: Positional[Path],
@@ -53,142 +50,115 @@ def commands(preset: Config) -> dict[str, Callable]:
         mirror: str = "",
         trust_mirror: bool = False,
     ) -> None:
-        """Fetch the DCASE 2020 Task 2 data, or what is missing of it; a download that was cut short goes on.
+        """Download the DCASE 2020 Task 2 data; an interrupted download resumes.
 
-        Exit status of an error: 3 network or server, 4 wrong checksum, 5 full disk, 6 corrupt zip,
-        7 a folder that cannot be written.
+        Exit status: 3 network or server, 4 wrong checksum, 5 disk full, 6 corrupt zip, 7 folder not writable.
 
         Args:
             directory: The data folder.
-            parts: Which parts, with commas between them.
-            types: Which machine types, with commas between them.
-            jobs: Files at a time.
-            mirror: Address of a copy that answers like https://zenodo.org.
-            trust_mirror: Take its checksums instead of the published ones.
+            parts: Which parts, separated by commas.
+            types: Which machine types, separated by commas.
+            jobs: Parallel downloads.
+            mirror: Server to use instead of https://zenodo.org.
+            trust_mirror: Use its checksums instead of the published ones.
         """
         from osscl_min.data.download import download as run
 
         chosen = {"parts": parts.split(","), "types": types.split(",")}
-        print(run(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror))
+        show(run(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror))
 
-    def inspect(data: Positional[Path], out: Path | None = None) -> None:
-        """Show what a data set holds: counts, lengths, rates, levels, doubles, conflicts.
+    def inspect(data: Positional[Data], out: Out | None = None) -> None:
+        """Show what a data set holds: counts, lengths, rates, levels, duplicates, conflicts.
 
         Args:
-            data: Data folder, manifest or packed store.
-            out: Folder for inspect.json, inspect.csv and inspect.png.
+            out: Folder for inspect.json and inspect.csv.
         """
         from osscl_min.data import inspection
-        from osscl_min.report import figures
         from osscl_min.runtime.tables import markdown
 
+        folder(out)
         result = inspection.inspect(data)
-        print(f"{markdown(inspection.table(result))}\n{inspection.remarks(result)}".strip())
+        show(f"{markdown(inspection.table(result))}\n{inspection.remarks(result)}".strip())
         if out is not None:
             inspection.write(result, out)
-            from osscl_min.runtime.plotting import save
-
-            save(figures.inventory(result), out / "inspect.png")
 
     def pack(
-        data: Positional[Path],
+        data: Positional[Data],
         store: Positional[Path],
         verify: bool = False,
         jobs: int | None = None,
-        channel: int | None = None,
+        channel: Channel = None,
         sample_rate: int = preset.model.audio.sample_rate,
         seconds: float = preset.model.audio.seconds,
         preset: Preset = preset.preset,
     ) -> None:
-        """Decode every clip once, into a packed store that train and evaluate take in place of the data.
-
-        Run it again after an interruption, or when files were changed, added or removed.
+        """Decode every clip once, into a packed store that train and evaluate read instead of the data.
 
         Args:
-            data: Data folder or manifest.
-            store: The store's folder.
-            verify: Compare every file and every packed clip by its hash.
-            jobs: Threads; all cores by default.
-            channel: Of files with several; without, 0 for MIMII and else their mean.
-            sample_rate: Of the packed clips, Hz.
+            store: The store's folder; the same command resumes an interrupted one or updates it.
+            verify: Check every file and every packed clip against its hash.
+            jobs: Parallel workers; all cores by default.
+            sample_rate: Sample rate of the packed clips, Hz.
             seconds: Length of the packed clips.
-            preset: Chooses the defaults of the rate and the length.
         """
+        from osscl_min.config import AudioConfig
         from osscl_min.data.store import pack as run
 
-        audio = AudioConfig(sample_rate, seconds, f_max=min(AudioConfig.f_max, sample_rate / 2))
-        print(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
+        audio = AudioConfig(sample_rate=sample_rate, seconds=seconds)
+        show(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
 
     def train(
-        data: Path,
-        out: Path,
-        config: Annotated[Config, tyro.conf.arg(name="")] = preset,
-        others: Annotated[str | None, tyro.conf.arg(name="with", metavar="DIR|simulated")] = None,
+        data: Data,
+        out: Out,
+        config: Settings = preset,
+        others: Annotated[str | None, arg(name="with", metavar="DIR|simulated")] = None,
         device: Device = "auto",
-        strict: bool = False,
+        strict: Strict = False,
         resume: bool = False,
-        seeds: Annotated[str, tyro.conf.arg(metavar="0,1,2")] = "",
+        seeds: Annotated[str, arg(metavar="0,1,2")] = "",
     ) -> None:
-        """Train a detector on the normal clips of a data folder; a run that was cut short goes on.
+        """Train a detector on the normal clips of a data folder; an interrupted run resumes.
 
         Args:
-            data: Data folder (TYPE/train/normal_id_00_00000000.wav), manifest or packed store.
             out: The run's folder.
-            config: Settings; --preset chooses their defaults.
-            others: Data folder of other machines to tell yours from, needed where there is only one.
-            device: Where to compute.
-            strict: Stop if any file cannot be used.
-            resume: Stop where there is no run to go on with.
-            seeds: Train and evaluate once for each of these, into OUT/runs, and average.
+            others: Other machines to tell yours from, needed where there is only one.
+            resume: Fail unless there is a run to resume.
+            seeds: Train and evaluate once per seed, into OUT/runs, and average.
         """
         from osscl_min.train import train as run
 
+        folder(out)
         if seeds:
             if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
-                raise UserError(f"--seeds takes whole numbers with commas between them, not {seeds!r}")
-            if others or strict or resume or "RANK" in os.environ:
-                raise UserError("--seeds does without --with, --strict, --resume and torchrun")
-            numbers = [int(seed) for seed in seeds.split(",")]
-            run_experiment("seeds", data, out, config, seeds=numbers, device=device)
-        where = {"device": device, "strict": strict, "resume": resume}
-        best = run(data, out, config, others=others, **where)
-        if prints():
-            print(best)
+                raise UserError(f"--seeds takes whole numbers separated by commas, not {seeds!r}")
+            if others or strict or resume:
+                raise UserError("--seeds does not go with --with, --strict or --resume")
+            run_experiment("seeds", data, out, config, seeds=list(map(int, seeds.split(","))), device=device)
+        show(run(data, out, config, others=others, device=device, strict=strict, resume=resume))
 
     def evaluate(
-        checkpoint: Path,
-        data: Path,
-        out: Path,
-        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")] = preset.evaluate,
+        checkpoint: BestPt,
+        data: Data,
+        out: Out,
+        config: Annotated[EvaluateConfig, arg(name="")] = preset.evaluate,
         preset: Preset = preset.preset,
         device: Device = "auto",
-        strict: bool = False,
+        strict: Strict = False,
     ) -> None:
-        """Score the test clips of a data folder and write the tables.
-
-        Args:
-            checkpoint: A run's best.pt, or a .pth file of the authors'.
-            data: Data folder (TYPE/test/...), manifest or packed store.
-            out: Folder for the scores and tables.
-            config: Batch size and bootstrap.
-            preset: Chooses the defaults of the settings.
-            device: Where to compute.
-            strict: Stop if any file cannot be used.
-        """
+        """Score the test clips of a data folder and write scores, AUC and pAUC."""
         from osscl_min.evaluate import evaluate as run
         from osscl_min.metrics import table
         from osscl_min.runtime.tables import markdown
 
+        folder(out)
         result = run(checkpoint, data, out, config=config, device=device, strict=strict)
-        if not prints():
-            return
-        if result["metrics"] is None:
-            print(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
-        else:
-            print(markdown(table(result["metrics"])))
+        if first_process() and result["metrics"] is None:
+            show(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
+        elif first_process():
+            show(markdown(table(result["metrics"])))
 
     def score(
-        checkpoint: Positional[Path],
+        checkpoint: Positional[BestPt],
         files: Positional[tuple[str, ...]],
         machine: str | None = None,
         id: str | None = None,
@@ -200,30 +170,26 @@ def commands(preset: Config) -> dict[str, Callable]:
         plot: Path | None = None,
         explain: Path | None = None,
         batch_size: int | None = None,
-        channel: int | None = None,
+        channel: Channel = None,
         device: Device = "auto",
     ) -> None:
-        """Score recordings of a machine and say which are anomalous.
+        """Score recordings of a machine and decide which are anomalous.
 
-        Exit status: 0 if everything was scored, 1 if files or windows were not (they are listed), 2 for an
-        error.
+        Exit status: 0 if everything was scored, 1 if files or windows were skipped, 2 for an error.
 
         Args:
-            checkpoint: A run's best.pt.
-            files: Sound files, folders of them, manifests (.csv), or - for names on standard input.
-            machine: Machine type of all files; left out, their folders and names say it (fan/id_00/...).
-            id: Machine id of all files; one that was never trained on is scored against every id of its type.
+            files: Sound files, folders, manifests (.csv), or - for names on standard input.
+            machine: Machine type of all files; by default from their folders and names (fan/id_00/...).
+            id: Machine id of all files; an unknown one is scored against every id of its type.
             false_alarm_rate: Share of normal recordings that may be called anomalous.
-            calibrate: More normal recordings, never trained on, to set the thresholds by: files or folders.
-                Each counts once; for long recordings, give ones that are as long.
-            window_step: Seconds between the windows of a long recording; half a window if left out.
-            csv: File for the results, a row a file.
-            json: File for the results, with the time lines of long recordings.
-            plot: Picture (.png, .pdf, .svg) of the strangest recording: scores over time and spectrogram.
-            explain: Picture of its highest window: which frequencies and times raised the score.
-            batch_size: Windows at once.
-            channel: The channel to take of files with several.
-            device: Where to compute.
+            calibrate: Further normal recordings that were never trained on, to set the thresholds with. Each
+                counts once; for long recordings, give ones that are as long.
+            window_step: Seconds between windows of a long recording; half a window by default.
+            csv: Output file, one row per recording.
+            json: Output file, with the scores over time of long recordings.
+            plot: Picture of the most anomalous recording: scores over time and spectrogram.
+            explain: Picture of its highest window: which frequencies and times raise the score.
+            batch_size: Windows per batch.
         """
         from osscl_min.inference.score import score as run
 
@@ -232,156 +198,135 @@ def commands(preset: Config) -> dict[str, Callable]:
             calibrate_with=calibrate, step=window_step, batch_size=batch_size, channel=channel, csv_path=csv,
             json_path=json, plot_path=plot, explain_path=explain, device=device,
         )  # fmt: skip
-        if prints():
-            print(summary.text(scorer))
-        if summary.skipped or summary.windows_not_scored:
-            sys.exit(1)
+        show(summary.text(scorer))
+        sys.exit(bool(summary.skipped or summary.windows_not_scored))
 
     def metrics(
-        scores: Positional[Path],
-        out: Path | None = None,
-        labels: Path | None = None,
-        bootstrap: int = 1000,
+        scores: Positional[Path], out: Out | None = None, labels: Path | None = None, bootstrap: int = 1000
     ) -> None:
-        """Tables from any folder of DCASE-format score files, this package's or another's.
+        """Compute AUC and pAUC from any folder of score files in the DCASE format.
 
         Args:
             scores: Folder with anomaly_score_TYPE_id_XX.csv or TYPE_anomaly_score_id_XX.csv.
             out: Folder for metrics.json and metrics.csv.
-            labels: eval_data_list.csv, for files whose names do not tell the truth.
-            bootstrap: Resamples for the 95 % intervals; 0 leaves them out.
+            labels: eval_data_list.csv, for file names without normal_ or anomaly_.
+            bootstrap: Resamples for the 95 % intervals; 0 for none.
         """
         from osscl_min.metrics import evaluate_scores, read_scores, table, unmatched, write_metrics
         from osscl_min.runtime.tables import markdown
 
+        folder(out)
         rows = read_scores(scores, labels)
         if remark := unmatched(rows, labels):
             print(remark, file=sys.stderr)
         result = evaluate_scores(rows, bootstrap)
         if out is not None:
             write_metrics(result, out)
-        print(markdown(table(result)))
+        show(markdown(table(result)))
 
     def ablate(
         name: Positional[Experiment],
-        data: Path,
-        out: Path,
-        checkpoint: Path | None = None,
+        data: Data,
+        out: Out,
+        checkpoint: BestPt | None = None,
         seeds: tuple[int, ...] = (preset.train.seed,),
         variants: tuple[str, ...] = (),
         jobs: int = 1,
         cutoffs: tuple[float, ...] | None = None,
-        config: Annotated[Config, tyro.conf.arg(name="")] = preset,
+        config: Settings = preset,
         device: Device = "auto",
     ) -> None:
-        """Run an experiment: train its variants and compare them, or examine trained detectors more closely.
+        """Compare variants of the training, or analyse trained detectors.
 
         Finished runs are reused; a failure does not stop the others, and the exit status is then 1.
 
         Args:
-            name: The first five compare trainings, the others examine detectors; all runs one after the other
-                (without precision).
-            data: Data folder.
-            out: Folder for the runs and the result.
-            checkpoint: A run's best.pt to examine; without it, the seeds' detectors, trained where missing.
-            seeds: A run of every variant for each.
+            name: The first five compare trainings, the next five analyse detectors; all leaves out precision.
+            checkpoint: A detector to analyse; by default those of the seeds, trained if needed.
+            seeds: Train every variant once per seed.
             variants: Only these, beside the baseline.
-            jobs: Runs at a time.
+            jobs: Parallel trainings.
             cutoffs: Cut-off frequencies in Hz, for high-frequency and high-frequency-training.
-            config: Settings; --preset chooses their defaults.
-            device: Where to compute.
         """
-        run_experiment(
-            name, data, out, config, seeds=seeds, only=variants, checkpoint=checkpoint, cutoffs=cutoffs,
-            device=device, jobs=jobs,
-        )  # fmt: skip
+        keys = {"seeds": seeds, "only": variants, "checkpoint": checkpoint, "cutoffs": cutoffs, "jobs": jobs}
+        run_experiment(name, data, out, config, device=device, **keys)
 
-    def report(run: Positional[Path], data: Path | None = None) -> None:
-        """Draw a run's figures, write its report, one HTML page, and its tables in LaTeX (RUN/paper).
+    def report(run: Positional[Path], data: Data | None = None) -> None:
+        """Write a run's report (HTML pages), figures (PNG, PDF) and tables (LaTeX) into the run's folder.
 
         Args:
-            run: The run's folder.
-            data: Its data folder; without it, the clips' own pictures are left out.
+            run: The folder of a trained and evaluated run.
+            data: Its data; RUN/data by default.
         """
-        from osscl_min.report import figures, paper
-        from osscl_min.report import pages as page
-        from osscl_min.runtime.tables import markdown
+        from osscl_min.report import pages, results
 
-        figures.write_all(run, data)
-        written = page.write(run)
-        print(f"report: {written}")
-        if page.is_measured(run):
-            print(f"tables for a paper: {paper.write(run)[0].parent}")
-            print(markdown(page.results_table(run)))
-
-    def keep(run: Positional[Path], folder: Positional[Path], tests: Path | None = None) -> None:
-        """Copy a run's measured tables into a folder of results/.
-
-        Args:
-            run: A run of reproduce.sh.
-            folder: Such as results/quick.
-            tests: timing.csv of `reproduce.sh --test`.
-        """
-        from osscl_min.report.update import keep as run_keep
-
-        run_keep(run, folder, tests)
-
-    def readme() -> None:
-        """Write the tables of results/ into README.md and kernels/README.md."""
-        from osscl_min.report.update import write_documents
-
-        for document in write_documents():
-            print(document)
+        show(f"report: {pages.write(run, data)}")
+        show(f"{results.headline(run)}\n{results.expectation(run)}".strip())
 
     def bench(
-        name: Positional[Literal["model", "train", "data", "score"]],
-        out: Path = Path("results"),
-        data: Path | None = None,
-    ) -> None:
-        """Measure how fast the model, training, the reading of data or scoring is on this machine.
+        name: Positional[Literal["model", "train", "data", "score"]], out: Out = Path("results"),
+        data: Data | None = None,
+    ) -> None:  # fmt: skip
+        """Measure the speed of the model, of training, of reading data or of scoring on this machine.
 
         Args:
-            name: What to measure.
-            out: Folder for the table, as CSV and as Markdown.
-            data: Data folder, for what reads one; without it, simulated machines are made.
+            data: For the benchmarks that read data; simulated machines by default.
         """
         from osscl_min.bench import bench as run
 
-        print(run(name, out, data).read_text(encoding="utf-8"), end="")
+        show(run(name, out, data).read_text(encoding="utf-8").strip())
 
-    functions = (
-        synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, keep, readme, bench,
-    )  # fmt: skip
+    functions = (synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, bench)
     return {function.__name__: function for function in functions}
 
 
-def prints() -> bool:
-    """Whether this process tells the result: of torchrun's, the first."""
+def first_process() -> bool:
+    """Whether this process prints results: the only one, or the first of torchrun's."""
     return os.environ.get("RANK", "0") == "0"
 
 
+def show(text: object) -> None:
+    """Print in the first process."""
+    if first_process():
+        print(text)
+
+
+def folder(out: Path | None) -> None:
+    """Refuse an output folder that is a file, before anything is computed."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(f"{printable(out)} is a file; --out takes a folder")
+
+
 def run_experiment(name: str, data: Path, out: Path, config: Config, **settings: Any) -> NoReturn:
-    """Run an experiment, or all, and print its table; exit status 1 where a run failed."""
+    """Run an experiment, or all, and print the tables; exit status 1 where something failed."""
     from osscl_min.experiments.variants import run, run_all
 
-    failed = False
-    runs = run_all(data, out, config, **settings) if name == "all" else [(name, None)]
-    for each, result in runs:
-        result = result or run(each, data, out, config, **settings)
-        failed |= isinstance(result, UserError)
+    folder(out)
+    if not settings.get("seeds"):
+        raise UserError("--seeds takes at least one number")
+    if "RANK" in os.environ:
+        raise UserError("experiments train in processes of their own: start them without torchrun")
+    all_of = run_all(data, out, config, **settings) if name == "all" else None
+    failures = []
+    for each, result in all_of or [(name, run(name, data, out, config, **settings))]:
         if isinstance(result, UserError):
-            print(f"failed: {each}: {result}", file=sys.stderr)
+            failures.append(f"failed: {each}: {result}")
             continue
         stem = out / each.replace("-", "_")
-        print(f"{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem.with_suffix('.json')}")
-        for variant, line in result["failed"].items():
-            failed = True
-            print(f"failed: {variant}: {line}", file=sys.stderr)
-    sys.exit(failed)
+        show(f"{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem.with_suffix('.json')}")
+        failures += [f"failed: {variant}: {reason}" for variant, reason in result["failed"].items()]
+    print("\n".join(failures), end="\n" if failures else "", file=sys.stderr)
+    sys.exit(bool(failures))
 
 
 def main() -> None:
     """Run one command; a user's error ends in one line and its exit status, mostly 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # any file name can be printed
+            stream.reconfigure(errors="backslashreplace")
+    if sys.argv[1:] == ["--version"]:
+        print(f"osscl-min {__version__}")
+        return
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="small")
     try:
@@ -390,8 +335,9 @@ def main() -> None:
     except UserError as error:
         print(f"osscl: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        print(f"osscl: {error}", file=sys.stderr)
+        sys.exit(2)

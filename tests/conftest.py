@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import sys
 from dataclasses import replace
 
@@ -32,6 +33,10 @@ TINY = tiny({"epochs": 3, "batch_size": 5})  # a whole training in seconds
 def environment(**more):
     """For a process of its own that imports the packages."""
     return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"} | more
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", action="store_true", help="write tests/golden/surface.txt anew")
 
 
 def pytest_report_header(config):
@@ -85,8 +90,6 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     from osscl_min.data.synth import SynthConfig, write_dataset
     from osscl_min.evaluate import evaluate
     from osscl_min.experiments.variants import examine
-    from osscl_min.report import figures
-    from osscl_min.report import pages as report
     from osscl_min.train import train
 
     run = tmp_path_factory.mktemp("runs") / "tiny"
@@ -99,8 +102,16 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     examine(
         "high-frequency", {"given": [best]}, data, run / "high_frequency", scoring, (1000.0, 4000.0), "cpu"
     )
-    figures.write_all(run, data)
-    report.write(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def reported(tiny_run, tmp_path_factory):
+    """A copy of `tiny_run` with its report: figures, LaTeX tables, executed notebooks, pages."""
+    from osscl_min.report import pages
+
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("reported") / "tiny")
+    pages.write(run)
     return run
 
 

@@ -1,10 +1,17 @@
 """The command line and reproduce.sh, as a user types them."""
 
 import json
+import os
+import pickle
+import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import COMMAND, ROOT, environment
+
+from osscl_min import __version__, cli
+from osscl_min.runtime.files import UserError
 
 
 def run(*command):
@@ -16,10 +23,10 @@ def osscl(*arguments):
     return run(*COMMAND, *arguments)
 
 
-def test_help_lists_the_commands():
-    text = osscl("--help").stdout
-    for command in "synth download inspect pack train evaluate metrics report bench".split():
-        assert command in text
+def test_version_and_default_preset():
+    assert osscl("--version").stdout == f"osscl-min {__version__}\n"
+    text = " ".join(osscl("train", "--help").stdout.split())
+    assert "(default: small)" in text and "by default small" in " ".join(osscl("--help").stdout.split())
 
 
 def test_the_preset_gives_the_defaults():
@@ -36,21 +43,70 @@ def test_metrics_of_a_folder(tmp_path):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["average"]["mauc"] == 1.0
 
 
+MISTAKES = {  # arguments, the only line on standard error
+    "metrics nowhere": "no such folder: nowhere",
+    "evaluate --checkpoint nowhere.pt --data . --out x": "no such checkpoint: nowhere.pt",
+    "train --data nowhere --out x": "no such data folder: nowhere",
+    "report nowhere": "no such run: nowhere",
+    "metrics . --out FILE": "FILE is a file; --out takes a folder",
+    "inspect . --out FILE": "FILE is a file; --out takes a folder",
+    "evaluate --checkpoint best.pt --data . --out FILE": "FILE is a file; --out takes a folder",
+    "train --data . --out FILE": "FILE is a file; --out takes a folder",
+    "ablate noise --data . --out FILE": "FILE is a file; --out takes a folder",
+    "ablate noise --data . --out x --seeds": "--seeds takes at least one number",
+    "train --data . --out x --seeds 1,b": "--seeds takes whole numbers separated by commas, not '1,b'",
+    "train --data . --out x --seeds 1 --resume": "--seeds does not go with --with, --strict or --resume",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("kept")
+    monkeypatch.setattr("sys.argv", ["osscl", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"osscl: {MISTAKES[arguments]}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"] and (
+        tmp_path / "FILE"
+    ).read_text() == "kept"
+
+
+def test_experiments_refuse_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="without torchrun"):
+        cli.run_experiment("noise", ROOT, ROOT, None, seeds=(0,))
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("error", "status", "line"),
     [
-        (("metrics", "nowhere"), "osscl: no such folder: nowhere"),
-        (
-            ("evaluate", "--checkpoint", "nowhere.pt", "--data", ".", "--out", "x"),
-            "osscl: no such checkpoint: nowhere.pt",
-        ),
-        (("train", "--data", "nowhere", "--out", "x"), "osscl: no such data folder: nowhere"),
+        (UserError("\udcff.wav: not a sound"), 2, "osscl: \\udcff.wav: not a sound\n"),
+        (UserError("disk full", 5), 5, "osscl: disk full\n"),
+        (PermissionError(13, "Permission denied", "a"), 2, "osscl: [Errno 13] Permission denied: 'a'\n"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message, tmp_path):
-    result = osscl(*arguments)
-    assert result.returncode == 2
-    assert result.stderr.strip() == message
+def test_errors_end_in_one_line_and_their_status(error, status, line):
+    """In a process of its own, whose standard error is strict UTF-8 at first."""
+    program = (
+        "import pickle, sys; from osscl_min import cli; error = pickle.loads(sys.stdin.buffer.read());"
+        "cli.commands = lambda preset: {'fail': lambda: (_ for _ in ()).throw(error), 'other': print};"
+        "sys.argv[1:] = ['fail']; cli.main()"
+    )
+    strict = environment(PYTHONIOENCODING="utf-8:strict")
+    content = pickle.dumps(error)
+    result = subprocess.run([sys.executable, "-c", program], input=content, capture_output=True, env=strict)
+    assert (result.returncode, result.stderr.decode()) == (status, line)
+
+
+@pytest.mark.parametrize("module", ["tyro", "numpy"])
+def test_ctrl_c_while_it_starts_is_quiet(module, tmp_path):
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    path = f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"
+    result = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True,
+                            cwd=ROOT, env=environment(PYTHONPATH=path))  # fmt: skip
+    assert (result.returncode, result.stderr) == (130, "")
 
 
 def test_an_unknown_option_stops():
@@ -77,5 +133,60 @@ def test_reproduce_refuses_with_one_line(arguments, message):
 def test_reproduce_help():
     result = run("bash", "reproduce.sh", "--help")
     assert result.returncode == 0
-    for option in ("--test", "--data", "--preset", "--full", "--seed", "--out", "--device"):
+    for option in (
+        "--test",
+        "--data",
+        "--preset",
+        "--full",
+        "--seed",
+        "--out",
+        "--device",
+        "--experiments",
+        "--test -- tests/kernels",
+    ):
         assert option in result.stdout
+
+
+STUB = """#!/bin/bash
+[ "$1" = -c ] && exit 0  # has the packages
+shift 2
+echo "called: $*"
+[ "$1 $2" = "ablate all" ] && exit 1
+while [ $# -gt 0 ]; do
+  if [ "$1" = --out ]; then
+    mkdir -p "$2"
+    for name in best.pt initial.pt evaluation.json metrics.json high_frequency.json; do
+      [ -e "$2/$name" ] || touch "$2/$name"
+    done
+  fi
+  shift
+done
+"""
+STORIES = {  # arguments of reproduce.sh -> the commands of a first run and of a second one
+    "": ("synth train evaluate evaluate ablate report", "synth train report"),
+    "--data DIR --seed 3": ("train evaluate evaluate ablate report", "train report"),
+    "--full": ("download pack train evaluate evaluate ablate report", "download pack train report"),
+    "--full --data DIR": ("pack train evaluate evaluate ablate report", "pack train report"),
+    "--experiments": ("synth ablate", "synth ablate"),
+}
+
+
+@pytest.mark.parametrize("arguments", STORIES)
+def test_reproduce_calls_the_commands_and_reuses_what_is_there(arguments, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "DIR").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    shutil.copy(ROOT / "reproduce.sh", tmp_path)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    for commands in STORIES[arguments]:
+        result = subprocess.run(
+            ["bash", "reproduce.sh", *arguments.split()], cwd=tmp_path, capture_output=True, text=True,
+            env=environment(PATH=path, VIRTUAL_ENV="active"),
+        )  # fmt: skip
+        assert result.returncode == (arguments == "--experiments"), result.stderr
+        calls = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("called: ")]
+        assert calls == commands.split()
+    if arguments != "--experiments":
+        (timing,) = tmp_path.glob("runs/*/timing.csv")
+        assert timing.read_text().startswith("step,seconds\n")

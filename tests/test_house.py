@@ -2,13 +2,16 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from osscl_min.report.update import fill
+from osscl_min import __version__
+from osscl_min.report.update import DOCUMENTS, fill
 
 ROOT = Path(__file__).parent.parent
 # Rooms and top-level modules: each may import only from its own and earlier lines.
@@ -20,8 +23,7 @@ ORDER = [
     {"checkpoint"},
     {"trainer", "train", "metrics", "evaluate"},
     {"inference", "experiments"},
-    {"report"},
-    {"bench", "bench_model", "bench_train", "bench_data", "bench_score", "textbook"},
+    {"report", "notebook"},
     {"cli", "__main__", "__init__"},
 ]
 
@@ -56,8 +58,6 @@ def test_only_the_kernels_import_triton():
 
 def test_kernels_need_only_torch_and_triton():
     allowed = {"torch", "triton", "osscl_kernels", "__future__"}
-    import sys
-
     for path in (ROOT / "kernels" / "osscl_kernels").glob("*.py"):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -71,20 +71,32 @@ def test_kernels_need_only_torch_and_triton():
                 assert top in allowed or top in sys.stdlib_module_names, f"{path.name} imports {name}"
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RUNTIME = "torch triton numpy scipy soundfile scikit-learn matplotlib tqdm tyro pooch".split()
+
+
 def pins():
     text = (ROOT / "environment.yml").read_text()
     return [Requirement(line.strip()[2:]) for line in text.splitlines() if "==" in line]
 
 
-def ranges():
-    return [
-        Requirement(line)
-        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+def ranges(*extras):
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for name in extras for line in PROJECT["optional-dependencies"][name]),
     ]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
+
+
+def test_jupyter_and_pytest_are_extras():
+    assert set(ranges()) == set(RUNTIME)
+    assert set(ranges("notebooks")) == {*RUNTIME, "jupyter"}
+    assert set(ranges("notebooks", "test")) == {*RUNTIME, "jupyter", "pytest"}
+    assert str(ranges()["triton"].marker) == 'platform_system == "Linux"'
 
 
 def test_pins_lie_within_the_ranges():
-    admitted = {requirement.name: requirement for requirement in ranges()}
+    admitted = ranges("notebooks", "test")
     pinned = {requirement.name: requirement for requirement in pins()}
     assert set(pinned) == set(admitted)
     for name, requirement in pinned.items():
@@ -94,17 +106,31 @@ def test_pins_lie_within_the_ranges():
         assert str(requirement.marker).replace('"', "'") == str(admitted[name].marker).replace('"', "'")
 
 
-def test_readme_lists_every_dependency():
-    text = (ROOT / "README.md").read_text()
-    for requirement in ranges():
-        assert f"| {requirement.name} " in text, f"{requirement.name} is not in the README's dependency table"
+def test_every_package_is_in_the_distribution(tmp_path):
+    """`pip install .` takes every folder with an __init__.py, the C++ file included."""
+    program = (
+        "from setuptools import Distribution; d = Distribution(); d.parse_config_files(); "
+        "print(*d.packages, d.metadata.version)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    *packages, version = output.split()
+    folders = [path.parent.relative_to(top) for top in (ROOT, ROOT / "kernels")
+               for path in top.glob("os*/**/__init__.py")]  # fmt: skip
+    assert set(packages) == {".".join(folder.parts) for folder in folders}
+    assert version == __version__
 
 
-@pytest.mark.parametrize("document", ["README.md", "kernels/README.md"])
+def test_the_command_line_starts_without_torch():
+    program = "import sys, osscl_min.cli; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_generated_numbers_are_those_of_results(document):
     text = (ROOT / document).read_text()
     assert "<!-- generated from" in text
-    assert fill(ROOT / document) == text, "run: python -m osscl_min readme"
+    assert fill(ROOT / document) == text, "run: python -m osscl_min.report.update readme"
 
 
 @pytest.mark.parametrize("folder", ["osscl_min", "kernels", "tests", "notebooks", ".ci"])

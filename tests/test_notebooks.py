@@ -1,11 +1,13 @@
 """Every notebook is short, committed without outputs, and runs from the first cell to the last."""
 
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+
+from osscl_min.notebook import open_run
+from osscl_min.report.pages import NEEDS
+from osscl_min.runtime.files import UserError
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -13,7 +15,7 @@ NAMES = [path.stem for path in NOTEBOOKS]
 
 def test_all_are_there():
     stories = {"01_data", "02_training", "03_evaluation", "04_high_frequency_ablation", "05_kernels"}
-    assert stories == set(NAMES)
+    assert stories | {"report"} == set(NAMES) == set(NEEDS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -32,36 +34,26 @@ def test_short_and_stripped(path):
             assert not any(line.startswith(("def ", "class ")) for line in cell.source.splitlines())
 
 
-@pytest.fixture(scope="module")
-def executed(tiny_run):
-    """Name -> the executed notebook; two kernels at a time, since most of the time is their start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OSSCL_RUN", str(tiny_run))
-        patch.setenv("OSSCL_DATA", str(tiny_run / "data"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-
-        def execute(path):
-            notebook = nbformat.read(path, as_version=4)
-            options = {"allow_errors": True, "timeout": 300, "kernel_name": "python3"}
-            NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **options).execute()
-            return path.stem, notebook
-
-        with ThreadPoolExecutor(2) as pool:
-            yield dict(pool.map(execute, NOTEBOOKS))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_executes(executed, name):
-    outputs = [output for cell in executed[name].cells for output in cell.get("outputs", [])]
-    errors = [output["evalue"] for output in outputs if output.output_type == "error"]
-    warnings = [output.text for output in outputs if output.get("name") == "stderr"]
-    assert not errors and not warnings
+def test_executes(reported, name):
+    notebook = nbformat.read(reported / "notebooks" / f"{name}.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]  # no warnings
     assert any("image/png" in output.get("data", {}) for output in outputs)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_says_that_the_data_is_synthetic(executed, name):
-    text = "".join(
-        output.get("text", "") for cell in executed[name].cells for output in cell.get("outputs", [])
-    )
+    text = "".join(output.get("text", "") for output in outputs)
     assert "simulated machines" in text or name.startswith("05")  # kernels have no data
+
+
+def test_without_a_run_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("OSSCL_RUN", str(tmp_path))
+    with pytest.raises(UserError, match="no trained run in .*reproduce.sh"):
+        open_run()
+
+
+def test_open_run(tiny_run, monkeypatch, capsys):
+    monkeypatch.setenv("OSSCL_RUN", str(tiny_run))
+    run = open_run("test")
+    assert run.folder == tiny_run and run.data.train is None and len(run.data.test) == 48
+    assert run.note == " (synthetic data)" and run.audio.seconds == 1
+    assert capsys.readouterr().out == "simulated machines, no recordings: 48 test clips\n"

@@ -1,14 +1,9 @@
-"""A run's figures: each function takes paths or data and returns a matplotlib Figure.
-
-Drawn without pyplot, so that nothing stays open and no display is needed. Colours are Okabe and Ito's and
-matplotlib's perceptually uniform maps, which colour-blind readers can tell apart.
-"""
+"""A run's figures: each function takes paths or data and returns a matplotlib Figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,40 +16,30 @@ from osscl_min.data.reader import Reader, open_data
 from osscl_min.experiments.figures import high_frequency, in_two_dimensions
 from osscl_min.features import LogMel, mel_ticks, to_wave
 from osscl_min.metrics import MAX_FPR, auc
+from osscl_min.report.results import clip_scores, read_metrics
+from osscl_min.runtime import plotting as plot
 from osscl_min.runtime.files import UserError, read_csv, read_json
-from osscl_min.runtime.plotting import (
-    BLACK,
-    BLUE,
-    COLOURS,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    legend,
-    legend_below,
-    panels,
-    picture,
-    save_all,
-)
 from osscl_min.train import read_log
 
 MOST_POINTS = 3000  # of the embedding map, for t-SNE's time
+TRUTH = {0: ("normal", plot.BLUE), 1: ("anomalous", plot.VERMILLION)}
 
 
-def _scores(evaluation: Path | str) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _scores(evaluation: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Machine type -> truth, score and machine id of the clips that metrics.json measures."""
-    rows = [row for row in read_csv(Path(evaluation) / "scores.csv") if row["anomaly"]]
-    rows = [row for row in rows if row["subset"] == "development"] or rows
-    types, ids = (np.array([row[name] for row in rows]) for name in ("machine_type", "machine_id"))
-    truth, scores = (np.array([float(row[name]) for row in rows]) for name in ("anomaly", "score"))
-    names = sorted(set(types), key=str.lower)
-    return {name: tuple(column[types == name] for column in (truth, scores, ids)) for name in names}
+    clips = clip_scores(evaluation)
+    types = sorted({clip.machine_type for clip in clips}, key=str.lower)
+    return {
+        name: tuple(
+            np.array([getattr(clip, field) for clip in clips if clip.machine_type == name])
+            for field in ("anomaly", "score", "machine_id")
+        )
+        for name in types
+    }
 
 
-def _is_synthetic(evaluation: Path | str) -> bool:
-    return read_json(Path(evaluation) / "evaluation.json")["synthetic"]
+def _is_synthetic(evaluation: Path) -> bool:
+    return read_json(evaluation / "evaluation.json")["synthetic"]
 
 
 def normal_and_anomalous(clips: Sequence[Clip], machine_type: str | None = None) -> list[int]:
@@ -78,7 +63,7 @@ def normal_and_anomalous(clips: Sequence[Clip], machine_type: str | None = None)
 def input_maps(
     trained: checkpoint.Checkpoint, reader: Reader, positions: Sequence[int], synthetic: bool
 ) -> Figure:
-    """What the encoder sees of some of the reader's clips, a column each; `synthetic` says what they are.
+    """The encoder's input maps of some of the reader's clips, one column per clip.
 
     Log-mel in dB over Hz; Tgram and TFgram as the network has learned them, whose channels have no order.
     """
@@ -86,16 +71,20 @@ def input_maps(
     wave = to_wave(reader.read(positions), trained.device)
     with torch.no_grad():
         maps = trained.model.maps(wave, LogMel(audio).to(wave.device)(wave)).cpu().numpy()
-    kinds = {0: "normal", 1: "anomalous", None: "unlabelled"}
     clips = [reader.clips[position] for position in positions]
-    heads = [f"{clip.machine_type} id {clip.machine_id}, {kinds[clip.anomaly]}" for clip in clips]
+    heads = [
+        f"{clip.machine_type} id {clip.machine_id}, {TRUTH.get(clip.anomaly, ('unlabelled',))[0]}"
+        for clip in clips
+    ]
     look = {  # colours, title, vertical axis, colour bar
         "log_mel": ("magma", "log-mel", "frequency (Hz)", "dB"),
         "tgram": ("PuOr", "Tgram", "learned channel", "activation"),
         "tfgram": ("viridis", "TFgram", "learned channel", "activation"),
     }
     names = [f"{look[name][1]}: {head}" for name in inputs for head in heads]
-    figure, axes = panels("The encoder's input maps", synthetic, names, len(clips), (5, 2.5), sharex=True)
+    figure, axes = plot.panels(
+        "The encoder's input maps", synthetic, names, len(clips), (5, 2.5), sharex=True
+    )
     frame = audio.hop / audio.sample_rate  # s; a frame is centred on its time
     extent = (-frame / 2, (audio.frames - 0.5) * frame, 0, audio.mels)
     for row, name in enumerate(inputs):
@@ -103,8 +92,8 @@ def input_maps(
         low, high = np.percentile(maps[:, row], (1, 99.5))
         if name == "tgram":  # of both signs: white is zero
             low, high = -max(-low, high), max(-low, high)
-        for ax, one in zip(across, maps[:, row], strict=True):
-            image = picture(ax, one, look[name][0], (low, high), extent)
+        for ax, values in zip(across, maps[:, row], strict=True):
+            image = plot.picture(ax, values, look[name][0], (low, high), extent)
             ax.set(xlim=(0, audio.seconds), ylim=(0, audio.mels))
             if name == "log_mel":
                 ax.set_yticks(*mel_ticks(audio))
@@ -115,59 +104,82 @@ def input_maps(
     return figure
 
 
-def training_curves(run: Path | str) -> Figure:
-    """Loss parts, validation loss, identity accuracy and learning rate over a run's epochs."""
-    run, log = Path(run), read_log(run)
+def training_curves(run: Path) -> Figure:
+    """Loss terms, validation loss, machine accuracy and learning rate over a run's epochs."""
+    log = read_log(run)
     synthetic = read_json(run / "config.json")["data"]["synthetic"]
-    best = min(log, key=lambda entry: entry["validation_loss"])["epoch"]
+    kept = checkpoint.load(run / "best.pt").epoch
     titles = ("loss on mixed clips", "validation loss of the EMA", "validation accuracy", "learning rate")
-    figure, axes = panels("Training", synthetic, titles, 2, (4.8, 2.7), sharex=True)
+    figure, axes = plot.panels("Training", synthetic, titles, 2, (4.8, 2.7), sharex=True)
     for panel, name, label, colour in (
-        (0, "total", "total", BLACK),
-        (0, "cross_entropy", "cross-entropy", BLUE),
-        (0, "contrastive", "SupCon", ORANGE),
-        (1, "validation_loss", None, GREEN),
-        (2, "validation_accuracy", None, GREEN),
-        (3, "learning_rate", None, PURPLE),
+        (0, "total", "total", plot.BLACK),
+        (0, "cross_entropy", "cross-entropy", plot.BLUE),
+        (0, "contrastive", "SupCon", plot.ORANGE),
+        (1, "validation_loss", None, plot.GREEN),
+        (2, "validation_accuracy", None, plot.GREEN),
+        (3, "learning_rate", None, plot.PURPLE),
     ):
         epochs, values = zip(*((entry["epoch"], entry[name]) for entry in log), strict=True)
         axes[panel].plot(epochs, values, ".-" if len(log) < 40 else "-", color=colour, label=label)
     for ax in axes:
-        ax.axvline(best, color=GREY, linestyle=":", linewidth=1.2, label=f"epoch {best}, kept")
+        ax.axvline(kept, color=plot.GREY, linestyle=":", linewidth=1.2, label=f"epoch {kept}, kept")
         ax.set(xlabel="epoch", ylim=(0, 1.06 * ax.dataLim.ymax or 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[3].ticklabel_format(axis="y", scilimits=(0, 0))
-    legend_below(figure, axes)
+    plot.legend_below(figure, axes)
     return figure
 
 
-def score_histograms(evaluation: Path | str) -> Figure:
-    """Anomaly scores of normal and of anomalous clips, for each machine type."""
+def score_histograms(evaluation: Path) -> Figure:
+    """Anomaly scores of normal and anomalous clips, one panel per machine type."""
     types = _scores(evaluation)
-    figure, axes = panels("Anomaly scores", _is_synthetic(evaluation), list(types), sharex=True)
-    every = np.concatenate([scores for _, scores, _ in types.values()])
-    most = 1.001 * max(every.max(), 1e-9)  # the axis is logarithmic, over two decades at least
-    floor = min(most / 100, max(1e-12, every.min()))
-    bins = np.geomspace(floor, most, 25)
-    for ax, (truth, scores, _) in zip(axes, types.values(), strict=True):
-        for value, label, colour in ((0, "normal", BLUE), (1, "anomalous", VERMILLION)):
-            ax.hist(np.maximum(scores[truth == value], floor), bins, color=colour, alpha=0.5, label=label)
+    figure, axes = plot.panels("Anomaly scores", _is_synthetic(evaluation), list(types), sharex=True)
+    scores = np.concatenate([values for _, values, _ in types.values()])
+    high = 1.001 * max(scores.max(), 1e-9)  # the axis is logarithmic, over two decades at least
+    low = min(high / 100, max(1e-12, scores.min()))
+    bins = np.geomspace(low, high, 25)
+    for ax, (truth, values, _) in zip(axes, types.values(), strict=True):
+        for anomaly, (label, colour) in TRUTH.items():
+            ax.hist(np.maximum(values[truth == anomaly], low), bins, color=colour, alpha=0.5, label=label)
         ax.set(xscale="log", xlabel="anomaly score", ylabel="clips")
         ax.yaxis.get_major_locator().set_params(integer=True)
-    legend_below(figure, axes)
+    plot.legend_below(figure, axes)
     return figure
 
 
-def roc_curves(evaluation: Path | str, untrained: Path | str | None = None) -> Figure:
+def machine_intervals(evaluation: Path) -> Figure:
+    """AUC of each machine with its 95 % interval."""
+    metrics = read_metrics(evaluation)
+    entries = [entry for entry in metrics["ids"] if entry["auc"] is not None]
+    size = (6.5, 0.8 + 0.2 * len(entries))
+    figure, (ax,) = plot.panels("AUC of each machine", _is_synthetic(evaluation), [""], 1, size)
+    types = list(dict.fromkeys(entry["type"] for entry in entries))
+    for place, entry in enumerate(entries):
+        colour = plot.COLOURS[types.index(entry["type"]) % 7]
+        if bounds := entry.get("interval", {}).get("auc"):
+            ax.plot(100 * np.array(bounds), [place] * 2, color=colour, linewidth=2, alpha=0.5)
+        ax.plot(100 * entry["auc"], place, "o", color=colour, markersize=5)
+    ax.axvline(50, color=plot.GREY, linestyle=":", label="chance")
+    ax.set_yticks(range(len(entries)), [f"{entry['type']} {entry['id']}" for entry in entries], fontsize=8)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="AUC (%), 95 % interval", xlim=(min(45, ax.get_xlim()[0]), 101))
+    plot.legend_below(figure, [ax])
+    return figure
+
+
+def roc_curves(evaluation: Path, untrained: Path | None = None) -> Figure:
     """ROC curves of each machine type: ids pooled, each id, and the untrained network where given."""
     types, before = _scores(evaluation), _scores(untrained) if untrained else {}
-    figure, axes = panels("ROC curves", _is_synthetic(evaluation), list(types), size=(3.6, 3.4))
+    figure, axes = plot.panels("ROC curves", _is_synthetic(evaluation), list(types), size=(3.6, 3.4))
     for ax, (name, (truth, scores, ids)) in zip(axes, types.items(), strict=True):
-        lines = [(truth[ids == one], scores[ids == one], "each id", BLUE, "-", 0.8) for one in set(ids)]
+        lines = [
+            (truth[ids == k], scores[ids == k], "each id", plot.BLUE, "-", 0.8) for k in sorted(set(ids))
+        ]
         if name in before:
-            lines.append((*before[name][:2], "untrained, pooled", VERMILLION, "--", 1.5))
-        lines.append((truth, scores, "ids pooled", BLACK, "-", 2))
-        ax.axvspan(0, MAX_FPR, color=SKY, alpha=0.25, linewidth=0, label=f"pAUC's range, to {MAX_FPR:g}")
+            lines.append((*before[name][:2], "untrained, pooled", plot.VERMILLION, "--", 1.5))
+        lines.append((truth, scores, "ids pooled", plot.BLACK, "-", 2))
+        ax.axvspan(0, MAX_FPR, color=plot.SKY, alpha=0.25, linewidth=0, label=f"pAUC's range, to {MAX_FPR:g}")
         for true, score, label, colour, dashes, width in lines:
             area = auc(true, score)
             if area is not None:
@@ -175,89 +187,46 @@ def roc_curves(evaluation: Path | str, untrained: Path | str | None = None) -> F
                 ax.plot(*rates, dashes, color=colour, linewidth=width, label=label, clip_on=False)
         if area is not None:
             ax.set_title(f"{name}: AUC pooled {100 * area:.1f} %", fontsize=10.5)
+        ax.plot([0, 1], [0, 1], color=plot.GREY, linestyle=":", linewidth=1, label="chance")
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="false-positive rate", ylabel="true-positive rate")
-    legend_below(figure, axes)
+    plot.legend_below(figure, axes)
     return figure
 
 
-def embedding_map(evaluation: Path | str, seed: int = 0) -> Figure:
+def embedding_map(evaluation: Path, seed: int = 0) -> Figure:
     """The test clips' embeddings in two dimensions (t-SNE of cosine distances); anomalies are crosses."""
-    rows = read_csv(Path(evaluation) / "scores.csv")
+    rows = read_csv(evaluation / "scores.csv")
     chosen = np.random.default_rng(seed).permutation(len(rows))[:MOST_POINTS]
-    with np.load(Path(evaluation) / "embeddings.npz") as file:
+    with np.load(evaluation / "embeddings.npz") as file:
         embeddings = file["embeddings"][chosen]
     types = np.array([rows[position]["machine_type"] for position in chosen])
     anomalous = np.array([rows[position]["anomaly"] == "1" for position in chosen])
     place = in_two_dimensions(embeddings, seed)
     title = f"Embeddings of {len(chosen)} test clips, t-SNE"
-    figure, (ax,) = panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
+    figure, (ax,) = plot.panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
     for number, name in enumerate(sorted(set(types), key=str.lower)):
-        colour, marker = COLOURS[number % 7], "os^Dv"[number // 7 % 5]
-        ax.scatter(
-            *place[(types == name) & ~anomalous].T, 26, colour, marker=marker, linewidths=0, label=name
-        )
-        ax.scatter(*place[(types == name) & anomalous].T, 28, colour, marker="x", linewidths=1.3)
-    ax.scatter([], [], 28, GREY, marker="x", label="anomalous")
+        look = {
+            "c": plot.COLOURS[number % 7],
+            "marker": "os^Dv"[number // 7 % 5],
+            "linewidths": 0,
+            "label": name,
+        }
+        ax.scatter(*place[(types == name) & ~anomalous].T, 26, **look)
+        crosses = {"c": look["c"], "marker": "x", "linewidths": 1.3}
+        ax.scatter(*place[(types == name) & anomalous].T, 28, **crosses)
+    ax.scatter([], [], 28, plot.GREY, marker="x", label="anomalous")
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
-    legend(figure, [ax], "right center", title="machine type")
+    plot.legend(figure, [ax], "right center", title="machine type")
     return figure
 
 
-def inventory(result: dict[str, Any]) -> Figure:
-    """What `inspection.inspect` found: clips of every machine, their lengths and their levels."""
-    machines = result["machines"]
-    types = list(dict.fromkeys(row["type"] for row in machines))
-    kinds = {
-        "train": ("training, normal", SKY),
-        "test_normal": ("test, normal", BLUE),
-        "test_anomaly": ("test, anomalous", VERMILLION),
-        "test_unlabelled": ("test, unlabelled", GREY),
-    }
-    kinds = {key: value for key, value in kinds.items() if any(row[key] for row in machines)}
-    title = f"{result['data']}: {result['clips']} clips"
-    titles = ("clips of each machine", "levels and lengths")
-    size = (5, max(2.8, 0.19 * len(machines) + 0.6))
-    figure, (left, right) = panels(title, result["synthetic"], titles, 2, size, width_ratios=(1.5, 1))
-    places, start = np.arange(len(machines)), np.zeros(len(machines))
-    for key, (label, colour) in kinds.items():
-        count = np.array([row[key] for row in machines])
-        left.barh(places, count, 0.75, left=start, color=colour, label=label)
-        start = start + count
-    left.set_yticks(places, [f"{row['type']} {row['id']}" for row in machines], fontsize=8)
-    left.invert_yaxis()
-    left.grid(axis="y", visible=False)
-    left.set(xlabel="clips")
-    files = [[row for row in result["files"] if row["machine_type"] == name] for name in types]
-    levels = [[row["level"] for row in rows if row["level"] is not None] for rows in files]
-    boxes = right.boxplot(
-        levels, orientation="horizontal", widths=0.6, patch_artist=True, flierprops={"markersize": 2}
-    )
-    for box, line in zip(boxes["boxes"], boxes["medians"], strict=True):
-        box.set(facecolor="#dcebf5", edgecolor=BLUE)
-        line.set(color=BLACK)
-    labels = []
-    for name, rows in zip(types, files, strict=True):
-        low, high = (f"{end(row['seconds'] for row in rows):.3g}" for end in (min, max))
-        labels.append(f"{name}\n{low} s" if low == high else f"{name}\n{low} to {high} s")
-    right.set_yticks(range(1, len(types) + 1), labels, fontsize=8)
-    right.invert_yaxis()
-    right.grid(axis="y", visible=False)
-    right.set(xlabel="level (dB of full scale)")
-    legend_below(figure, [left])
-    return figure
-
-
-def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
-    """Write every figure that a run has the files for into its figures/, as PNG and PDF.
-
-    Without `data`, its data folder, the clips' input maps are left out.
-    """
-    run = Path(run)
+def draw(run: Path, data: Path | str | None = None) -> dict[str, Figure]:
+    """Every figure of an evaluated run by name; without `data`, its data folder, no input maps."""
     evaluation, untrained = run / "evaluation", run / "untrained"
     ablation = run / "high_frequency" / "high_frequency.json"
     figures = {}
-    if data is not None and (run / "best.pt").is_file():
+    if data is not None:
         trained = checkpoint.load(run / "best.pt")
         opened = open_data(data, trained.config.model.audio, splits=["test"])
         try:
@@ -267,11 +236,12 @@ def write_all(run: Path | str, data: Path | str | None = None) -> list[Path]:
         figures["maps"] = input_maps(trained, opened.test, chosen, opened.dataset.synthetic)
     if (run / "log.jsonl").is_file():
         figures["training"] = training_curves(run)
-    if any(evaluation.rglob("metrics.json")):
+    if read_metrics(evaluation):
         figures["scores"] = score_histograms(evaluation)
+        figures["machines"] = machine_intervals(evaluation)
         figures["roc"] = roc_curves(evaluation, untrained if (untrained / "scores.csv").is_file() else None)
     if (evaluation / "embeddings.npz").is_file():
         figures["embeddings"] = embedding_map(evaluation)
     if ablation.is_file():
         figures["high_frequency"] = high_frequency(ablation)
-    return save_all(figures, run / "figures")
+    return figures

@@ -16,9 +16,10 @@ from osscl_min.data.reader import open_data
 from osscl_min.features import LogMel, to_wave
 from osscl_min.report import figures
 from osscl_min.runtime.files import UserError
+from osscl_min.runtime.plotting import BLUE, VERMILLION, save_all
 from osscl_min.train import read_log
 
-EVERY = ["maps", "training", "scores", "roc", "embeddings", "high_frequency"]
+EVERY = ["maps", "training", "scores", "machines", "roc", "embeddings", "high_frequency"]
 
 
 @pytest.fixture
@@ -35,25 +36,25 @@ def title(figure):
     return figure.get_suptitle()
 
 
-def test_write_all_makes_pictures_and_leaves_nothing_open(tiny_run):
-    assert sorted(path.name for path in (tiny_run / "figures").iterdir()) == sorted(
-        f"{name}.{ending}" for name in EVERY for ending in ("png", "pdf")
-    )
-    for name in EVERY:
-        with Image.open(tiny_run / "figures" / f"{name}.png") as image:
+def test_figures_are_pictures_and_nothing_stays_open(tiny_run, tmp_path):
+    drawn = figures.draw(tiny_run, tiny_run / "data")
+    assert list(drawn) == EVERY
+    for path in save_all(drawn, tmp_path):
+        assert path.with_suffix(".pdf").is_file()
+        with Image.open(path) as image:
             assert image.width > 700 and image.height > 300
             assert len(image.convert("RGB").resize((200, 200)).getcolors(40000)) > 50  # something is drawn
     assert not pyplot.get_fignums()
 
 
-def test_write_all_draws_what_there_is(copy):
-    assert [path.stem for path in figures.write_all(copy)] == EVERY[1:]  # no data, no input maps
+def test_draw_leaves_out_what_has_no_files(copy):
+    assert list(figures.draw(copy)) == EVERY[1:]  # no data, no input maps
     for folder in ("evaluation", "untrained", "high_frequency"):
         shutil.rmtree(copy / folder)
-    assert [path.stem for path in figures.write_all(copy)] == ["training"]
+    assert list(figures.draw(copy)) == ["training"]
 
 
-def test_write_all_without_truth_leaves_out_what_needs_it(copy, tiny_run, tmp_path):
+def test_without_truth_figures_that_need_it_are_left_out(copy, tiny_run, tmp_path):
     data = shutil.copytree(tiny_run / "data", tmp_path / "data")
     for path in data.glob("*/test/*.wav"):
         kind, rest = path.name.split("_", 1)  # normal, id_00_00000001.wav
@@ -62,8 +63,17 @@ def test_write_all_without_truth_leaves_out_what_needs_it(copy, tiny_run, tmp_pa
     scores = copy / "evaluation" / "scores.csv"
     scores.write_text(re.sub(",development,[01],", ",development,,", scores.read_text()))
     (copy / "evaluation" / "metrics.json").unlink()
-    written = [path.stem for path in figures.write_all(copy, data)]
-    assert written == ["maps", "training", "embeddings", "high_frequency"]
+    assert list(figures.draw(copy, data)) == ["maps", "training", "embeddings", "high_frequency"]
+
+
+def test_machines_have_their_auc_and_interval(tiny_run):
+    (ax,) = figures.machine_intervals(tiny_run / "evaluation").axes
+    entries = json.loads((tiny_run / "evaluation" / "metrics.json").read_text())["ids"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [f"{e['type']} {e['id']}" for e in entries]
+    drawn = [list(line.get_xdata()) for line in ax.lines if line.get_label() != "chance"]
+    for entry, (bounds, point) in zip(entries, zip(drawn[::2], drawn[1::2], strict=True), strict=True):
+        assert bounds == pytest.approx([100 * bound for bound in entry["interval"]["auc"]])
+        assert point == pytest.approx([100 * entry["auc"]])
 
 
 def test_input_maps_show_the_log_mel_in_true_units(tiny_run):
@@ -115,7 +125,7 @@ def test_histograms_hold_every_clip(tiny_run):
     for ax in figure.axes:
         heights = {to_hex(container[0].get_facecolor()).upper(): sum(bar.get_height() for bar in container)
                    for container in ax.containers}  # fmt: skip
-        assert heights == {figures.BLUE: 4, figures.VERMILLION: 4}
+        assert heights == {BLUE: 4, VERMILLION: 4}
     assert "synthetic" in title(figure)
 
 

@@ -1,0 +1,68 @@
+"""What every notebook opens: a run, its detector and its data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from osscl_min import checkpoint
+from osscl_min.config import AudioConfig, Config
+from osscl_min.data.reader import Data, open_data
+from osscl_min.runtime.files import ROOT, UserError
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's folder, its detector, and its data."""
+
+    folder: Path
+    trained: checkpoint.Checkpoint
+    data: Data
+
+    @property
+    def config(self) -> Config:
+        """The settings that the run was trained with."""
+        return self.trained.config
+
+    @property
+    def audio(self) -> AudioConfig:
+        """What a clip is for this detector."""
+        return self.trained.config.model.audio
+
+    @property
+    def note(self) -> str:
+        """Ends the title of a figure: simulated machines are always called synthetic."""
+        return " (synthetic data)" if self.data.dataset.synthetic else ""
+
+
+def run_folder() -> Path:
+    """The folder named by OSSCL_RUN, relative to the repository; runs/quick without.
+
+    Raises
+    ------
+    UserError
+        If no trained run is there.
+    """
+    run = ROOT / os.environ.get("OSSCL_RUN", "runs/quick")
+    if not (run / "best.pt").is_file():
+        raise UserError(f"no trained run in {run}: `bash reproduce.sh` makes runs/quick, or set OSSCL_RUN")
+    return run
+
+
+def open_run(*splits: str) -> OpenRun:
+    """Open the run of `run_folder` and its data: OSSCL_DATA, a folder or store; data/ in the run without.
+
+    Parameters
+    ----------
+    *splits : {"train", "test"}
+        Which clips to open; both without any.
+    """
+    run = run_folder()
+    trained = checkpoint.load(run / "best.pt")
+    folder = ROOT / os.environ.get("OSSCL_DATA", run / "data")
+    data = open_data(folder, trained.config.model.audio, splits=splits or ("train", "test"))
+    counts = [f"{len(getattr(data, split))} {split} clips" for split in splits or ("train", "test")]
+    source = "simulated machines, no recordings" if data.dataset.synthetic else data.dataset.root.name
+    print(f"{source}: {', '.join(counts)}")
+    return OpenRun(run, trained, data)
