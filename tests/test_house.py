@@ -24,6 +24,7 @@ ORDER = [
     {"trainer", "train", "metrics", "evaluate"},
     {"inference", "experiments"},
     {"report", "notebook"},
+    {"bench"},
     {"cli", "__main__", "__init__"},
 ]
 

@@ -1,0 +1,493 @@
+"""Hostile input to every command: an exit status and one clear line, no traceback, nothing lost, no hang.
+
+A case is a command, run in a folder that holds good data (`data`), a detector (`best.pt`), a finished run
+(`run`), good scores (`scores`) and one hostile thing. `Worker` runs the commands in one process and replaces
+it when it hangs.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, environment
+
+RATE = 16_000
+WAVE = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
+TRAIN = "train --data data --out new --preset quick --train.epochs 1 --model.audio.seconds 1"
+EVALUATE = "evaluate --checkpoint best.pt --data data --out new --bootstrap 10"
+SCORE = "score best.pt data/fan/test"
+BAD = "normal_id_00_99999999.wav"
+PLACES = (f"data/fan/train/{BAD}", f"data/fan/test/{BAD}")
+
+
+@dataclass
+class Case:
+    """A command, what is put into its folder first, and what must come of it."""
+
+    command: list[str]
+    put: dict[str, Any]  # path -> content: bytes, text, or a function that makes it
+    status: tuple[int, ...]
+    says: str
+    given: str  # standard input
+    changes: str  # a path that the command may change
+
+
+CASES: dict[str, Case] = {}
+SLOW: set[str] = set()
+
+
+def case(name, command, put=None, status=2, says="", given="", changes="\0", slow=False) -> None:
+    command = command.split() if isinstance(command, str) else command
+    status = status if isinstance(status, tuple) else (status,)
+    assert name not in CASES, name
+    CASES[name] = Case(command, put or {}, status, says, given, changes)
+    if slow:
+        SLOW.add(name)
+
+
+# --- sounds
+
+
+def wav(path, samples=WAVE, subtype=None, rate=None, share=1.0) -> None:
+    """A sound file, with another rate in its header or cut short."""
+    soundfile.write(path, samples, RATE, subtype=subtype)
+    content = bytearray(path.read_bytes())
+    if rate is not None:
+        content[24:28] = struct.pack("<I", rate)
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def spoiled(*values):
+    """A sound with values that no microphone gives."""
+    samples = WAVE.astype(np.float64)
+    samples[100 : 100 + len(values)] = values
+    return partial(wav, samples=samples, subtype="DOUBLE")
+
+
+SOUNDS = {
+    "empty": b"",
+    "text": "this is no sound\n",
+    "riff-only": b"RIFF\x24\0\0\0WAVE",
+    "no-samples": partial(wav, samples=WAVE[:0]),
+    "cut-header": partial(wav, share=0.0005),
+    "truncated": partial(wav, share=0.5),
+    "silent": partial(wav, samples=0 * WAVE),
+    "nan": spoiled(np.nan),
+    "infinite": spoiled(np.inf),
+    "huge": spoiled(1e300, -1e300),
+    "short": partial(wav, samples=WAVE[:800]),
+    "rate-0": partial(wav, rate=0),
+    "rate-1": partial(wav, rate=1),
+    "rate-4M": partial(wav, rate=4_000_000),
+    "rate-max": partial(wav, rate=0xFFFFFFFF),
+    "mp3": b"ID3\x04" + bytes(500) + b"\xff\xfb\x90\x64" * 200,
+    "noise": np.random.default_rng(1).bytes(5000),
+    "folder": lambda path: path.mkdir(),
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "dangling": lambda path: path.symlink_to("nowhere.wav"),
+    "self-link": lambda path: path.symlink_to(path.name),
+}
+for kind, sound in SOUNDS.items():
+    both, alone = dict.fromkeys(PLACES, sound), {f"given/{BAD}": sound}
+    case(f"inspect:{kind}", "inspect data --out new", both, status=0, says=BAD)
+    case(f"pack:{kind}", "pack data new --seconds 1", both, status=0, says=BAD)
+    case(f"strict:{kind}", f"{TRAIN} --strict", both, says=BAD)
+    case(f"train:{kind}", TRAIN, both, status=0, says=BAD, slow=True)
+    case(f"evaluate:{kind}", EVALUATE, both, status=0, says=BAD, slow=True)
+    case(f"score:{kind}", f"score best.pt given/{BAD} --machine fan --id 00", alone)
+    case(f"score-among:{kind}", f"{SCORE} --csv new.csv", both, status=1, says=BAD)
+    case(
+        f"calibrate:{kind}", f"{SCORE} --calibrate given/{BAD} --machine fan --id 00", alone, says="calibrate"
+    )
+
+# --- names and folders
+
+NAMES = {
+    "not-utf-8": os.fsdecode(b"normal_id_00_\xe4.wav"),
+    "newline": "normal_id_00_0\n1.wav",
+    "long": f"normal_id_00_{'9' * 230}.wav",
+    "quote": "normal_id_00_'\";.wav",
+    "escape": "normal_id_00_\x1b[31m.wav",
+}
+for kind, name in NAMES.items():
+    both = {f"data/fan/train/{name}": wav, f"data/fan/test/{name}": wav}
+    case(f"inspect:name-{kind}", "inspect data --out new", both, status=0)
+    case(f"pack:name-{kind}", "pack data new --seconds 1", both, status=0)
+    case(f"score:name-{kind}", f"{SCORE} --csv new.csv --json new.json", both, status=(0, 1))
+    case(f"train:name-{kind}", TRAIN, both, status=0, slow=True)
+    case(f"evaluate:name-{kind}", EVALUATE, both, status=0)
+LOOPS = {
+    "data/fan/loop": lambda path: path.symlink_to(".."),
+    "data/fan/test/x": lambda path: path.symlink_to("."),
+}
+for command in ("inspect data", SCORE, "pack data new --seconds 1"):
+    case(f"{command.split()[0]}:loop", command, LOOPS, status=(0, 1))
+SHAPES = {
+    "deep": ({f"odd/fan/a/b/c/d/{n}.wav": wav for n in range(3)}, "fan"),
+    "mp3": ({f"odd/fan/00/{n}.mp3": SOUNDS["mp3"] for n in range(3)}, "mp3"),
+    "flat": ({f"odd/{n}.wav": wav for n in range(3)}, "TYPE"),
+}
+for kind, (files, says) in SHAPES.items():
+    for command in ("inspect odd", TRAIN.replace("data data", "data odd"), "pack odd new"):
+        case(f"{command.split()[0]}:shape-{kind}", command, files, says=says)
+case("score:shape-mp3", "score best.pt odd", SHAPES["mp3"][0], says="mp3")
+
+# --- tables
+
+SCORES = "normal_id_00_0.wav,0.1\nanomaly_id_00_0.wav,0.9\nanomaly_id_00_1.wav,0.7\n"
+TRUTH = "fan,,\nid_00_0.wav,anomaly_id_00_9.wav,1\n"
+HEADER = "path,machine_type,machine_id,split,anomaly\n"
+MANIFEST = HEADER + "".join(
+    f"data/{kind}/train/normal_id_00_0000000{n}.wav,{kind},00,train,0\n"
+    for kind in ("fan", "pump")
+    for n in range(3)
+)
+TABLES = {
+    "utf-16": lambda text: text.encode("utf-16"),
+    "latin-1": lambda text: text.replace("_id_00_0", "_id_00_ä").encode("latin-1"),
+    "nul": lambda text: text.encode() + b"\0\0\n",
+    "binary": lambda text: np.random.default_rng(2).bytes(400),
+    "wide": lambda text: text.replace("\n", ",more,cells\n").encode(),
+    "quote": lambda text: b'"' + text.encode(),
+    "html": lambda text: b"<html><body>404</body></html>\n",
+    "empty": lambda text: b"",
+    "folder": lambda text: lambda path: path.mkdir(),
+}
+for kind, spoil in TABLES.items():
+    score_file = "given/anomaly_score_fan_id_00.csv"
+    case(f"metrics:table-{kind}", "metrics given", {score_file: spoil(SCORES)}, says="given")
+    truth = {"truth.csv": spoil(TRUTH)}
+    case(f"labels:table-{kind}", "metrics scores --labels truth.csv", truth, says="truth.csv")
+    status = (0, 2) if kind in ("empty", "folder") else 2
+    case(f"inspect:truth-{kind}", "inspect data", {"data/eval_data_list.csv": spoil(TRUTH)}, status=status)
+    for command in (
+        "inspect m.csv",
+        "pack m.csv new",
+        "score best.pt m.csv",
+        TRAIN.replace("a data", "a m.csv"),
+    ):
+        case(f"{command.split()[0]}:table-{kind}", command, {"m.csv": spoil(MANIFEST)}, says="m.csv")
+comma = {"given/anomaly_score_fan_id_00.csv": SCORES.replace(".1\n", ",1\n")}
+case("metrics:decimal-comma", "metrics given", comma, says="line 1")
+not_a_number = {"given/anomaly_score_fan_id_00.csv": SCORES.replace("0.9", "nan")}
+case("metrics:nan", "metrics given", not_a_number, says="nan")
+case(
+    "metrics:truth-without-clip",
+    "metrics scores --labels truth.csv",
+    {"truth.csv": TRUTH},
+    status=0,
+    says="1 ",
+)
+marked = {"given/anomaly_score_fan_id_00.csv": b"\xef\xbb\xbf" + SCORES.encode()}
+case("metrics:byte-order-mark", "metrics given", marked, status=0, says="100.00")
+
+# --- checkpoints
+
+
+def changed(change):
+    """A maker of the good checkpoint with a change: of its content in place, or to what is returned."""
+
+    def make(path) -> None:
+        content = torch.load(path.parent / "best.pt", weights_only=True)
+        replaced = change(content)
+        torch.save(content if replaced is None else replaced, path)
+
+    return make
+
+
+def with_entry(key, *value):
+    """The same with an entry set to a value, or removed."""
+    *path, last = key.split("/")
+
+    def change(content) -> None:
+        for part in path:
+            content = content[part]
+        content.pop(last)
+        content.update({last: value[0]} if value else {})
+
+    return changed(change)
+
+
+def nan_weights(content) -> None:
+    for value in content["ema"].values():
+        if value.is_floating_point():
+            value.fill_(float("nan"))
+
+
+WEIGHT = "ema/arcface.weight"
+LABELS, VALUES = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.float64)
+CHECKPOINTS = {
+    "empty": b"",
+    "text": "weights\n",
+    "sound": wav,
+    "zip": b"PK\x05\x06" + bytes(18),
+    "cut": lambda path: path.write_bytes((path.parent / "best.pt").read_bytes()[:5000]),
+    "folder": lambda path: path.mkdir(),
+    "pipe": os.mkfifo,
+    "list": changed(lambda content: [1, 2, 3]),
+    "tensor": changed(lambda content: torch.zeros(3)),
+    "no-format": with_entry("format"),
+    "format-99": with_entry("format", 99),
+    "no-config": with_entry("config"),
+    "config-text": with_entry("config", "paper"),
+    "unknown-setting": with_entry("config/model/head", "tail"),
+    "infinite-scale": with_entry("config/model/scale", float("inf")),
+    "negative-length": with_entry("config/model/audio/seconds", -1.0),
+    "no-ema": with_entry("ema"),
+    "no-weight": with_entry(WEIGHT),
+    "weight-text": with_entry(WEIGHT, "x"),
+    "weight-shape": with_entry(WEIGHT, torch.zeros(2, 2)),
+    "nan-weights": changed(nan_weights),
+    "no-classes": with_entry("classes"),
+    "short-classes": changed(lambda content: content["classes"].pop() and None),
+    "classes-numbers": with_entry("classes", [1, 2, 3]),
+    "classes-text": with_entry("classes", "fan"),
+    "no-epoch": with_entry("epoch"),
+    "calibration-text": with_entry("calibration", "none"),
+    "calibration-uneven": with_entry("calibration", {"labels": LABELS, "scores": VALUES[:2]}),
+    "calibration-labels": with_entry("calibration", {"labels": LABELS + 99, "scores": VALUES}),
+    "calibration-nan": with_entry("calibration", {"labels": LABELS, "scores": VALUES + float("nan")}),
+}
+for kind, content in CHECKPOINTS.items():
+    for command in (
+        "score bad.pt data/fan/test",
+        "evaluate --checkpoint bad.pt --data data --out new",
+        "ablate bands --checkpoint bad.pt --data data --out new --preset quick",
+    ):
+        case(f"{command.split()[0]}:checkpoint-{kind}", command, {"bad.pt": content}, says="bad.pt")
+for kind in ("empty", "text", "cut", "list", "no-config", "no-ema", "sound"):
+    command = TRAIN.replace("out new", "out run").replace("epochs 1", "epochs 2")
+    case(f"train:last-{kind}", command, {"run/last.pt": CHECKPOINTS[kind]}, says="run")
+
+# --- settings
+
+RANGES = {
+    TRAIN: """
+        --train.epochs 0 -1 | --train.batch-size 0 -4 1 | --train.learning-rate -1 nan inf 0
+        --train.final-learning-rate -1 nan | --train.seed -1 | --train.validation-fraction -1 2 0 nan
+        --train.noise 2 -0.5 nan | --train.ema-decay 1.5 -1 nan | --train.student-decay -1 2
+        --train.pretrain-epochs 1 5 -1 | --loss.mixup-alpha 0 -1 nan | --loss.temperature 0 -0.1 nan
+        --loss.base-temperature 0 nan | --loss.contrastive-weight -1 nan
+        --model.audio.seconds 0 -1 nan 0.01 1e9 | --model.audio.sample-rate 0 -16000 999
+        --model.audio.f-max 9000 0 -1 nan
+        --model.audio.f-min -1 8000 nan | --model.audio.mels 0 -1 100000
+        --model.audio.hop 0 -1 | --model.audio.n-fft 0 -1
+        --model.audio.cutoff -1 nan | --model.scale 0 -1 inf nan | --model.margin -1 nan 10
+        --model.embedding 0 -1 | --evaluate.batch-size 0 -1 | --evaluate.bootstrap -1
+        --engine.checkpoint-seconds nan -1 | --engine.log-steps 0 -1 | --device cuda cuda:7 tpu cpu:x
+        --seeds a 1,,2 -1 0,0""",
+    EVALUATE: "--bootstrap -1 | --batch-size 0 -3 | --device cuda",
+    SCORE: """
+        --batch-size 0 -1 | --window-step 0 -1 nan | --false-alarm-rate 0 1 nan -0.1 | --machine rocket
+        --channel -1 | --device cuda | --calibrate nowhere.wav""",
+    "pack data new": "--seconds 0 nan | --sample-rate 0 -1 | --channel -1 | --jobs 0 -1",
+    "synth new": """
+        --seconds 0 -1 nan | --sample-rate 0 | --ids-per-type 0 99 | --train-clips -1 | --seed -1
+        --snr-db nan | --test-normal -1""",
+    "ablate scores --data data --out new --preset quick": "--seeds -1 | --variants nonsense | --jobs 0",
+    "ablate high-frequency --checkpoint best.pt --data data --out new": "--cutoffs -1 nan 9000",
+    "metrics scores": "--bootstrap -1 | --labels nowhere.csv",
+    "download new": "--parts nonsense | --types rocket | --jobs 0 | --mirror nonsense",
+}
+for command, options in RANGES.items():
+    for option, *values in filter(None, map(str.split, options.replace("\n", "|").split("|"))):
+        for value in values:
+            case(
+                f"{command.split()[0]}:{option[2:]}={value}",
+                [*command.split(), f"{option}={value}"],
+                status=(2, 3),
+            )
+case("ablate:seeds-without-any", "ablate scores --data data --out new --seeds")
+case("ablate:seeds-twice", "ablate scores --data data --out new --preset quick --seeds 0 0")
+case(
+    "ablate:too-few-epochs",
+    "ablate training --data data --out new --preset quick --train.epochs 1",
+    status=(1, 2),
+)
+case("score:latin-1-names", "score best.pt -", given="data/fan/test/normal\udce4.wav\n", status=(1, 2))
+case("score:no-names", "score best.pt -")
+
+# --- outputs
+
+SOUND = "data/fan/test/normal_id_00_00000000.wav"
+for option, end in (("--csv", "csv"), ("--json", "json"), ("--plot", "png"), ("--explain", "png")):
+    for kind, target, put in (
+        ("sound", SOUND, {}),
+        ("checkpoint", "best.pt", {}),
+        ("folder", f"x.{end}", {f"x.{end}": SOUNDS["folder"]}),
+        ("pipe", f"x.{end}", {f"x.{end}": os.mkfifo}),
+        ("disguised", f"x.{end}", {f"x.{end}": wav}),
+        ("nowhere", f"/proc/none/x.{end}", {}),
+    ):
+        case(f"score:{option}-{kind}", [*SCORE.split(), option, target], put)
+case("score:glob", ["score", "best.pt", SOUND.replace("00.wav", "01.wav"), "--csv", SOUND])
+for command in (
+    "inspect data --out",
+    "metrics scores --out",
+    EVALUATE + " --out",
+    TRAIN + " --out",
+    "synth",
+    "pack data",
+):
+    for target in ("best.pt", "/proc/none/x", "/dev/null"):
+        case(f"{command.split()[0]}:out-{target}", [*command.split(), target])
+
+# --- what is missing or damaged
+
+MISSING = f"""
+    inspect nowhere | pack nowhere new | {TRAIN.replace("a data", "a nowhere")} | score best.pt nowhere.wav
+    {EVALUATE.replace("a data", "a nowhere")} | {EVALUATE.replace("best", "nowhere")} | score nowhere.pt data
+    metrics nowhere | report nowhere | report best.pt | report empty | bench model --data nowhere
+    ablate scores --data nowhere --out new --preset quick | {TRAIN} --with nowhere | {TRAIN} --resume
+    ablate scores --checkpoint nowhere.pt --data data --out new | inspect empty | pack empty new
+    {TRAIN.replace("a data", "a empty")} | score best.pt empty | {EVALUATE.replace("a data", "a empty")}
+    inspect best.pt | metrics best.pt | metrics empty"""
+for number, command in enumerate(filter(str.strip, MISSING.replace("\n", "|").split("|"))):
+    case(f"missing:{number}-{command.split()[0]}", command, {"empty": SOUNDS["folder"]})
+for file in (
+    "config.json log.jsonl best.pt evaluation/metrics.json evaluation/scores.csv evaluation/evaluation.json "
+    "untrained/metrics.json high_frequency/high_frequency.json"
+).split():
+    for kind, content in (("empty", b""), ("binary", b"\xff\xfe\0\1"), ("list", b"[1, 2]\n")):
+        case(
+            f"report:{file}-{kind}",
+            "report run",
+            {f"run/{file}": content},
+            says=Path(file).name,
+            changes="run/",
+        )
+for machine in ("x/../../../escaped", "..", "/absolute", "a\\b", "x" * 300):
+    rows = MANIFEST.replace("fan,00", f"{machine},00").replace("train,0", "test,0")
+    named = changed(lambda content, machine=machine: content["classes"].__setitem__(0, [machine, "00"]))
+    command = EVALUATE.replace("best.pt --data data --out new", "named.pt --data m.csv --out new/deep")
+    case(f"evaluate:machine-{machine[:9]}", command, {"m.csv": rows, "named.pt": named}, status=(0, 2))
+
+
+# --- the test
+
+
+class Worker:
+    """A process that runs commands; one that hangs is stopped."""
+
+    process = None
+
+    def __call__(self, argv, folder, given, timeout=60):
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        print(
+            json.dumps({"argv": argv, "folder": str(folder), "input": given}),
+            file=self.process.stdin,
+            flush=True,
+        )
+        try:
+            return json.loads(self.answers.get(timeout=timeout))
+        except queue.Empty:
+            self.stop()
+            pytest.fail(f"hangs: {argv}")
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("hostile_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment(COLUMNS="200", NO_COLOR="1", TQDM_DISABLE="1", PYTHONWARNINGS="ignore"),
+            cwd=ROOT,
+        )
+        self.answers, output = queue.Queue(), self.process.stdout
+        answers = self.answers
+        threading.Thread(target=lambda: [answers.put(line) for line in output], daemon=True).start()
+        answers.get(timeout=120)
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = Worker()
+    yield worker
+    worker.stop()
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_run, tmp_path_factory):
+    """What every case's folder holds."""
+    folder = tmp_path_factory.mktemp("stage")
+    shutil.copytree(
+        tiny_run, folder / "run", ignore=shutil.ignore_patterns("data", "figures", "report*", "paper")
+    )
+    for kind in ("fan", "pump"):
+        shutil.copytree(
+            tiny_run / "data" / kind, folder / "data" / kind, ignore=shutil.ignore_patterns("*_id_02_*")
+        )
+    shutil.copy(tiny_run / "best.pt", folder / "best.pt")
+    (folder / "scores").mkdir()
+    (folder / "scores" / "anomaly_score_fan_id_00.csv").write_text(SCORES)
+    return folder
+
+
+def contents(folder):
+    """Every regular file below a folder, with a digest of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def put(folder, path, content) -> None:
+    place = folder / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_file():
+        place.unlink()
+    if callable(content):
+        content(place)
+    else:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
+def test_hostile(name, stage, worker, tmp_path):
+    case, folder = CASES[name], tmp_path / "case"
+    needs_run = "run" in case.command or any(path.startswith("run/") for path in case.put)
+    shutil.copytree(stage, folder, ignore=None if needs_run else shutil.ignore_patterns("run"))
+    for path, content in case.put.items():
+        put(folder, path, content)
+    before = contents(tmp_path)
+    answer = worker(case.command, folder, case.given)
+    printed = answer["out"] + answer["err"]
+    assert "Traceback" not in printed, printed[-3000:]
+    assert answer["status"] in case.status, printed
+    assert case.says in printed
+    if answer["status"] == 2 and "╭" not in printed:  # the argument parser's box is a message too
+        assert answer["err"].count("osscl: ") == 1, printed
+    after = contents(tmp_path)
+    lost = [path for path, digest in before.items() if after.get(path) != digest]
+    assert not [path for path in lost if not path.startswith(f"case/{case.changes}")]
+    assert all(path.startswith("case/") for path in after), "a file outside of the folder"
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) - len(SLOW) >= 300
