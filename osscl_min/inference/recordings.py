@@ -23,10 +23,10 @@ from osscl_min.config import AudioConfig
 from osscl_min.data.audio import decode, duration
 from osscl_min.data.clips import MANIFEST, scan
 from osscl_min.data.layouts import readings
+from osscl_min.evaluate import embed
 from osscl_min.features import FrontEnd
 from osscl_min.inference.calibration import Calibration
 from osscl_min.losses import anomaly_score
-from osscl_min.runtime.device import autocast
 from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, walk
 
 COLUMNS = (
@@ -239,13 +239,6 @@ class Scorer:
                 yield recording
 
     @torch.no_grad()
-    def _embed(self, samples: np.ndarray, transform: Callable | None) -> torch.Tensor:
-        """(B, samples) int16 -> (B, D)."""
-        inputs = self.front(torch.from_numpy(samples).to(self.device), transform)
-        with autocast(self.device, self.trained.config.train.precision):
-            return self.trained.model.eval()(*inputs)[1]
-
-    @torch.no_grad()
     def scores(
         self, samples: np.ndarray, labels: Sequence[int], transform: Callable | None = None
     ) -> np.ndarray:
@@ -253,9 +246,11 @@ class Scorer:
 
         `transform` is applied to the waves first, see `FrontEnd`.
         """
-        embedding, arcface = self._embed(samples, transform), self.trained.model.arcface
+        model, precision = self.trained.model, self.trained.config.train.precision
+        windows = torch.from_numpy(samples).to(self.device)
+        ((embedding, _),) = embed(model, self.front, [(windows, None)], precision, transform)
         targets = [torch.full((len(samples),), label, device=self.device) for label in labels]
-        scores = [anomaly_score(arcface(embedding, target), target) for target in targets]
+        scores = [anomaly_score(model.arcface(embedding, target), target) for target in targets]
         return torch.stack(scores, dim=1).cpu().numpy()
 
 
