@@ -1,0 +1,310 @@
+"""Instructions that touch memory or other threads, as functions of the machine and whole registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .memory import BASE
+from .numbers import f4, f8, from_bf16, from_f16, read_tf32, towards_zero, u2, u4, u8
+from .ptx import EmulationError
+
+READ = {"tf32": read_tf32, "bf16": from_bf16, "f16": from_f16}
+NAN = np.full((1, 1), np.nan, f4)
+ATOMIC = {
+    "add": lambda old, x: old + x, "min": min, "max": max, "and": lambda old, x: old & x,
+    "or": lambda old, x: old | x, "xor": lambda old, x: old ^ x, "exch": lambda old, x: x,
+    "cas": lambda old, x, new: new if old == x else old,
+}  # fmt: skip
+
+
+def _reach(m, space, addresses, offset, size, instruction):
+    """Byte offsets of the active threads' addresses, and the memory that they lie in."""
+    addresses = m.full(addresses) + addresses.dtype.type(offset % 2 ** (8 * addresses.itemsize))
+    if space == "shared":
+        at = m.shared.places(addresses, size, m.active, instruction)
+        if m.counts:
+            everywhere = np.full(m.shape, -1)
+            everywhere[m.everywhere if m.active is None else m.active] = at
+            m.counts.shared_access(everywhere, size, instruction)
+        return at, m.shared
+    active = addresses if m.active is None else addresses[m.active]
+    at = m.memory.places(active.reshape(-1), size, instruction)
+    if m.counts:
+        m.counts.global_access((addresses - u8(BASE)).view(np.int64), m.active, size, instruction)
+    return at, m.memory
+
+
+def _warps(m):
+    """The warp of each active thread."""
+    return m.warps.reshape(-1) if m.active is None else m.warps[m.active]
+
+
+def load(space, t, elements, offset, instruction):
+    size = np.dtype(t).itemsize
+
+    def compute(m, addresses):
+        at, memory = _reach(m, space, addresses, offset, size * elements, instruction)
+        if space == "shared":
+            m.shared.check_read(at, _warps(m), size * elements, instruction)
+        view, at = memory.views[size], at // size
+        values = []
+        for i in range(elements):
+            value = view[at + i]
+            if m.active is None:
+                value = value.reshape(m.shape)
+            else:
+                value, some = np.zeros(m.shape, view.dtype), value
+                value[m.active] = some
+            values.append(value.view(t))
+        return values if elements > 1 else values[0]
+
+    return compute
+
+
+def store(space, t, offset, instruction):
+    size = np.dtype(t).itemsize
+
+    def compute(m, addresses, *values):
+        at, memory = _reach(m, space, addresses, offset, size * len(values), instruction)
+        if space == "shared":
+            m.shared.check_write(at, _warps(m), size * len(values), instruction)
+        view, at = memory.views[size], at // size
+        for i, value in enumerate(values):
+            value = m.full(value).view(view.dtype)
+            value = value.reshape(-1) if m.active is None else value[m.active]
+            view[at + i] = value
+            if (view[at + i] != value).any():
+                m.findings[f"race: threads write different values to one place: {instruction}"] += 1
+
+    return compute
+
+
+def atomic(name, t, offset, instruction, returns):
+    def compute(m, addresses, *values):
+        size = np.dtype(t).itemsize
+        at, memory = _reach(m, "global", addresses, offset, size, instruction)
+        view, at = memory.views[size].view(t), at // size
+        operands = [m.full(v) if m.active is None else m.full(v)[m.active] for v in values]
+        old = np.empty(len(at), t)
+        for i, (place, *given) in enumerate(zip(at, *(x.reshape(-1) for x in operands), strict=True)):
+            old[i] = view[place]
+            view[place] = ATOMIC[name](old[i], *given)
+        if not returns:
+            return None
+        out = np.zeros(m.shape, t)
+        out[m.everywhere if m.active is None else m.active] = old
+        return out
+
+    return compute
+
+
+def start_copy(size, to_offset, offset, instruction):
+    def compute(m, to, source, source_size=None):
+        given = m.active
+        at, _ = _reach(m, "shared", to, to_offset, size, instruction)
+        m.shared.check_write(at, _warps(m), size, instruction, landed=False)
+        warps = _warps(m)
+        live = None if source_size is None else m.full(source_size) > 0
+        if live is not None and not np.isin(source_size, (0, size)).all():
+            raise EmulationError(f"cp.async of a part: {instruction}")
+        m.active = given if live is None else live if given is None else given & live
+        places, memory = _reach(m, "global", source, offset, size, instruction)
+        data = np.zeros((*m.shape, size), np.uint8)
+        data[m.everywhere if m.active is None else m.active] = memory.bytes[places[:, None] + np.arange(size)]
+        m.active = given
+        m.copies.append((at, warps, data.reshape(-1, size) if given is None else data[given]))
+
+    return compute
+
+
+def shuffle(mode, with_predicate):
+    def compute(m, values, lane_operand, clamp):
+        lane = np.arange(m.shape[1], dtype=u4)[None] % u4(32)
+        segment, clamp = (clamp >> u4(8)) & u4(31), clamp & u4(31)
+        lowest, highest = lane & segment, (lane & segment) | (clamp & ~segment)
+        step = lane_operand & u4(31)
+        source = {
+            "bfly": lambda: lane ^ step,
+            "idx": lambda: lowest | (step & ~segment),
+            "up": lambda: lane - step,
+            "down": lambda: lane + step,
+        }[mode]()
+        valid = source.view(np.int32) >= highest.view(np.int32) if mode == "up" else source <= highest
+        source = np.where(valid, source, lane)
+        index = np.arange(m.shape[1]) // 32 * 32 + source
+        values = m.full(values)
+        if len(index) == 1:
+            result = values[:, index[0]]
+        else:
+            result = np.take_along_axis(values, index.astype(np.int64), 1)
+        return (result, m.full(valid)) if with_predicate else result
+
+    return compute
+
+
+def vote(mode):
+    def compute(m, predicate):
+        warps = m.full(predicate).reshape(-1, 32)
+        if mode == "ballot":
+            result = (warps.astype(u4) << np.arange(32, dtype=u4)).sum(1, dtype=u4)
+        else:
+            result = {"any": warps.any, "all": warps.all}[mode](1)
+        return np.repeat(result, 32).reshape(m.shape)
+
+    return compute
+
+
+def _rows(m, addresses, number, offset, instruction, write):
+    """Offsets of the 16-byte rows of ldmatrix and stmatrix: (warps, matrices, 8)."""
+    at = m.shared.places(m.full(addresses) + u4(offset), 16, m.every_lane(8 * number), instruction)
+    rows = at.reshape(-1, number, 8)
+    if m.counts:
+        m.counts.shared_access(rows.reshape(-1), 16, instruction)
+    check = m.shared.check_write if write else m.shared.check_read
+    check(at, m.warps[m.every_lane(8 * number)], 16, instruction)
+    return rows
+
+
+def load_matrix(number, transposed, offset, instruction):
+    def compute(m, addresses):
+        rows = _rows(m, addresses, number, offset, instruction, write=False)
+        if transposed:
+            values = m.shared.views[2][(rows >> 1)[..., None] + np.arange(8)].swapaxes(2, 3)
+            values = np.ascontiguousarray(values).view(u4)
+        else:
+            values = m.shared.views[4][(rows >> 2)[..., None] + np.arange(4)]
+        values = values.reshape(-1, number, 32)
+        out = [values[:, i].reshape(m.shape) for i in range(number)]
+        return out if number > 1 else out[0]
+
+    return compute
+
+
+def store_matrix(number, transposed, offset, instruction):
+    def compute(m, addresses, *values):
+        rows = _rows(m, addresses, number, offset, instruction, write=True)
+        for i, value in enumerate(values):
+            value = np.ascontiguousarray(m.full(value)).reshape(-1, 8, 4)
+            if transposed:
+                value = np.ascontiguousarray(value.view(u2).swapaxes(1, 2)).view(u4)
+            m.shared.views[4][(rows[:, i] >> 2)[..., None] + np.arange(4)] = value
+
+    return compute
+
+
+def _operand_a(registers, groups, element):
+    """(groups, 16, K) from the four registers of each thread of a warp."""
+    words = np.empty((groups, 16, 8), u4)
+    for register, (row, column) in zip(registers, ((0, 0), (8, 0), (0, 4), (8, 4)), strict=True):
+        words[:, row : row + 8, column : column + 4] = register.reshape(groups, 8, 4)
+    return READ[element](words if element == "tf32" else words.view(u2)).astype(f8)
+
+
+def multiply_matrices(element):
+    def compute(m, *registers):
+        registers = [m.full(r) for r in registers]
+        groups = registers[0].size // 32
+        a = _operand_a(registers[:4], groups, element)
+        words = np.empty((groups, 8, 8), u4)
+        words[:, :, :4] = registers[4].reshape(groups, 8, 4)
+        words[:, :, 4:] = registers[5].reshape(groups, 8, 4)
+        b = READ[element](words if element == "tf32" else words.view(u2)).astype(f8)
+        c = np.stack([r.reshape(groups, 8, 4) for r in registers[6:]], -1).reshape(groups, 8, 4, 2, 2)
+        c = c.transpose(0, 3, 1, 2, 4).reshape(groups, 16, 8)  # (half, row, pair, element)
+        d = towards_zero(a @ b.swapaxes(1, 2) + c).reshape(groups, 2, 8, 4, 2)
+        return [d[:, half, :, :, i].reshape(m.shape) for half in range(2) for i in range(2)]
+
+    return compute
+
+
+# wgmma. A product runs from its issue to its wait: it reads shared memory at the wait, and until then its
+# accumulator holds NaN.
+
+
+@dataclass(eq=False)
+class Product:
+    accumulator: list[str]
+    a: list[np.ndarray]  # registers, or the descriptor
+    b: np.ndarray
+    start: list[np.ndarray] | None  # None: the result of `before`
+    before: Product | None
+    held: list[np.ndarray]
+    run: object
+    result: list[np.ndarray] = field(default_factory=list)
+
+
+def start_product(accumulator, in_registers, columns, depth, element, transposes, instruction):
+    size = 4 if element == "tf32" else 2
+
+    def operand(m, descriptor, rows, transposed):
+        return _shared_operand(m, descriptor, rows, depth, size, transposed, instruction)
+
+    def run(m, product):
+        groups = m.shape[0] * m.shape[1] // 128
+        if in_registers:
+            a = _operand_a(product.a, 4 * groups, element).reshape(groups, 64, depth)
+        else:
+            a = READ[element](m.shared.views[size][operand(m, product.a[0], 64, transposes[0])]).astype(f8)
+        b = READ[element](m.shared.views[size][operand(m, product.b, columns, transposes[1])]).astype(f8)
+        d = a @ b.swapaxes(1, 2)
+        start = product.before.result if product.start is None else product.start
+        if start:  # (group, warp, row, pair | column block, half, element) to (group, row, column)
+            c = np.stack(start, -1).reshape(groups, 4, 8, 4, columns // 8, 2, 2)
+            d += c.transpose(0, 1, 5, 2, 4, 3, 6).reshape(groups, 64, columns)
+        d = towards_zero(d).reshape(groups, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
+        d = np.ascontiguousarray(np.moveaxis(d.reshape(*m.shape, columns // 2), -1, 0))
+        product.result = list(d)
+
+    def compute(m, *values):
+        a, (b, keep, *start) = values[: 4 if in_registers else 1], values[4 if in_registers else 1 :]
+        if m.shape[1] % 128:
+            raise EmulationError(f"wgmma by a part of a warpgroup: {instruction}")
+        a, b = [m.full(x) for x in a], m.full(b)
+        before = m.flying.get(accumulator[0])
+        if not keep.any():
+            before, start = None, []
+        elif not keep.all():
+            raise EmulationError(f"wgmma: scale-d differs between threads: {instruction}")
+        start = None if before else [m.full(x) for x in start]
+        held = []
+        if m.shared.checks:
+            held = [m.shared.hold(size * operand(m, b, columns, transposes[1]).reshape(-1), instruction)]
+            if not in_registers:
+                held.append(m.shared.hold(size * operand(m, a[0], 64, transposes[0]).reshape(-1), instruction))
+        product = Product(accumulator, a, b, start, before, held, run)
+        m.products.append(product)
+        m.flying.update(dict.fromkeys(accumulator, product))
+        return [NAN] * len(accumulator)
+
+    return compute
+
+
+def _shared_operand(m, descriptor, rows, depth, size, transposed, instruction):
+    """Element offsets (warpgroups, rows, depth) of an operand that a matrix descriptor names."""
+    groups = descriptor.reshape(-1, 128)
+    first = groups[:, 0]
+    if (groups != first[:, None]).any() or ((first ^ first[0]) >> u8(16)).any():
+        raise EmulationError(f"wgmma: descriptors differ: {instruction}")
+    low = int(first[0])
+    leading, stride = (low >> 16 & 0x3FFF) << 4, (low >> 32 & 0x3FFF) << 4
+    swizzle = low >> 62 & 3
+    if low >> 49 & 7 or (transposed and size != 2):
+        raise EmulationError(f"wgmma: descriptor not emulated: {instruction}")
+    span = {0: 16, 1: 128, 2: 64, 3: 32}[swizzle]  # bytes of a row of the swizzled pattern
+    r, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
+    if transposed:
+        chunk = span // size
+        across, down = (stride, leading) if swizzle == 0 else (leading, stride)
+        at = r % chunk * size + r // chunk * across + k % 8 * span + k // 8 * down
+    elif swizzle:
+        at = r % 8 * span + r // 8 * stride + k * size
+    else:
+        at = r % 8 * 16 + r // 8 * stride + k * size // 16 * leading + k * size % 16
+    at = ((first & u8(0x3FFF)) << u8(4)).astype(np.int64)[:, None, None] + at
+    at = at ^ ((at >> 7 & span // 16 - 1) << 4) if swizzle else at
+    if at.max() + size > m.shared.size:
+        raise EmulationError(f"wgmma: operand outside shared memory: {instruction}")
+    programs = np.repeat(m.shared.base[:, 0], len(first) // len(m.shared.base))
+    return (at + programs[:, None, None]) // size
