@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .memory import BASE
-from .numbers import f4, f8, from_bf16, from_f16, read_tf32, towards_zero, u2, u4, u8
+from .numbers import f4, f8, from_bf16, read_tf32, towards_zero, u2, u4, u8
 from .ptx import EmulationError
 
-READ = {"tf32": read_tf32, "bf16": from_bf16, "f16": from_f16}
+READ = {"tf32": read_tf32, "bf16": from_bf16}
 NAN = np.full((1, 1), np.nan, f4)
 ATOMIC = {
     "add": lambda old, x: old + x, "min": min, "max": max, "and": lambda old, x: old & x,
@@ -24,14 +24,14 @@ def _reach(m, space, addresses, offset, size, instruction):
     addresses = m.full(addresses) + addresses.dtype.type(offset % 2 ** (8 * addresses.itemsize))
     if space == "shared":
         at = m.shared.places(addresses, size, m.active, instruction)
-        if m.counts:
+        if m.count:
             everywhere = np.full(m.shape, -1)
-            everywhere[m.everywhere if m.active is None else m.active] = at
+            everywhere[m.lanes()] = at
             m.counts.shared_access(everywhere, size, instruction)
         return at, m.shared
     active = addresses if m.active is None else addresses[m.active]
     at = m.memory.places(active.reshape(-1), size, instruction)
-    if m.counts:
+    if m.count:
         m.counts.global_access((addresses - u8(BASE)).view(np.int64), m.active, size, instruction)
     return at, m.memory
 
@@ -41,7 +41,7 @@ def _warps(m):
     return m.warps.reshape(-1) if m.active is None else m.warps[m.active]
 
 
-def load(space, t, elements, offset, instruction):
+def load(instruction, space, t, elements, offset):
     size = np.dtype(t).itemsize
 
     def compute(m, addresses):
@@ -63,7 +63,7 @@ def load(space, t, elements, offset, instruction):
     return compute
 
 
-def store(space, t, offset, instruction):
+def store(instruction, space, t, offset):
     size = np.dtype(t).itemsize
 
     def compute(m, addresses, *values):
@@ -81,7 +81,7 @@ def store(space, t, offset, instruction):
     return compute
 
 
-def atomic(name, t, offset, instruction, returns):
+def atomic(instruction, name, t, offset, returns):
     def compute(m, addresses, *values):
         size = np.dtype(t).itemsize
         at, memory = _reach(m, "global", addresses, offset, size, instruction)
@@ -94,13 +94,13 @@ def atomic(name, t, offset, instruction, returns):
         if not returns:
             return None
         out = np.zeros(m.shape, t)
-        out[m.everywhere if m.active is None else m.active] = old
+        out[m.lanes()] = old
         return out
 
     return compute
 
 
-def start_copy(size, to_offset, offset, instruction):
+def start_copy(instruction, size, to_offset, offset):
     def compute(m, to, source, source_size=None):
         given = m.active
         at, _ = _reach(m, "shared", to, to_offset, size, instruction)
@@ -112,14 +112,14 @@ def start_copy(size, to_offset, offset, instruction):
         m.active = given if live is None else live if given is None else given & live
         places, memory = _reach(m, "global", source, offset, size, instruction)
         data = np.zeros((*m.shape, size), np.uint8)
-        data[m.everywhere if m.active is None else m.active] = memory.bytes[places[:, None] + np.arange(size)]
+        data[m.lanes()] = memory.bytes[places[:, None] + np.arange(size)]
         m.active = given
         m.copies.append((at, warps, data.reshape(-1, size) if given is None else data[given]))
 
     return compute
 
 
-def shuffle(mode, with_predicate):
+def shuffle(mode, results):
     def compute(m, values, lane_operand, clamp):
         lane = np.arange(m.shape[1], dtype=u4)[None] % u4(32)
         segment, clamp = (clamp >> u4(8)) & u4(31), clamp & u4(31)
@@ -139,7 +139,7 @@ def shuffle(mode, with_predicate):
             result = values[:, index[0]]
         else:
             result = np.take_along_axis(values, index.astype(np.int64), 1)
-        return (result, m.full(valid)) if with_predicate else result
+        return (result, m.full(valid)) if results > 1 else result
 
     return compute
 
@@ -158,16 +158,16 @@ def vote(mode):
 
 def _rows(m, addresses, number, offset, instruction, write):
     """Offsets of the 16-byte rows of ldmatrix and stmatrix: (warps, matrices, 8)."""
-    at = m.shared.places(m.full(addresses) + u4(offset), 16, m.every_lane(8 * number), instruction)
+    at = m.shared.places(m.full(addresses) + u4(offset), 16, m.lanes(8 * number), instruction)
     rows = at.reshape(-1, number, 8)
-    if m.counts:
+    if m.count:
         m.counts.shared_access(rows.reshape(-1), 16, instruction)
     check = m.shared.check_write if write else m.shared.check_read
-    check(at, m.warps[m.every_lane(8 * number)], 16, instruction)
+    check(at, m.warps[m.lanes(8 * number)], 16, instruction)
     return rows
 
 
-def load_matrix(number, transposed, offset, instruction):
+def load_matrix(instruction, number, transposed, offset):
     def compute(m, addresses):
         rows = _rows(m, addresses, number, offset, instruction, write=False)
         if transposed:
@@ -182,7 +182,7 @@ def load_matrix(number, transposed, offset, instruction):
     return compute
 
 
-def store_matrix(number, transposed, offset, instruction):
+def store_matrix(instruction, number, transposed, offset):
     def compute(m, addresses, *values):
         rows = _rows(m, addresses, number, offset, instruction, write=True)
         for i, value in enumerate(values):
@@ -228,51 +228,44 @@ class Product:
     accumulator: list[str]
     a: list[np.ndarray]  # registers, or the descriptor
     b: np.ndarray
-    start: list[np.ndarray] | None  # None: the result of `before`
-    before: Product | None
+    start: list[np.ndarray]  # accumulator; empty for zero
+    before: Product | None  # in flight itself: its result is the accumulator
     held: list[np.ndarray]
     run: object
     result: list[np.ndarray] = field(default_factory=list)
 
 
-def start_product(accumulator, in_registers, columns, depth, element, transposes, instruction):
+def start_product(instruction, accumulator, registers, columns, depth, element, transposed):
+    """`registers` of A: four, or one for a descriptor."""
     size = 4 if element == "tf32" else 2
 
-    def operand(m, descriptor, rows, transposed):
-        return _shared_operand(m, descriptor, rows, depth, size, transposed, instruction)
+    def places(m, a, b):
+        """Of the operands in shared memory: B, then A unless it is in registers."""
+        operands = [(b, columns, transposed[1])] + [(a[0], 64, transposed[0])] * (registers == 1)
+        return [_shared_operand(m, d, rows, depth, size, t, instruction) for d, rows, t in operands]
 
     def run(m, product):
         groups = m.shape[0] * m.shape[1] // 128
-        if in_registers:
-            a = _operand_a(product.a, 4 * groups, element).reshape(groups, 64, depth)
-        else:
-            a = READ[element](m.shared.views[size][operand(m, product.a[0], 64, transposes[0])]).astype(f8)
-        b = READ[element](m.shared.views[size][operand(m, product.b, columns, transposes[1])]).astype(f8)
-        d = a @ b.swapaxes(1, 2)
-        start = product.before.result if product.start is None else product.start
+        b, *a = (m.shared.views[size][at] for at in places(m, product.a, product.b))
+        a = READ[element](a[0]).astype(f8) if a else _operand_a(product.a, 4 * groups, element)
+        d = a.reshape(groups, 64, depth) @ READ[element](b).astype(f8).swapaxes(1, 2)
+        start = product.before.result if product.before else product.start
         if start:  # (group, warp, row, pair | column block, half, element) to (group, row, column)
             c = np.stack(start, -1).reshape(groups, 4, 8, 4, columns // 8, 2, 2)
             d += c.transpose(0, 1, 5, 2, 4, 3, 6).reshape(groups, 64, columns)
         d = towards_zero(d).reshape(groups, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
-        d = np.ascontiguousarray(np.moveaxis(d.reshape(*m.shape, columns // 2), -1, 0))
-        product.result = list(d)
+        product.result = list(np.ascontiguousarray(np.moveaxis(d.reshape(*m.shape, columns // 2), -1, 0)))
 
     def compute(m, *values):
-        a, (b, keep, *start) = values[: 4 if in_registers else 1], values[4 if in_registers else 1 :]
-        if m.shape[1] % 128:
-            raise EmulationError(f"wgmma by a part of a warpgroup: {instruction}")
+        a, (b, keep, *start) = values[:registers], values[registers:]
+        if m.shape[1] % 128 or keep.any() != keep.all():
+            raise EmulationError(f"wgmma: threads of a warpgroup differ: {instruction}")
         a, b = [m.full(x) for x in a], m.full(b)
-        before = m.flying.get(accumulator[0])
-        if not keep.any():
-            before, start = None, []
-        elif not keep.all():
-            raise EmulationError(f"wgmma: scale-d differs between threads: {instruction}")
-        start = None if before else [m.full(x) for x in start]
+        before = m.flying.get(accumulator[0]) if keep.all() else None
+        start = [m.full(x) for x in start] if keep.all() and not before else []
         held = []
         if m.shared.checks:
-            held = [m.shared.hold(size * operand(m, b, columns, transposes[1]).reshape(-1), instruction)]
-            if not in_registers:
-                held.append(m.shared.hold(size * operand(m, a[0], 64, transposes[0]).reshape(-1), instruction))
+            held = [m.shared.hold(size * at.reshape(-1), instruction) for at in places(m, a, b)]
         product = Product(accumulator, a, b, start, before, held, run)
         m.products.append(product)
         m.flying.update(dict.fromkeys(accumulator, product))

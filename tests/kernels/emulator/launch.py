@@ -17,9 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from .machine import Kernel, work, worst
+from .machine import Kernel
 from .memory import Counts, GlobalMemory
 from .ptx import EmulationError
+from .work import work, worst
 
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
@@ -73,9 +74,7 @@ class Emulation:
         key = (function.__module__, function.__qualname__, warps, stages, tuple(signature.items()))
         key += (tuple((name, str(value)) for name, value in constants.items()), tuple(aligned), self.edit)
         if key not in self.kernels:
-            attributes = {
-                (function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned
-            }
+            attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
             compiled = triton.compile(
                 ASTSource(function, signature, constexprs=constants, attrs=attributes),
                 target=GPUTarget("cuda", self.capability, 32),
@@ -131,9 +130,7 @@ def _upload(values: list) -> tuple[list[np.ndarray], GlobalMemory, list]:
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     order = list(storages)
-    views = [
-        torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in storages.values()
-    ]
+    views = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in storages.values()]
     memory = GlobalMemory(views, order)
     parameters = []
     for value in values:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import numpy as np
@@ -64,24 +63,11 @@ class SharedMemory:
     def __init__(self, programs: int, size: int, grain: int, checks: bool, findings: Counter):
         self.size = max(-(-size // 16) * 16, 16)
         self.grain, self.checks, self.findings, self.epoch = grain, checks, findings, 1
-        self._place(np.full((programs, self.size), 0xFF, u1))
-        if checks:
-            for name in self.TRACKS:
-                setattr(self, name, np.zeros(programs * self.size // grain, np.int32))
-
-    def _place(self, rows: np.ndarray) -> None:
-        self.rows, self.bytes = rows, rows.reshape(-1)
+        self.bytes = np.full(programs * self.size, 0xFF, u1)
         self.views = {size: self.bytes.view(t) for size, t in VIEWS.items()}
-        self.base = (np.arange(len(rows)) * self.size)[:, None]
-
-    def select(self, programs: np.ndarray) -> SharedMemory:
-        """The memory of some of the programs."""
-        other = copy.copy(self)
-        if self.checks:
-            for name in self.TRACKS:
-                setattr(other, name, getattr(self, name).reshape(len(self.rows), -1)[programs].reshape(-1))
-        other._place(self.rows[programs])
-        return other
+        self.base = (np.arange(programs) * self.size)[:, None]
+        for name in self.TRACKS:
+            setattr(self, name, np.zeros(len(self.bytes) // grain if checks else 0, np.int32))
 
     def places(self, addresses: np.ndarray, size: int, active, instruction) -> np.ndarray:
         """Offsets into `bytes` of the active threads' addresses, (programs, threads) in."""
@@ -162,8 +148,7 @@ class SharedMemory:
         return g
 
     def fence(self) -> None:
-        if self.checks:
-            self.unfenced[:] = 0
+        self.unfenced[:] = 0
 
     def release(self, g) -> None:
         self.held[g] -= 1
@@ -178,6 +163,12 @@ class Counts:
         self.programs = 0
         self.blocks = np.zeros(blocks, np.int64)
         self.sites: dict[str, Counter] = {}
+
+    def add(self, other: Counts) -> None:
+        self.programs += other.programs
+        self.blocks += other.blocks
+        for place, site in other.sites.items():
+            self.sites.setdefault(place, Counter()).update(site)
 
     def _site(self, instruction) -> Counter:
         return self.sites.setdefault(f"{instruction.place} {instruction.opcode}", Counter())

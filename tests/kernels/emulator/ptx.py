@@ -9,7 +9,9 @@ ENTRY = re.compile(r"\.visible \.entry (\S+?)\((.*?)\)[^{]*\{", re.S)
 LABEL = re.compile(r"([$\w]+):(?!:)\s*")
 GUARD = re.compile(r"@(!?)(%\w+)\s+")
 PLACE = re.compile(r"([\w.]+\.py:\d+)")
+ADDRESS = re.compile(r"\[\s*([^+\s\]]+)\s*(?:\+\s*(-?\d+))?\s*\]")
 IGNORED = (".reg", ".pragma", ".shared")
+JUMPS = ("bra", "ret", "exit")
 
 
 class EmulationError(Exception):
@@ -25,14 +27,11 @@ class Instruction:
     guard: str
     negated: bool
     place: str
+    mnemonic: str = ""
+    modifiers: list[str] = field(default_factory=list)
 
-    @property
-    def mnemonic(self) -> str:
-        return self.opcode.partition(".")[0]
-
-    @property
-    def modifiers(self) -> list[str]:
-        return self.opcode.split(".")[1:]
+    def __post_init__(self) -> None:
+        self.mnemonic, *self.modifiers = self.opcode.split(".")
 
     def __str__(self) -> str:
         return f"{self.place} | {self.opcode} {', '.join(self.operands)}"[:160]
@@ -40,48 +39,41 @@ class Instruction:
 
 @dataclass(slots=True)
 class Entry:
-    """A kernel: parameter names, bits of each register bank, basic blocks, and the block behind each label."""
+    """A kernel: parameter names, the type of each register bank, basic blocks and the block of each label."""
 
-    name: str
     parameters: list[str]
     banks: dict[str, str]
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)
 
 
-def operands(text: str) -> list[str]:
-    """Split at commas outside braces and brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "{[") - (character in "}]")
-        if character == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += character
+def split(text: str) -> list[str]:
+    """Operands: split at commas outside braces and brackets."""
+    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text)
     return [part.strip() for part in parts if part.strip()]
 
 
 def vector(operand: str) -> list[str]:
-    """The elements of {a, b}; a single operand is a vector of one."""
-    return [x.strip() for x in operand[1:-1].split(",")] if operand.startswith("{") else [operand]
+    """The elements of {a, b}; a single operand is a vector of one, p|q one of two."""
+    return [x.strip() for x in operand.strip("{} ").replace("|", ",").split(",")]
 
 
 def address(operand: str) -> tuple[str, int]:
     """Base and byte offset of [base + offset]."""
-    inside = operand.strip()[1:-1].strip()
-    match = re.fullmatch(r"(.*\S)\s*([+-])\s*(-?\d+)", inside)
-    return (match[1], int(match[2] + "1") * int(match[3])) if match else (inside, 0)
+    match = ADDRESS.fullmatch(operand)
+    return match[1], int(match[2] or 0)
 
 
 def parse(ptx: str) -> Entry:
     """Parse a module with one entry."""
     match = ENTRY.search(ptx)
-    parameters = [line.split()[-1] for line in match[2].split(",") if line.strip()]
-    banks = {base: bits for bits, base in re.findall(r"\.reg \.(\w+)\s+(%\w+)<\d+>", ptx)}
-    entry = Entry(match[1], parameters, banks)
-    body = re.sub(r"/\*.*?\*/", "", ptx[match.end() :], flags=re.S)
+    entry = Entry(
+        [line.split()[-1] for line in match[2].split(",") if line.strip()],
+        {base: kind for kind, base in re.findall(r"\.reg \.(\w+)\s+(%\w+)<\d+>", ptx)},
+    )
+    jumped_to = set(re.findall(r"\bbra(?:\.uni)?\s+([$\w]+)", ptx))
     place, statement = "", ""
-    for line in body.splitlines():
+    for line in re.sub(r"/\*.*?\*/", "", ptx[match.end() :], flags=re.S).splitlines():
         code, _, note = line.partition("//")
         code = code.strip()
         if code.startswith(".loc"):
@@ -94,21 +86,18 @@ def parse(ptx: str) -> Entry:
             if statement[0] in "{}":
                 statement = statement[1:].strip()
             elif label := LABEL.match(statement):
-                _start_block(entry)
-                entry.labels[label[1]] = len(entry.blocks) - 1
+                if label[1] in jumped_to:
+                    if entry.blocks[-1]:
+                        entry.blocks.append([])
+                    entry.labels[label[1]] = len(entry.blocks) - 1
                 statement = statement[label.end() :]
             elif ";" in statement:
-                one, _, statement = statement.partition(";")
+                complete, _, statement = statement.partition(";")
                 statement = statement.strip()
-                _append(entry, one.strip(), place)
+                _append(entry, complete.strip(), place)
             else:
                 break
     return entry
-
-
-def _start_block(entry: Entry) -> None:
-    if entry.blocks[-1]:
-        entry.blocks.append([])
 
 
 def _append(entry: Entry, statement: str, place: str) -> None:
@@ -117,10 +106,9 @@ def _append(entry: Entry, statement: str, place: str) -> None:
     if not statement or statement.startswith(IGNORED):
         return
     guard = GUARD.match(statement)
-    opcode, _, rest = statement[guard.end() if guard else 0 :].replace("\t", " ").partition(" ")
-    instruction = Instruction(
-        opcode, operands(rest), guard[2] if guard else "", bool(guard and guard[1]), place
-    )
+    opcode, *rest = statement[guard.end() if guard else 0 :].split(None, 1)
+    operands = split(rest[0]) if rest else []
+    instruction = Instruction(opcode, operands, guard[2] if guard else "", bool(guard and guard[1]), place)
     entry.blocks[-1].append(instruction)
-    if instruction.mnemonic in ("bra", "ret", "exit"):
+    if instruction.mnemonic in JUMPS:
         entry.blocks.append([])
