@@ -6,15 +6,22 @@ On a GPU the kernels run there; elsewhere, `emulated` executes what Triton compi
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from osscl_kernels import supcon_loss, supcon_loss_ref
 from osscl_kernels.tfgram_infer import LAYERS, Folded, tfgram_infer, tfgram_infer_ref
 from osscl_kernels.tfgram_train import tfgram_train, tfgram_train_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton chooses between its compiler and its interpreter when it is imported, for the whole process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+only_compiled = pytest.mark.skipif(INTERPRETED, reason="run by test_in_a_process_that_compiles")
 KERNELS = ("supcon", "tfgram_infer", "tfgram_train")
 # Sizes of a case; the first is the one of the ordinary suite.
 SIZES = {
@@ -100,9 +107,7 @@ def _infer(precision, clips, samples, hop):
         return scale * torch.randn(shape, generator=generator)
 
     wave = normal(clips, samples + 13, scale=0.3)[:, :samples]  # rows with a gap between them
-    weights = [
-        normal(x.kernel, x.inputs, x.outputs, scale=(x.inputs * x.kernel) ** -0.5) for x in LAYERS
-    ]
+    weights = [normal(x.kernel, x.inputs, x.outputs, scale=(x.inputs * x.kernel) ** -0.5) for x in LAYERS]
     folded = Folded(tuple(weights), tuple(normal(x.outputs, scale=0.3) for x in LAYERS))
     with torch.no_grad():
         options = {"hop": hop, "precision": precision, "backend": "triton"}
@@ -127,9 +132,7 @@ def _train(precision, clips, samples, hop):
         gamma[::3] *= -1
 
     def run(function: Callable, dtype=torch.float32, device="cpu", **options):
-        leaves = [
-            x.to(device, dtype, copy=True).requires_grad_() for x in (wave, *weights, *gammas, *betas)
-        ]
+        leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in (wave, *weights, *gammas, *betas)]
         groups = [leaves[1 + 7 * i : 8 + 7 * i] for i in range(3)]
         output, means, variances = function(leaves[0], *groups, hop=hop, **options)
         above = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -145,6 +148,15 @@ def _train(precision, clips, samples, hop):
     with torch.autocast("cpu", torch.bfloat16, enabled=precision in ("bf16", "tf32")):
         plain = run(tfgram_train_ref)
     return results, run(tfgram_train_ref, torch.float64), plain
+
+
+def rerun(file: str, markers: str) -> None:
+    """Run a test file in a process whose Triton compiles; fails with its report."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", markers, file]
+    child = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
 
 
 RUNNERS = {"supcon": _supcon, "tfgram_infer": _infer, "tfgram_train": _train}

@@ -6,58 +6,39 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .memory import BASE
 from .numbers import f4, f8, from_bf16, read_tf32, towards_zero, u2, u4, u8
 from .ptx import EmulationError
 
 READ = {"tf32": read_tf32, "bf16": from_bf16}
 NAN = np.full((1, 1), np.nan, f4)
 ATOMIC = {
-    "add": lambda old, x: old + x, "min": min, "max": max, "and": lambda old, x: old & x,
-    "or": lambda old, x: old | x, "xor": lambda old, x: old ^ x, "exch": lambda old, x: x,
-    "cas": lambda old, x, new: new if old == x else old,
+    "add": np.add, "min": np.minimum, "max": np.maximum, "exch": lambda old, new: new,
+    "cas": lambda old, expected, new: new if old == expected else old,
 }  # fmt: skip
 
 
-def _reach(m, space, addresses, offset, size, instruction):
-    """Byte offsets of the active threads' addresses, and the memory that they lie in."""
-    addresses = m.full(addresses) + addresses.dtype.type(offset % 2 ** (8 * addresses.itemsize))
-    if space == "shared":
-        at = m.shared.places(addresses, size, m.active, instruction)
-        if m.count:
-            everywhere = np.full(m.shape, -1)
-            everywhere[m.lanes()] = at
-            m.counts.shared_access(everywhere, size, instruction)
-        return at, m.shared
-    active = addresses if m.active is None else addresses[m.active]
-    at = m.memory.places(active.reshape(-1), size, instruction)
-    if m.count:
-        m.counts.global_access((addresses - u8(BASE)).view(np.int64), m.active, size, instruction)
-    return at, m.memory
+def _memory(m, space):
+    return m.shared if space == "shared" else m.memory
 
 
-def _warps(m):
-    """The warp of each active thread."""
-    return m.warps.reshape(-1) if m.active is None else m.warps[m.active]
+def _moved(m, addresses, offset):
+    return m.full(addresses) + addresses.dtype.type(offset % 2 ** (8 * addresses.itemsize))
+
+
+def _spread(m, values):
+    """Values of the active threads, zero for the others."""
+    out = np.zeros(m.shape, values.dtype)
+    out[m.active] = values
+    return out
 
 
 def load(instruction, space, t, elements, offset):
     size = np.dtype(t).itemsize
 
     def compute(m, addresses):
-        at, memory = _reach(m, space, addresses, offset, size * elements, instruction)
-        if space == "shared":
-            m.shared.check_read(at, _warps(m), size * elements, instruction)
-        view, at = memory.views[size], at // size
-        values = []
-        for i in range(elements):
-            value = view[at + i]
-            if m.active is None:
-                value = value.reshape(m.shape)
-            else:
-                value, some = np.zeros(m.shape, view.dtype), value
-                value[m.active] = some
-            values.append(value.view(t))
+        memory = _memory(m, space)
+        at = memory.reach(m, _moved(m, addresses, offset), size * elements, instruction) // size
+        values = [_spread(m, memory.views[size][at + i]).view(t) for i in range(elements)]
         return values if elements > 1 else values[0]
 
     return compute
@@ -67,54 +48,47 @@ def store(instruction, space, t, offset):
     size = np.dtype(t).itemsize
 
     def compute(m, addresses, *values):
-        at, memory = _reach(m, space, addresses, offset, size * len(values), instruction)
-        if space == "shared":
-            m.shared.check_write(at, _warps(m), size * len(values), instruction)
-        view, at = memory.views[size], at // size
+        memory = _memory(m, space)
+        addresses = _moved(m, addresses, offset)
+        at = memory.reach(m, addresses, size * len(values), instruction, write=True) // size
+        view = memory.views[size]
         for i, value in enumerate(values):
-            value = m.full(value).view(view.dtype)
-            value = value.reshape(-1) if m.active is None else value[m.active]
+            value = m.full(value)[m.active].view(view.dtype)
             view[at + i] = value
             if (view[at + i] != value).any():
-                m.findings[f"race: threads write different values to one place: {instruction}"] += 1
+                m.findings[f"race threads write different values to one place: {instruction}"] += 1
 
     return compute
 
 
 def atomic(instruction, name, t, offset, returns):
+    size = np.dtype(t).itemsize
+
     def compute(m, addresses, *values):
-        size = np.dtype(t).itemsize
-        at, memory = _reach(m, "global", addresses, offset, size, instruction)
-        view, at = memory.views[size].view(t), at // size
-        operands = [m.full(v) if m.active is None else m.full(v)[m.active] for v in values]
-        old = np.empty(len(at), t)
-        for i, (place, *given) in enumerate(zip(at, *(x.reshape(-1) for x in operands), strict=True)):
+        at = m.memory.reach(m, _moved(m, addresses, offset), size, instruction, write=True) // size
+        view, old = m.memory.views[size].view(t), np.empty(len(at), t)
+        given = zip(*(m.full(value)[m.active] for value in values), strict=True)
+        for i, (place, operands) in enumerate(zip(at, given, strict=True)):
             old[i] = view[place]
-            view[place] = ATOMIC[name](old[i], *given)
-        if not returns:
-            return None
-        out = np.zeros(m.shape, t)
-        out[m.lanes()] = old
-        return out
+            view[place] = ATOMIC[name](old[i], *operands)
+        return _spread(m, old) if returns else None
 
     return compute
 
 
 def start_copy(instruction, size, to_offset, offset):
     def compute(m, to, source, source_size=None):
-        given = m.active
-        at, _ = _reach(m, "shared", to, to_offset, size, instruction)
-        m.shared.check_write(at, _warps(m), size, instruction, landed=False)
-        warps = _warps(m)
-        live = None if source_size is None else m.full(source_size) > 0
-        if live is not None and not np.isin(source_size, (0, size)).all():
-            raise EmulationError(f"cp.async of a part: {instruction}")
-        m.active = given if live is None else live if given is None else given & live
-        places, memory = _reach(m, "global", source, offset, size, instruction)
+        to = m.shared.reach(m, _moved(m, to, to_offset), size, instruction, write=True, lands=True)
+        active, warps = m.active, m.warps[m.active]
+        if source_size is not None:  # the rest is zero
+            if not np.isin(source_size, (0, size)).all():
+                raise EmulationError(f"cp.async of a part: {instruction}")
+            m.active = active & (source_size > 0)
+        places = m.memory.reach(m, _moved(m, source, offset), size, instruction)
         data = np.zeros((*m.shape, size), np.uint8)
-        data[m.lanes()] = memory.bytes[places[:, None] + np.arange(size)]
-        m.active = given
-        m.copies.append((at, warps, data.reshape(-1, size) if given is None else data[given]))
+        data[m.active] = m.memory.bytes[places[:, None] + np.arange(size)]
+        m.active = active
+        m.copies.append((to, warps, data[active]))
 
     return compute
 
@@ -158,13 +132,10 @@ def vote(mode):
 
 def _rows(m, addresses, number, offset, instruction, write):
     """Offsets of the 16-byte rows of ldmatrix and stmatrix: (warps, matrices, 8)."""
-    at = m.shared.places(m.full(addresses) + u4(offset), 16, m.lanes(8 * number), instruction)
-    rows = at.reshape(-1, number, 8)
-    if m.count:
-        m.counts.shared_access(rows.reshape(-1), 16, instruction)
-    check = m.shared.check_write if write else m.shared.check_read
-    check(at, m.warps[m.lanes(8 * number)], 16, instruction)
-    return rows
+    m.active = m.full(np.arange(m.shape[1]) % 32 < 8 * number)
+    at = m.shared.reach(m, _moved(m, addresses, offset), 16, instruction, write)
+    m.active = m.everyone
+    return at.reshape(-1, number, 8)
 
 
 def load_matrix(instruction, number, transposed, offset):

@@ -250,7 +250,7 @@ class Machine:
         self.counts.programs = len(programs)
         self.shared = SharedMemory(len(programs), kernel.shared_bytes, kernel.grain, checks, self.findings)
         self.shape = (len(programs), kernel.threads)
-        self.active = None  # threads that run the present step; None: all
+        self.active = self.everyone = np.ones(self.shape, bool)  # threads that run the present step
         self.copies, self.copy_groups = [], []
         self.products, self.product_groups, self.flying = [], [], {}
         thread = np.arange(kernel.threads, dtype=u4)[None]
@@ -274,11 +274,6 @@ class Machine:
     def full(self, x: np.ndarray) -> np.ndarray:
         return np.broadcast_to(x, self.shape)
 
-    def lanes(self, number: int = 32) -> np.ndarray:
-        """The active threads, of the first lanes of every warp."""
-        lanes = self.full(np.arange(self.shape[1]) % 32 < number)
-        return lanes if self.active is None else lanes & self.active
-
     def taken(self, block: Block) -> np.ndarray:
         """Which threads take the block's jump."""
         if block.jump is None:
@@ -295,7 +290,7 @@ class Machine:
             old = [registers[t] for t in step.targets]
             self.active = self.full(active)
             step.run(self, registers)
-            self.active = None
+            self.active = self.everyone
             for target, before in zip(step.targets, old, strict=True):
                 registers[target] = np.where(active, registers[target], before)
 
