@@ -1,7 +1,7 @@
 """The compiled kernels, through the package's host functions, against float64.
 
-On a machine with a GPU the kernels run there. Elsewhere what Triton compiles for sm_80 and sm_90 is executed by
-the emulator, which also finds races, and reads of memory that was not written.
+On a machine with a GPU the kernels run there. Elsewhere the emulator executes what Triton compiles for sm_80
+and sm_90, and also finds races and reads of memory that was not written.
 """
 
 import contextlib

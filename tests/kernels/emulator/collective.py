@@ -118,14 +118,15 @@ def shuffle(mode, results):
     return compute
 
 
-def vote(mode):
-    def compute(m, predicate):
-        warps = m.full(predicate).reshape(-1, 32)
-        if mode == "ballot":
-            result = (warps.astype(u4) << np.arange(32, dtype=u4)).sum(1, dtype=u4)
-        else:
-            result = {"any": warps.any, "all": warps.all}[mode](1)
-        return np.repeat(result, 32).reshape(m.shape)
+def reduce(mode):
+    operation = {
+        "ballot": lambda w: (w.astype(u4) << np.arange(32, dtype=u4)).sum(1, dtype=u4),
+        "any": lambda w: w.any(1), "all": lambda w: w.all(1), "add": lambda w: w.sum(1, dtype=w.dtype),
+        "min": lambda w: w.min(1), "max": lambda w: w.max(1),
+    }[mode]  # fmt: skip
+
+    def compute(m, values):
+        return np.repeat(operation(m.full(values).reshape(-1, 32)), 32).reshape(m.shape)
 
     return compute
 

@@ -62,8 +62,6 @@ def _multiply(t, modifiers):
         w = WIDE[t]
         return lambda a, b, *c: sum(c, a.astype(w) * b.astype(w)), w, t, t, w
     if "hi" in modifiers:
-        if n.BITS[t] != 32:
-            raise KeyError("mul.hi of 64 bits")
         return lambda a, b, *c: sum(c, n.multiply_high(a, b)), t, t, t, t
     if t in FLOATING:
         return np.multiply, t, t, t
@@ -189,10 +187,11 @@ def _shuffle(i, t):
     return Operation(i, warp.shuffle(i.modifiers[1], len(targets)), sources, targets, True, True)
 
 
-def _vote(i, t):
-    mode = i.modifiers[1]
-    targets = [(i.operands[0], u4 if mode == "ballot" else np.bool_)]
-    return Operation(i, warp.vote(mode), [(i.operands[1], np.bool_)], targets, True, True)
+def _reduce(i, t):
+    """vote and redux: over the threads of a warp."""
+    mode, t = i.modifiers[1], np.bool_ if i.mnemonic == "vote" else t
+    targets = [(i.operands[0], u4 if mode == "ballot" else t)]
+    return Operation(i, warp.reduce(mode), [(i.operands[1], t)], targets, True, True)
 
 
 def _matrix(i, t):
@@ -273,7 +272,7 @@ def _fence(i, t):
 
 
 HANDLERS = {
-    "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "vote": _vote,
+    "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "vote": _reduce, "redux": _reduce,
     "ldmatrix": _matrix, "stmatrix": _matrix, "mma": _multiply_matrices, "wgmma": _warpgroup, "cp": _copy,
     "bar": _barrier, "barrier": _barrier, "fence": _fence, "membar": _fence, "griddepcontrol": _fence,
 }  # fmt: skip

@@ -75,6 +75,7 @@ class Kernel:
         self.initial: list[np.ndarray | None] = []
         self.grain = 4  # smallest access to shared memory
         self.given: dict[str, type] = {}  # types that instructions give their targets
+        self.accumulators: set[str] = set()  # of wgmma
         blocks = [[self._decoded(i) for i in instructions] for instructions in self.entry.blocks]
         self.blocks = [self._block(operations) for operations in blocks]
 
@@ -90,6 +91,8 @@ class Kernel:
         operation = decode(instruction, self.type_of)
         for name, t in operation.targets:
             self.given.setdefault(name, t)
+        if instruction.opcode.startswith("wgmma.mma"):
+            self.accumulators.update(name for name, _ in operation.targets)
         return operation
 
     def type_of(self, name: str) -> type:
@@ -135,7 +138,8 @@ class Kernel:
         name = f"{text} as {t.__name__}"
         if name not in known:
             known[name] = self.register(name, t)
-            steps.append(Step(_closure(convert, [known[name]], [at], False), []))
+            run = self._watched(_closure(convert, [known[name]], [at], False), [text], text)
+            steps.append(Step(run, []))
         return known[name]
 
     def _block(self, operations: list[Operation | Instruction]) -> Block:
@@ -153,12 +157,29 @@ class Kernel:
             sources = [self._operand(text, t, views, block.steps) for text, t in operation.sources]
             targets = [self.register(name) for name, _ in operation.targets]
             run = _closure(self._fitted(operation), targets, sources, operation.on_machine)
+            if i.mnemonic != "wgmma":
+                run = self._watched(run, [name for name, _ in operation.sources + operation.targets], i)
             block.steps.append(Step(run, targets, guard, i.negated, i if operation.collective else None))
             for target in targets:
                 views.pop(target, None)
             if i.mnemonic == "wgmma":  # a wait writes registers that are not its targets
                 views.clear()
         return block
+
+    def _watched(self, run: Callable, names: list[str], instruction: Instruction | str) -> Callable:
+        """Look out for accumulators of a running wgmma: then ptxas waits for every single one."""
+        names = self.accumulators.intersection(names)
+        if not names:
+            return run
+
+        def watched(m, registers):
+            if m.flying and names.intersection(m.flying):
+                m.findings[f"note: wgmma used before its wait, ptxas serialises: {instruction}"] += 1
+                m.commit_products()
+                m.wait_products(0)
+            run(m, registers)
+
+        return watched
 
     def _fitted(self, operation: Operation) -> Callable:
         """The operation's function with results in the types that their registers are kept in."""

@@ -91,9 +91,13 @@ def remainder(a, b):
 
 
 def multiply_high(a, b):
-    """The upper 32 bits of products of 32-bit integers."""
-    wide = i8 if a.dtype.kind == "i" else u8
-    return ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(a.dtype)
+    """The upper half of products."""
+    half = {4: 16, 8: 32}[a.itemsize]
+    t, low = a.dtype.type, a.dtype.type((1 << half) - 1)
+    ah, al, bh, bl = a >> t(half), a & low, b >> t(half), b & low  # signed types keep the sign above
+    carried = (al.view(f"u{a.itemsize}") * bl.view(f"u{a.itemsize}") >> half).astype(t)
+    middle = ah * bl + carried
+    return ah * bh + (middle >> t(half)) + ((al * bh + (middle & low)) >> t(half))
 
 
 def shift_left(a, count):
