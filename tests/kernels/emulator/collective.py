@@ -94,39 +94,17 @@ def start_copy(instruction, size, to_offset, offset):
 
 
 def shuffle(mode, results):
-    def compute(m, values, lane_operand, clamp):
+    def compute(m, values, operand, clamp):
         lane = np.arange(m.shape[1], dtype=u4)[None] % u4(32)
-        segment, clamp = (clamp >> u4(8)) & u4(31), clamp & u4(31)
-        lowest, highest = lane & segment, (lane & segment) | (clamp & ~segment)
-        step = lane_operand & u4(31)
-        source = {
-            "bfly": lambda: lane ^ step,
-            "idx": lambda: lowest | (step & ~segment),
-            "up": lambda: lane - step,
-            "down": lambda: lane + step,
-        }[mode]()
-        valid = source.view(np.int32) >= highest.view(np.int32) if mode == "up" else source <= highest
-        source = np.where(valid, source, lane)
-        index = np.arange(m.shape[1]) // 32 * 32 + source
-        values = m.full(values)
-        if len(index) == 1:
-            result = values[:, index[0]]
-        else:
-            result = np.take_along_axis(values, index.astype(np.int64), 1)
+        segment, operand = (clamp >> u4(8)) & u4(31), operand & u4(31)
+        first = lane & segment
+        limit = first | (clamp & u4(31) & ~segment)
+        source = {"bfly": lane ^ operand, "idx": first | (operand & ~segment)}
+        source = (source | {"up": lane - operand, "down": lane + operand})[mode]
+        valid = source.view(np.int32) >= limit.view(np.int32) if mode == "up" else source <= limit
+        index = (np.arange(m.shape[1]) // 32 * 32 + np.where(valid, source, lane)).astype(int)
+        result = np.take_along_axis(m.full(values), m.full(index), 1)
         return (result, m.full(valid)) if results > 1 else result
-
-    return compute
-
-
-def reduce(mode):
-    operation = {
-        "ballot": lambda w: (w.astype(u4) << np.arange(32, dtype=u4)).sum(1, dtype=u4),
-        "any": lambda w: w.any(1), "all": lambda w: w.all(1), "add": lambda w: w.sum(1, dtype=w.dtype),
-        "min": lambda w: w.min(1), "max": lambda w: w.max(1),
-    }[mode]  # fmt: skip
-
-    def compute(m, values):
-        return np.repeat(operation(m.full(values).reshape(-1, 32)), 32).reshape(m.shape)
 
     return compute
 

@@ -101,16 +101,12 @@ RULES = {
     "add": _same(np.add), "sub": _same(np.subtract), "and": _same(np.bitwise_and), "or": _same(np.bitwise_or),
     "xor": _same(np.bitwise_xor), "neg": _same(np.negative), "abs": _same(np.abs), "sqrt": _same(np.sqrt),
     "div": _same(n.divide, np.divide), "rem": _same(n.remainder), "min": _same(np.minimum, np.fmin),
-    "max": _same(np.maximum, np.fmax), "fma": _same(n.fma), "rcp": _same(n.reciprocal),
-    "rsqrt": _same(n.reciprocal_root), "ex2": _same(n.exp2), "lg2": _same(n.log2),
+    "max": _same(np.maximum, np.fmax), "fma": _same(n.fma), "ex2": _same(n.exp2), "lg2": _same(n.log2),
     "not": lambda t, m: (np.logical_not if t is np.bool_ else np.invert, t, t),
     "mul": _multiply, "mad": _multiply, "setp": _compare, "cvt": _convert,
     "selp": lambda t, m: (lambda a, b, p: np.where(p, a, b), t, t, t, np.bool_),
     "shl": lambda t, m: (n.shift_left, t, t, u4), "shr": lambda t, m: (n.shift_right, t, t, u4),
-    "bfe": lambda t, m: (n.bit_field, t, t, u4, u4), "bfi": lambda t, m: (n.insert_field, t, t, t, u4, u4),
-    "prmt": lambda t, m: (n.permute, u4, u4, u4, u4), "lop3": lambda t, m: (n.logic, u4, u4, u4, u4, u4),
-    "shf": lambda t, m: (n.funnel("l" in m, "wrap" in m), u4, u4, u4, u4),
-    "popc": lambda t, m: (lambda x: np.bitwise_count(x).astype(u4), u4, t),
+    "bfe": lambda t, m: (n.bit_field, t, t, u4, u4), "prmt": lambda t, m: (n.permute, u4, u4, u4, u4),
 }  # fmt: skip
 ANY_SIGN = ("add", "sub", "and", "or", "xor", "not")  # taken as unsigned: fewer conversions of registers
 
@@ -128,20 +124,19 @@ def _pure(i: Instruction, t: type) -> Operation:
 
 
 def _move(i: Instruction, kept: Callable[[str], type]) -> Operation:
+    """mov has no type of its own; {a, b} are the halves of a register."""
     target, source = i.operands
-    part, whole = {"b32": (u2, u4), "b64": (u4, u8)}.get(i.modifiers[-1], (None, None))
+    if not (target + source).count("{"):
+        t = kept(target)
+        return Operation(i, lambda x: x, [(source, t)], [(target, t)])
+    part, whole = {"b32": (u2, u4), "b64": (u4, u8)}[i.modifiers[-1]]
+    bits = whole(n.BITS[part])
     if target.startswith("{"):
-        bits = whole(n.BITS[part])
-        targets = [(name, part) for name in vector(target)]
-        return Operation(i, lambda x: (x.astype(part), (x >> bits).astype(part)), [(source, whole)], targets)
-    if source.startswith("{"):
-        bits = whole(n.BITS[part])
-        sources = [(name, part) for name in vector(source)]
-        return Operation(
-            i, lambda low, high: low.astype(whole) | (high.astype(whole) << bits), sources, [(target, whole)]
-        )
-    t = kept(target)
-    return Operation(i, lambda x: x, [(source, t)], [(target, t)])
+        halves = [(name, part) for name in vector(target)]
+        return Operation(i, lambda x: (x.astype(part), (x >> bits).astype(part)), [(source, whole)], halves)
+    halves = [(name, part) for name in vector(source)]
+    join = lambda low, high: low.astype(whole) | (high.astype(whole) << bits)  # noqa: E731
+    return Operation(i, join, halves, [(target, whole)])
 
 
 # Memory and other threads: handlers (instruction, type) -> operation.
@@ -185,13 +180,6 @@ def _shuffle(i, t):
     targets = list(zip(vector(i.operands[0]), (u4, np.bool_), strict=False))
     sources = [(operand, u4) for operand in i.operands[1:4]]
     return Operation(i, warp.shuffle(i.modifiers[1], len(targets)), sources, targets, True, True)
-
-
-def _reduce(i, t):
-    """vote and redux: over the threads of a warp."""
-    mode, t = i.modifiers[1], np.bool_ if i.mnemonic == "vote" else t
-    targets = [(i.operands[0], u4 if mode == "ballot" else t)]
-    return Operation(i, warp.reduce(mode), [(i.operands[1], t)], targets, True, True)
 
 
 def _matrix(i, t):
@@ -272,7 +260,7 @@ def _fence(i, t):
 
 
 HANDLERS = {
-    "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "vote": _reduce, "redux": _reduce,
+    "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "shfl": _shuffle,
     "ldmatrix": _matrix, "stmatrix": _matrix, "mma": _multiply_matrices, "wgmma": _warpgroup, "cp": _copy,
     "bar": _barrier, "barrier": _barrier, "fence": _fence, "membar": _fence, "griddepcontrol": _fence,
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,20 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, native_specialize_impl
 
 from .machine import Kernel
 from .memory import Counts, GlobalMemory
 from .ptx import EmulationError
-from .work import work, worst
+from .work import work
 
-TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
-    torch.bool: "i1",
-}  # fmt: skip
 # Functions of the package under test that ask for the GPU; they answer for the emulated one.
 CAPABILITY = ("capability", "_capability", "_family")
 OBSTACLE = "_obstacle"
@@ -34,7 +29,7 @@ OBSTACLE = "_obstacle"
 
 @dataclass
 class Launch:
-    """One launch: the kernel, its grid, findings, counts and compiled form."""
+    """One launch of a kernel, with the constants that it was compiled for."""
 
     name: str
     grid: tuple[int, ...]
@@ -46,69 +41,63 @@ class Launch:
     def work(self) -> dict[str, float]:
         return work(self.kernel, self.counts)
 
-    def worst(self, number: int = 5) -> list[str]:
-        return worst(self.counts, number)
-
 
 @dataclass
 class Emulation:
-    """A GPU of compute capability `capability`, the launches on it, and how they are made.
+    """A GPU of compute capability `capability`, and the launches on it.
 
-    `specialise` marks integers as Triton's launcher does: 1 is a constant, multiples of 16 are known as such.
-    `edit` changes the PTX before it is read, to plant a fault.
+    `count` counts memory traffic. `edit` changes the PTX before it is read, to plant a fault.
     """
 
     capability: int
     count: bool = False
-    checks: bool = True
-    specialise: bool = True
-    edit: Any = None
+    edit: Callable[[str], str] | None = None
     launches: list[Launch] = field(default_factory=list)
-    kernels: dict = field(default_factory=dict)
+    kernels: dict[Any, Kernel] = field(default_factory=dict)
 
     def findings(self, notes: bool = False) -> dict[str, int]:
         """What is wrong in the launches so far, or only worth a note: right, but slow."""
         found = sum((launch.findings for launch in self.launches), Counter())
         return {text: n for text, n in found.items() if text.startswith("note") == notes}
 
-    def compile(self, function, signature, constants, aligned, warps, stages) -> Kernel:
-        key = (function.__module__, function.__qualname__, warps, stages, tuple(signature.items()))
-        key += (tuple((name, str(value)) for name, value in constants.items()), tuple(aligned), self.edit)
+    def compile(self, function, signature, constants, aligned, **options) -> Kernel:
+        """The kernel for these types and constants; `aligned` arguments are multiples of 16."""
+        key = repr((function, signature, constants, aligned, options))
         if key not in self.kernels:
-            attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+            aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
             compiled = triton.compile(
-                ASTSource(function, signature, constexprs=constants, attrs=attributes),
+                ASTSource(function, signature, constexprs=constants, attrs=aligned),
                 target=GPUTarget("cuda", self.capability, 32),
-                options={"num_warps": warps, "num_stages": stages},
+                options=options,
             )
-            ptx = compiled.asm["ptx"]
-            self.kernels[key] = Kernel(
-                self.edit(ptx) if self.edit else ptx, compiled.metadata.num_warps, compiled.metadata.shared
-            )
+            ptx, metadata = compiled.asm["ptx"], compiled.metadata
+            ptx = self.edit(ptx) if self.edit else ptx
+            self.kernels[key] = Kernel(ptx, metadata.num_warps, metadata.shared)
         return self.kernels[key]
 
     def run(self, function, arguments, grid, num_warps=4, num_stages=3, **keywords) -> None:
         """One launch, with the arguments that Triton's own launcher takes."""
         values = dict(zip(function.arg_names, arguments, strict=False)) | keywords
-        if missing := set(function.arg_names) ^ set(values):
-            raise TypeError(f"{function.__name__}: missing or unknown arguments {sorted(missing)}")
+        if wrong := set(function.arg_names) ^ set(values):
+            raise TypeError(f"{function.__name__}: missing or unknown arguments {sorted(wrong)}")
         signature, constants, aligned = {}, {}, []
         for parameter in function.params:
             name, value = parameter.name, values[parameter.name]
-            signature[name] = _type(value)
-            if parameter.is_constexpr or (self.specialise and type(value) is int and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                aligned += [name] * (value.data_ptr() % 16 == 0)
-            elif self.specialise and type(value) is int and value % 16 == 0:
+            kind, known = "constexpr", None
+            if not parameter.is_constexpr:
+                kind, known = native_specialize_impl(BaseBackend, value, False, True, True)
+            signature[name] = kind
+            if kind == "constexpr":
+                constants[name] = value
+            elif known == "D":
                 aligned.append(name)
-        kernel = self.compile(function, signature, constants, aligned, num_warps, num_stages)
-        passed = {name: values[name] for name in values if signature[name] != "constexpr"}
-        grid = tuple(int(g) for g in (grid(values) if callable(grid) else grid))
-        storages, memory, parameters = _upload([passed[name] for name in signature if name in passed])
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        kernel = self.compile(function, signature, constants, aligned, **options)
+        grid = tuple(map(int, grid(values) if callable(grid) else grid))
+        memory, storages, parameters = _upload([values[name] for name in signature if name not in constants])
         parameters += [0] * (len(kernel.entry.parameters) - len(parameters))
         try:
-            findings, counts = kernel.launch(memory, parameters, grid, self.checks, self.count)
+            findings, counts = kernel.launch(memory, parameters, grid, self.count)
         except EmulationError as error:
             raise EmulationError(f"{function.__name__}: {error}") from None
         for storage, start in zip(storages, memory.starts, strict=True):
@@ -116,49 +105,32 @@ class Emulation:
         self.launches.append(Launch(function.__name__, grid, constants, findings, counts, kernel))
 
 
-def _type(value) -> str:
-    if isinstance(value, torch.Tensor):
-        return "*" + TYPES[value.dtype]
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-    return "fp32"
-
-
-def _upload(values: list) -> tuple[list[np.ndarray], GlobalMemory, list]:
-    """Storages of the tensors as bytes, the memory that holds them, and what the kernel is passed."""
+def _upload(values: list) -> tuple[GlobalMemory, list[np.ndarray], list]:
+    """A memory with the tensors' storages, these as bytes, and what the kernel is passed."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-    order = list(storages)
-    views = [torch.empty(0, dtype=torch.uint8).set_(storage).numpy() for storage in storages.values()]
-    memory = GlobalMemory(views, order)
-    parameters = []
+    hosts = list(storages)
+    views = [torch.empty(0, dtype=torch.uint8).set_(s).numpy() for s in storages.values()]
+    memory, parameters = GlobalMemory(views, hosts), []
     for value in values:
         if isinstance(value, torch.Tensor):
-            where = value.untyped_storage().data_ptr()
-            extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-            extent = extent * value.element_size() if value.numel() else 0
-            value = memory.allow(order.index(where), value.data_ptr() - where if extent else 0, extent)
+            host = value.untyped_storage().data_ptr()
+            last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+            extent = (1 + last) * value.element_size() if value.numel() else 0
+            value = memory.allow(hosts.index(host), value.data_ptr() - host if extent else 0, extent)
         parameters.append(value)
-    return views, memory, parameters
+    return memory, views, parameters
 
 
 class Emulated(JITFunction):
     """A jitted function whose launches go to the emulation; other kernels can still call it."""
 
-    def __init__(self, function, emulation: Emulation):
+    def __init__(self, function: JITFunction, emulation: Emulation):
         super().__init__(function.fn)
         self.emulation = emulation
 
     def run(self, *args, grid, warmup=False, **keywords):
         self.emulation.run(self, args, grid, **keywords)
-
-
-def modules(package: str) -> Iterator[Any]:
-    for name, module in list(sys.modules.items()):
-        if name == package or name.startswith(package + "."):
-            yield module
 
 
 @contextmanager
@@ -168,17 +140,14 @@ def emulated(package: str, capability: int, **options) -> Iterator[Emulation]:
     Inside, the package's jitted functions launch into the emulator, and its own questions for the GPU are
     answered: Triton can take CPU tensors, and the compute capability is `capability`.
     """
-    emulation = Emulation(capability, **options)
-    changed, replaced = [], {}
-    for module in modules(package):
+    emulation, changed, replaced = Emulation(capability, **options), [], {}
+    for module in [m for name, m in sys.modules.items() if f"{name}.".startswith(f"{package}.")]:
         for name, value in list(vars(module).items()):
-            if isinstance(value, JITFunction) and not isinstance(value, Emulated):
-                if id(value) not in replaced:
-                    replaced[id(value)] = Emulated(value, emulation)
-                new = replaced[id(value)]
+            if isinstance(value, JITFunction):
+                new = replaced.setdefault(id(value), Emulated(value, emulation))
             elif name in CAPABILITY and inspect.isfunction(value):
                 new = lambda *_: capability  # noqa: E731
-            elif name == OBSTACLE and inspect.isfunction(value):
+            elif name == OBSTACLE:
                 new = lambda _: ""  # noqa: E731
             else:
                 continue

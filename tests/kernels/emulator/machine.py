@@ -197,7 +197,7 @@ class Kernel:
     # Execution
 
     def launch(
-        self, memory: GlobalMemory, parameters: list, grid: tuple[int, ...], checks=True, count=True
+        self, memory: GlobalMemory, parameters: list, grid: tuple[int, ...], count: bool
     ) -> tuple[Counter, Counts]:
         """Run all programs of a grid; returns findings and counts.
 
@@ -212,7 +212,7 @@ class Kernel:
         while bundles:
             bundle = bundles.pop(0)
             before = memory.bytes.copy() if len(bundle) > 1 else None
-            machine = Machine(self, memory, bundle, grid, parameters, checks and not counts.programs, count)
+            machine = Machine(self, memory, bundle, grid, parameters, not counts.programs, count)
             try:
                 with np.errstate(all="ignore"):
                     self._run(machine)

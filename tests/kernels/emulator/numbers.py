@@ -58,24 +58,12 @@ def fma(a, b, c):
     return (a.astype(f8) * b + c).astype(a.dtype)
 
 
-def multiply_add(a, b, c):
-    return a * b + c
-
-
 def exp2(x):
     return flush(np.exp2(x.astype(f8)).astype(f4))
 
 
 def log2(x):
     return np.log2(x.astype(f8)).astype(f4)
-
-
-def reciprocal(x):
-    return x.dtype.type(1) / x
-
-
-def reciprocal_root(x):
-    return (1 / np.sqrt(x.astype(f8))).astype(x.dtype)
 
 
 def divide(a, b):
@@ -112,26 +100,11 @@ def shift_right(a, count):
     return shifted if a.dtype.kind == "i" else np.where(count < bits, shifted, t(0))
 
 
-def funnel(left, wrap):
-    def shift(low, high, count):
-        both = (high.astype(u8) << u8(32)) | low
-        count = (count & u4(31) if wrap else np.minimum(count, u4(32))).astype(u8)
-        return ((both << count) >> u8(32) if left else both >> count).astype(u4)
-
-    return shift
-
-
 def bit_field(a, position, length):
     """bfe, for fields inside the register: signed types repeat the highest bit."""
     bits = u4(BITS[a.dtype.type])
     up = shift_left(a, bits - position - length)
     return np.where(length > 0, shift_right(up, bits - length), a.dtype.type(0))
-
-
-def insert_field(a, b, position, length):
-    ones = ~shift_left(np.full_like(b, ~b.dtype.type(0)), length)
-    mask = shift_left(ones, position)
-    return (b & ~mask) | (shift_left(a, position) & mask)
 
 
 def permute(a, b, selector):
@@ -141,15 +114,6 @@ def permute(a, b, selector):
         byte = ((both >> ((choice & u4(7)).astype(u8) * u8(8))) & u8(255)).astype(u4)
         sign = np.where(byte & u4(128), u4(255), u4(0))
         out = out | (np.where(choice & u4(8), sign, byte) << u4(8 * i))
-    return out
-
-
-def logic(a, b, c, table):
-    """lop3: each bit is bit 4 a + 2 b + c of the table."""
-    out = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), u4)
-    for i in range(8):
-        if int(table.flat[0]) >> i & 1:
-            out |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
     return out
 
 

@@ -28,14 +28,3 @@ def work(kernel: Kernel, counts: Counts) -> dict[str, float]:
     for site in counts.sites.values():
         total.update(site)
     return {name: value / max(counts.programs, 1) for name, value in total.items()}
-
-
-def worst(counts: Counts, number: int = 5) -> list[str]:
-    """The lines of source with the most wavefronts and sector bytes in excess of what they need."""
-    lines = []
-    for place, site in counts.sites.items():
-        waves = (site["wavefronts"] - site["least wavefronts"]) / counts.programs
-        unused = site["load sector bytes"] - site["load useful bytes"]
-        unused = (unused + site["store sector bytes"] - site["store useful bytes"]) / counts.programs
-        lines += [(waves, f"{waves:.0f} wavefronts: {place}"), (unused / 128, f"{unused:.0f} bytes: {place}")]
-    return [line for cost, line in sorted(lines, reverse=True)[:number] if cost > 0]
