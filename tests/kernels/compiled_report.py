@@ -81,20 +81,12 @@ def measure(case: Case, architecture: int) -> tuple[dict, list[dict]]:
     row |= {"error": error, "budget": budget, "findings": "; ".join(emulation.findings()) or "none"}
     work = {}
     for launch in emulation.launches:
-        counted = dict.fromkeys(COUNTS, 0.0) | launch.work()
-        notes = "; ".join(sorted({note.split(":")[1].strip() for note in launch.findings}))
         key = label(launch, emulation.launches)
-        work[key] = {
-            "kernel": key,
-            **about,
-            "grid": "x".join(map(str, launch.grid)),
-            **counted,
-            "notes": notes,
-        }
-    print(
-        f"{case} sm_{architecture}: {error:.1e} of {budget:.1e}, {time.perf_counter() - start:.0f} s",
-        flush=True,
-    )
+        notes = {text.split(":")[1].strip() for text in launch.findings if text.startswith("note")}
+        record = {"kernel": key, **about, "grid": "x".join(map(str, launch.grid))}
+        work[key] = record | dict.fromkeys(COUNTS, 0.0) | launch.work() | {"notes": "; ".join(sorted(notes))}
+    seconds = time.perf_counter() - start
+    print(f"{case} sm_{architecture}: {error:.1e} of {budget:.1e}, {seconds:.0f} s", flush=True)
     return row, list(work.values())
 
 
@@ -113,11 +105,10 @@ def main() -> int:
             work += launches
     if not errors:
         parser.error(f"no case contains {arguments.only!r}; kernels: {', '.join(KERNELS)}")
-    heads = ["case", "architecture", "precision", "worst result", "error", "budget", "findings"]
-    table = [
-        [*list(row.values())[:4], f"{row['error']:.1e}", f"{row['budget']:.1e}", row["findings"]]
-        for row in errors
-    ]
+    table = [["case", "architecture", "precision", "worst result", "error", "budget", "findings"]]
+    for row in errors:
+        *about, error, budget, findings = row.values()
+        table.append([*about, f"{error:.1e}", f"{budget:.1e}", findings])
     counts = [
         ["kernel", "architecture", "precision", "MFLOP of tensor cores", "FMA", "exponentials",
          "wavefronts (least)", "loads, KiB (useful)", "stores, KiB (useful)", "notes"]
@@ -132,7 +123,7 @@ def main() -> int:
     import triton
 
     made = provenance() | {"triton": triton.__version__}
-    text = [INTRODUCTION.format_map(made), ERRORS, markdown([heads, *table]), "", WORK, markdown(counts), ""]
+    text = [INTRODUCTION.format_map(made), ERRORS, markdown(table), "", WORK, markdown(counts), ""]
     with replacing(arguments.out.with_suffix(".md")) as file:
         file.write("\n".join(text))
     columns = list(work[0])

@@ -1,23 +1,23 @@
 """The emulator against numpy on kernels of its own, and faults that it must see."""
 
-import os
 import re
 
 import pytest
 import torch
-from compiled import INTERPRETED, only_compiled, rerun
+from compiled import INTERPRETED, rerun
+from compiled import only_compiled as compiled
 
 triton = pytest.importorskip("triton")
 from emulator import EmulationError, emulated  # noqa: E402
 from triton import language as tl  # noqa: E402
 
-compiled = only_compiled
 ARCHITECTURES = (80, 90)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="this process compiles")
-def test_in_a_process_that_compiles():
-    rerun(__file__, "not slow")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_in_a_process_that_compiles(which):
+    rerun(__file__, which)
 
 
 @triton.jit
@@ -305,7 +305,3 @@ def test_the_loop_carry_miscompilation_is_seen(gpu, aliased):
     carry_kernel[(1,)](x, out, 6, B=128, ALIASED=aliased)
     exact = sum(x[k - 2].double() * (k + 1) for k in range(2, 6))
     assert (error(out, exact) < 1e-6) is not aliased
-
-
-def test_the_interpreter_is_left_alone():
-    assert (os.environ.get("TRITON_INTERPRET") == "1") == INTERPRETED

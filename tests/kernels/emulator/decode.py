@@ -202,15 +202,8 @@ def _multiply_matrices(i, t):
     return Operation(i, warp.multiply_matrices(element), sources, [(x, f4) for x in d], True, True)
 
 
-def _warpgroup(i, t):
-    action = i.modifiers[0]
-    if action != "mma_async":
-        compute = {
-            "fence": lambda m: None,
-            "commit_group": lambda m: m.commit_products(),
-            "wait_group": lambda m: m.wait_products(int(i.operands[0], 0)),
-        }[action]
-        return Operation(i, compute, on_machine=True, collective=True)
+def _start_product(i, t):
+    """wgmma.mma_async."""
     columns, depth = map(int, i.modifiers[3].removeprefix("m64n").split("k"))
     if i.operands[4:6] != ["1", "1"] or i.modifiers[-1] not in warp.READ or i.modifiers[4] != "f32":
         raise KeyError("wgmma")
@@ -223,56 +216,56 @@ def _warpgroup(i, t):
     return Operation(i, compute, sources, accumulator, True, True)
 
 
-def _copy(i, t):
-    """cp.async: lands at its wait."""
-    action = i.modifiers[1]
-    if action in ("commit_group", "wait_group", "wait_all"):
-        compute = {
-            "commit_group": lambda m: m.commit_copies(),
-            "wait_group": lambda m: m.wait_copies(int(i.operands[0], 0)),
-            "wait_all": lambda m: (m.commit_copies(), m.wait_copies(0)),
-        }[action]
-        return Operation(i, compute, on_machine=True, collective=True)
-    if i.modifiers[0] != "async" or action not in ("ca", "cg"):
-        raise KeyError(action)
+def _start_copy(i, t):
+    """cp.async."""
     (to, to_offset), (source, offset) = map(address, i.operands[:2])
     sources = [(to, u4), (source, u8), *((size, u4) for size in i.operands[3:4])]
     compute = warp.start_copy(i, int(i.operands[2], 0), to_offset, offset)
     return Operation(i, compute, sources, on_machine=True)
 
 
-def _barrier(i, t):
-    if i.modifiers[0] == "warp":
-        return Operation(i, lambda m: None, on_machine=True)
-    if "sync" not in i.modifiers or len(i.operands) > 1:
-        raise KeyError("barrier")
-
-    def compute(m):
-        m.shared.epoch += 1
-
-    return Operation(i, compute, on_machine=True, collective=True)
-
-
-def _fence(i, t):
-    """Only the fence between ordinary stores and the tensor cores' reads has an effect here."""
-    compute = (lambda m: m.shared.unfenced.fill(0)) if "proxy" in i.modifiers else (lambda m: None)
-    return Operation(i, compute, on_machine=True)
-
-
 HANDLERS = {
-    "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "shfl": _shuffle,
-    "ldmatrix": _matrix, "stmatrix": _matrix, "mma": _multiply_matrices, "wgmma": _warpgroup, "cp": _copy,
-    "bar": _barrier, "barrier": _barrier, "fence": _fence, "membar": _fence, "griddepcontrol": _fence,
+    "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "ldmatrix": _matrix,
+    "stmatrix": _matrix, "mma": _multiply_matrices, "wgmma": _start_product, "cp": _start_copy,
+}  # fmt: skip
+
+
+# Control: beginnings of opcodes, and what they do to the machine given their numbers.
+
+
+def _nothing(m, *_):
+    pass
+
+
+def _barrier(m, number, threads=None):
+    if threads not in (None, m.shape[1]):
+        raise EmulationError("barrier of a part of the threads")
+    m.shared.epoch += 1
+
+
+CONTROL = {
+    "bar.sync": _barrier, "barrier.sync": _barrier,
+    "cp.async.commit_group": lambda m: m.commit_copies(),
+    "cp.async.wait_group": lambda m, pending: m.wait_copies(pending),
+    "cp.async.wait_all": lambda m: (m.commit_copies(), m.wait_copies(0)),
+    "wgmma.commit_group": lambda m: m.commit_products(),
+    "wgmma.wait_group": lambda m, pending: m.wait_products(pending),
+    "fence.proxy.async": lambda m: m.shared.unfenced.fill(0),
+    **dict.fromkeys(("bar.warp", "fence", "membar", "griddepcontrol", "wgmma.fence"), _nothing),
 }  # fmt: skip
 
 
 def decode(i: Instruction, kept: Callable[[str], type]) -> Operation:
     """Look an instruction up; `kept` gives the type that a register is kept in (mov has none of its own)."""
+    effect = next((CONTROL[start] for start in CONTROL if i.opcode.startswith(start)), None)
     try:
+        if effect:
+            numbers = [] if effect is _nothing else [int(x, 0) for x in i.operands]
+            collective = effect is not _nothing
+            return Operation(i, lambda m: effect(m, *numbers), on_machine=True, collective=collective)
         if i.mnemonic == "mov":
             return _move(i, kept)
         t = TYPES.get(i.modifiers[-1]) if i.modifiers else None
-        handler = HANDLERS.get(i.mnemonic)
-        return handler(i, t) if handler else _pure(i, t)
+        return HANDLERS.get(i.mnemonic, _pure)(i, t)
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise EmulationError(f"not emulated: {i} ({error!r})") from None

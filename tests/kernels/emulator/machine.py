@@ -112,7 +112,7 @@ class Kernel:
             self.initial.append(value)
         return self.index[name]
 
-    def _operand(self, text: str, t: type, views: dict, steps: list[Step]) -> int:
+    def _operand(self, text: str, t: type, i: Instruction, views: dict, steps: list[Step]) -> int:
         """The register that holds an operand as type `t`; adds a step that converts it where needed."""
         if text in self.entry.parameters:
             return self.register(f"[{text}] {t.__name__}", t)
@@ -138,8 +138,7 @@ class Kernel:
         name = f"{text} as {t.__name__}"
         if name not in known:
             known[name] = self.register(name, t)
-            run = self._watched(_closure(convert, [known[name]], [at], False), [text], text)
-            steps.append(Step(run, []))
+            steps.append(Step(self._watched(_closure(convert, [known[name]], [at], False), [text], i), []))
         return known[name]
 
     def _block(self, operations: list[Operation | Instruction]) -> Block:
@@ -154,11 +153,10 @@ class Kernel:
                 block.jump = (guard, i.negated, to)
                 continue
             operation = decode(i, self.type_of) if operation is i else operation
-            sources = [self._operand(text, t, views, block.steps) for text, t in operation.sources]
+            sources = [self._operand(text, t, i, views, block.steps) for text, t in operation.sources]
             targets = [self.register(name) for name, _ in operation.targets]
             run = _closure(self._fitted(operation), targets, sources, operation.on_machine)
-            if i.mnemonic != "wgmma":
-                run = self._watched(run, [name for name, _ in operation.sources + operation.targets], i)
+            run = self._watched(run, [name for name, _ in operation.sources + operation.targets], i)
             block.steps.append(Step(run, targets, guard, i.negated, i if operation.collective else None))
             for target in targets:
                 views.pop(target, None)
@@ -166,10 +164,10 @@ class Kernel:
                 views.clear()
         return block
 
-    def _watched(self, run: Callable, names: list[str], instruction: Instruction | str) -> Callable:
+    def _watched(self, run: Callable, names: list[str], instruction: Instruction) -> Callable:
         """Look out for accumulators of a running wgmma: then ptxas waits for every single one."""
         names = self.accumulators.intersection(names)
-        if not names:
+        if not names or instruction.mnemonic == "wgmma":
             return run
 
         def watched(m, registers):
