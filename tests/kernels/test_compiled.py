@@ -5,10 +5,11 @@ and sm_90, and also finds races and reads of memory that was not written.
 """
 
 import contextlib
+import re
 
 import pytest
 import torch
-from compiled import DEVICE, INTERPRETED, cases, only_compiled, rerun
+from compiled import DEVICE, INTERPRETED, Case, cases, only_compiled, rerun
 
 pytest.importorskip("triton")
 from emulator import emulated  # noqa: E402
@@ -48,3 +49,11 @@ def test_error_against_float64(architecture, case):
         assert error <= budget, name
     if emulation:
         assert emulation.launches and not emulation.findings()
+
+
+@only_compiled
+@pytest.mark.skipif(DEVICE == "cuda", reason="faults are planted in the emulator")
+def test_missing_barriers_are_seen():
+    with emulated("osscl_kernels", 90, edit=lambda ptx: re.sub(r"bar\.sync[^;\n]*;", "", ptx)) as emulation:
+        Case("supcon", "bf16", (65, 100)).errors()
+    assert any("without a barrier" in finding for finding in emulation.findings())

@@ -18,9 +18,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, native_specialize_impl
 
 from .machine import Kernel
-from .memory import Counts, GlobalMemory
+from .memory import GlobalMemory
 from .ptx import EmulationError
-from .work import work
+from .work import Counts, work
 
 # Functions of the package under test that ask for the GPU; they answer for the emulated one.
 CAPABILITY = ("capability", "_capability", "_family")

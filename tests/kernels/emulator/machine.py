@@ -16,9 +16,10 @@ from itertools import product
 import numpy as np
 
 from .decode import TYPES, UNSIGNED, Operation, decode
-from .memory import Counts, GlobalMemory, SharedMemory
+from .memory import GlobalMemory, SharedMemory
 from .numbers import BITS, u4
 from .ptx import JUMPS, EmulationError, Instruction, parse
+from .work import Counts
 
 BUNDLE = 2048  # threads that run in step: enough that numpy's overhead does not dominate
 SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid")
@@ -55,17 +56,7 @@ class Block:
 
 
 class Kernel:
-    """A kernel translated from PTX.
-
-    Parameters
-    ----------
-    ptx : str
-        A module with one entry, as Triton writes it.
-    warps : int
-        Per program.
-    shared_bytes : int
-        Dynamic shared memory of a program.
-    """
+    """A kernel translated from PTX, with its warps and bytes of shared memory per program."""
 
     def __init__(self, ptx: str, warps: int, shared_bytes: int):
         self.entry = parse(ptx)
