@@ -29,7 +29,7 @@ OBSTACLE = "_obstacle"
 
 @dataclass
 class Launch:
-    """One launch of a kernel, with the constants that it was compiled for."""
+    """One launch of a kernel, with its tl.constexpr arguments."""
 
     name: str
     grid: tuple[int, ...]
@@ -102,7 +102,8 @@ class Emulation:
             raise EmulationError(f"{function.__name__}: {error}") from None
         for storage, start in zip(storages, memory.starts, strict=True):
             storage[:] = memory.bytes[start : start + len(storage)]
-        self.launches.append(Launch(function.__name__, grid, constants, findings, counts, kernel))
+        chosen = {p.name: values[p.name] for p in function.params if p.is_constexpr}
+        self.launches.append(Launch(function.__name__, grid, chosen, findings, counts, kernel))
 
 
 def _upload(values: list) -> tuple[GlobalMemory, list[np.ndarray], list]:
