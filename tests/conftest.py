@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
 from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig  # noqa: E402
 
