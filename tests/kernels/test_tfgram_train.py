@@ -1,19 +1,21 @@
 """TFgram in training against float64: an error of at most twice plain float32 PyTorch's, plus FLOOR."""
 
 import functools
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
 
+import hardware  # noqa: F401
 import pytest
 import torch
 from osscl_kernels import backend, native, tfgram_train_cpu
-from osscl_kernels import tfgram_train_triton as fused
 from osscl_kernels.tfgram_infer import LAYERS, frames
 from osscl_kernels.tfgram_train import rows, tfgram_train, tfgram_train_ref, update_running_statistics
 from torch import nn
 
+fused = importlib.import_module("osscl_kernels.tfgram_train")  # the package's name is the function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(tfgram_train_cpu.__file__).parents[1])}
 FLOOR = 2e-6  # relative, in the Euclidean norm of each result
