@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from osscl_min.config import AudioConfig, Config, ModelConfig, from_dict, to_dict
 from osscl_min.data.clips import BENCHMARK, Clip
-from osscl_min.model import OSSCL, load_upstream_state
+from osscl_min.model import OSSCL
 from osscl_min.runtime.files import UserError, replacing
 
 FORMAT = 1
@@ -123,3 +124,88 @@ def _load_upstream(path: Path, state: dict[str, Any], device: torch.device | str
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return Checkpoint(path, model.eval(), config, BENCHMARK, None)
+
+
+# --- the authors' checkpoints ------------------------------------------------------------------------------
+
+# Layers of the authors' model that never run or never get a gradient.
+UPSTREAM_UNUSED = re.compile(
+    r"^(TFgramNet\.(pre_block4|spec_augmenter|bn0|conv_block[1-6]|fc1|fc_audioset)|mobilefacenet\.fc_out)\."
+)
+_TFGRAM = (
+    ("pre_conv0", "pre_bn0"),
+    *((f"pre_block{b}.conv{i}", f"pre_block{b}.bn{i}") for b in (1, 2, 3) for i in (1, 2)),
+)
+
+
+def _upstream_name(name: str) -> str:
+    """Our state entry's name -> the authors'."""
+    part, _, rest = name.partition(".")
+    if part == "tfgram":
+        kind, number, entry = rest.split(".")
+        return f"TFgramNet.{_TFGRAM[int(number)][kind == 'norm']}.{entry}"
+    if part == "tgram":
+        return "tgramnet." + rest.replace("extractor", "conv_extrctor").replace("encoder", "conv_encoder")
+    return {"encoder": "mobilefacenet.", "head": "head.", "arcface": "arcface."}[part] + rest.replace(
+        "layers", "head"
+    )
+
+
+def _live_entries(model: OSSCL) -> dict[str, tuple[str, torch.Tensor]]:
+    """The authors' name -> (our name, tensor) of every entry but the batch counters."""
+    state = model.state_dict()
+    return {
+        _upstream_name(name): (name, value)
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def upstream_state_shapes(config: ModelConfig = ModelConfig()) -> dict[str, tuple[int, ...]]:
+    """The authors' names and the shapes of every live state entry, without num_batches_tracked."""
+    with torch.device("meta"):
+        model = OSSCL(config)
+    return {theirs: tuple(value.shape) for theirs, (_, value) in _live_entries(model).items()}
+
+
+def load_upstream_state(model: OSSCL, state: Mapping[str, torch.Tensor]) -> OSSCL:
+    """Load the authors' checkpoint, whole or pruned of its unused layers, into this model.
+
+    Parameters
+    ----------
+    model : OSSCL
+        Entries for inputs that it does not have are passed over, as are the authors' unused layers.
+    state : mapping
+        The authors' state dict; a "module." prefix is taken off.
+
+    Raises
+    ------
+    UserError
+        If a live entry is missing, has another shape, or a name is unknown.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    live = _live_entries(model)
+    missing = sorted(set(live) - set(state))
+    if missing:
+        raise UserError(
+            f"not a checkpoint of this model: {len(missing)} entries are missing, first {missing[0]}"
+        )
+    loaded = {}
+    for name, value in state.items():
+        if name in live:
+            ours, tensor = live[name]
+            if value.shape != tensor.shape:
+                raise UserError(
+                    f"checkpoint of another configuration: {name} has shape {tuple(value.shape)}, "
+                    f"the model {tuple(tensor.shape)}"
+                )
+            loaded[ours] = value
+        elif not (
+            UPSTREAM_UNUSED.match(name)
+            or name.endswith("num_batches_tracked")
+            or (model.tgram is None and name.startswith("tgramnet."))
+            or (model.tfgram is None and name.startswith("TFgramNet."))
+        ):
+            raise UserError(f"not a checkpoint of this model: unknown entry {name}")
+    model.load_state_dict({**model.state_dict(), **loaded})
+    return model

@@ -11,7 +11,7 @@ import scipy.signal
 import torch
 
 from osscl_min import checkpoint
-from osscl_min.checkpoint import Checkpoint
+from osscl_min.checkpoint import Checkpoint, _live_entries
 from osscl_min.config import AudioConfig, Config, EvaluateConfig, ModelConfig
 from osscl_min.data.clips import BENCHMARK
 from osscl_min.data.reader import open_data
@@ -21,7 +21,7 @@ from osscl_min.experiments.variants import examine
 from osscl_min.features import ZeroPhaseFilter
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import evaluate_scores, read_scores
-from osscl_min.model import OSSCL, _live_entries
+from osscl_min.model import OSSCL
 from osscl_min.runtime.files import UserError
 
 SHORT = Config(model=ModelConfig(audio=AudioConfig(seconds=1.0)))

@@ -4,14 +4,10 @@ import pytest
 import torch
 from osscl_kernels import native
 
+from osscl_min.checkpoint import load_upstream_state, upstream_state_shapes
 from osscl_min.config import AudioConfig, ModelConfig
 from osscl_min.features import LogMel
-from osscl_min.model import (
-    OSSCL,
-    ArcMarginHead,
-    load_upstream_state,
-    upstream_state_shapes,
-)
+from osscl_min.model import OSSCL, ArcMarginHead
 from osscl_min.runtime.files import UserError
 
 SHORT = AudioConfig(seconds=1.0)

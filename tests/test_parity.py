@@ -8,17 +8,11 @@ import torch
 from conftest import GOLDEN
 from osscl_kernels import supcon_loss, supcon_loss_ref
 
+from osscl_min.checkpoint import _live_entries, load_upstream_state, upstream_state_shapes
 from osscl_min.config import PRESETS, ModelConfig
 from osscl_min.features import LogMel
 from osscl_min.losses import anomaly_score
-from osscl_min.model import (
-    OSSCL,
-    ArcMarginHead,
-    FeaturePerturbationHead,
-    _live_entries,
-    load_upstream_state,
-    upstream_state_shapes,
-)
+from osscl_min.model import OSSCL, ArcMarginHead, FeaturePerturbationHead
 from osscl_min.trainer import Trainer
 
 GOLD = np.load(GOLDEN / "upstream_float64.npz")
