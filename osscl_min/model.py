@@ -7,18 +7,9 @@ Only the layers that ever get a gradient in the authors' code are here: 1,372,24
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
-from osscl_kernels import (
-    LAYERS,
-    ChainLayer,
-    conv_chain,
-    fold_batchnorm,
-    tfgram_infer,
-    tfgram_train,
-    update_running_statistics,
-)
+from osscl_kernels import LAYERS, fold_batchnorm, tfgram_infer, tfgram_train, update_running_statistics
 from osscl_kernels.tfgram_train import rows
 from torch import nn
 from torch.nn import functional as F
@@ -111,16 +102,11 @@ class _OneValueSafe:
 
 
 class BatchNorm1d(_OneValueSafe, nn.BatchNorm1d):
-    """Of vectors."""
+    """BatchNorm1d that uses running statistics for a single value per channel."""
 
 
 class BatchNorm2d(_OneValueSafe, nn.BatchNorm2d):
-    """Of maps."""
-
-
-def _has_batch_statistics(norm: nn.Module) -> bool:
-    """Whether it normalises by its batch, as in ordinary training, and by nothing special."""
-    return norm.training and norm.affine and norm.eps == 1e-5
+    """BatchNorm2d that uses running statistics for a single value per channel."""
 
 
 class ConvBlock(nn.Module):
@@ -198,51 +184,9 @@ class MobileFaceNet(nn.Module):
                 nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        maps = maps.contiguous(memory_format=torch.channels_last)  # what convolutions like best, CPU and GPU
-        if self.training and maps.device.type == "cpu" and len(maps) > 1:
-            chain = list(self.chain())
-            if all(_has_batch_statistics(norm) for _, norm, _, _ in chain):
-                if (found := self.trained_on_cpu(maps, chain)) is not None:
-                    return found
+        maps = maps.contiguous(memory_format=torch.channels_last)  # the fastest layout for convolutions
         x = self.blocks(self.dw_conv1(self.conv1(maps)))
         return self.linear1(self.linear7(self.conv2(x))).flatten(1)
-
-    def chain(self) -> Iterator[tuple[nn.Conv2d, BatchNorm2d, nn.PReLU | None, int]]:
-        """Convolution, normalisation, PReLU and shortcut (layers back) of every layer, in order."""
-        for block in (self.conv1, self.dw_conv1, *self.blocks, self.conv2, self.linear7, self.linear1):
-            if isinstance(block, ConvBlock):
-                yield block.conv, block.bn, block.prelu, 0
-            else:
-                yield tuple(block.conv[:3]) + (0,)
-                yield tuple(block.conv[3:6]) + (0,)
-                yield tuple(block.conv[6:]) + (None, 3 if block.residual else 0)
-
-    def trained_on_cpu(self, maps: torch.Tensor, chain: list) -> torch.Tensor:
-        """The same layers as one function, which a CPU trains several times as fast."""
-        convs, norms, prelus, shortcuts = zip(*chain, strict=True)
-        layers = [
-            ChainLayer(c.stride[0], c.padding[0], c.groups, p is not None, s)
-            for c, p, s in zip(convs, prelus, shortcuts, strict=True)
-        ]
-        found = conv_chain(
-            maps,
-            layers,
-            [conv.weight for conv in convs],
-            [norm.weight for norm in norms],
-            [norm.bias for norm in norms],
-            [prelu.weight for prelu in prelus if prelu is not None],
-            eps=norms[0].eps,
-        )
-        if found is None:
-            return None
-        output, means, variances = found
-        counts, size = [], maps.shape[2:]
-        for conv in convs:
-            size = [(n + 2 * conv.padding[0] - k) // conv.stride[0] + 1
-                    for n, k in zip(size, conv.kernel_size, strict=True)]  # fmt: skip
-            counts.append(len(maps) * math.prod(size))
-        update_running_statistics(norms, means, variances, counts)
-        return output.flatten(1)
 
 
 class FeaturePerturbationHead(nn.Module):

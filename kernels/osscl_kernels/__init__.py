@@ -1,16 +1,13 @@
 """Fused kernels for OS-SCL: pure tensor functions, each beside its PyTorch reference."""
 
 from .backend import keep_freed_memory
-from .conv_chain import ChainLayer, conv_chain
 from .supcon import supcon_loss, supcon_loss_ref
 from .tfgram_infer import LAYERS, Folded, fold_batchnorm, frames, tfgram_infer, tfgram_infer_ref
 from .tfgram_train import tfgram_train, tfgram_train_ref, update_running_statistics
 
 __all__ = [
     "LAYERS",
-    "ChainLayer",
     "Folded",
-    "conv_chain",
     "fold_batchnorm",
     "frames",
     "keep_freed_memory",

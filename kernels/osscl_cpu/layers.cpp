@@ -1,23 +1,27 @@
-// The layers of a convolution chain in training, for a CPU: what native.py compiles and chain_cpu.py calls.
+// Training layers for a CPU; native.py compiles this file and chain.py calls its functions.
 //
-// A layer is a convolution without bias, batch normalisation and an activation. Every function takes one layer through
-// one pass over its clips, block of rows by block of rows, so that what lies between two convolutions never leaves the
-// cache: forward, the input's normalisation and activation, the products, the raw output and its moments; backward,
-// the centred gradient, both products, the activation's gradient below and the sums that the layer below needs.
+// A layer is a convolution without bias, batch normalisation and an activation. Each function makes one pass over the
+// clips of one layer, block of rows by block of rows, so that intermediate values stay in the cache. Forward: the
+// input's normalisation and activation, the products, the raw output and its moments. Backward: the centred gradient,
+// both products, the gradient of the activation below and the sums that the layer below needs.
 //
 // Activations are rows of channels, float32 or bfloat16; parameters and sums of products are float32. Sums over rows
-// run in float32 within a block and in float64 above. Sources of the formulas: chain_cpu.py.
+// are float32 within a block and float64 across blocks. Sources of the formulas: chain.py.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <system_error>
+#include <thread>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
 #ifdef __AVX512BF16__
-#define PAIRS  // products of two bfloat16 pairs at once
+#define PAIRS  // dot products of bfloat16 pairs
 #endif
 #if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__) && !defined(TILES)
 #include <sys/syscall.h>
@@ -28,39 +32,39 @@ inline bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 
 // One layer and its clips; native.py has the same fields in the same order. Pointers that do not apply are null.
 struct Step {
-  int64_t clips, parts;                                   // a call computes one of the parts
-  int64_t rows, inputs, outputs;                          // input rows of a clip (height * width), channels
+  int64_t clips, parts, threads;                          // threads compute one part of the clips at a time
+  int64_t rows, inputs, outputs;                          // input rows per clip (height * width), channels
   int64_t taps, dilation;                                 // of a product along the rows
   int64_t height, width, out_height, out_width, stride;   // of a map
-  int64_t samples, maps;                                  // of the wave, if the input is one; of the image likewise
-  // The input: `x` as it is, or f(below scale + shift) + other with f(z) = z above 0 and slope z elsewhere, or the
-  // first layer max(0, windows of wave first_weight + shift), or 3 x 3 patches of the image `x`.
+  int64_t samples, maps;                                  // per clip of an input wave; channels of an input image
+  // The input is one of: `x`; f(below scale + shift) + other with f(z) = z above 0 and slope z elsewhere; the first
+  // layer, max(0, windows of wave first_weight + shift); 3 x 3 patches of the image `x`.
   const void *x, *below;
   const float *scale, *shift, *slope;
   const void* other;
   const float *wave, *first_weight;
   const void* weight;  // packed for products, float32 (kernel positions, channels) otherwise
-  // Forward: where to keep the input, the raw output, and its moments about `centre`, (2, outputs) of each part.
+  // Forward: where to store the input, the raw output, and its moments about `centre`, (2, outputs) per part.
   void *kept, *y;
   float* centre;
   double* sums;
-  // Backward: the output's dy = dz + y centre_scale + centre_shift; the input's gradient plus `extra`, through f where
-  // there is a layer `below`, to `d`; weight gradients of each part; and of each part `sums`, (3, inputs): of
-  // dz (below - mean), of dz, and of the gradient times z where z <= 0. Of the first layer: (12, inputs).
+  // Backward: the output's dy = dz + y centre_scale + centre_shift; `d`, the input's gradient plus `extra`, taken
+  // through f if there is a layer `below`; weight gradients per part; and `sums` per part, (3, inputs), of
+  // dz (below - mean), of dz, and of the gradient times z where z <= 0. For the first layer: (12, inputs).
   const void* dz;
   const float *centre_scale, *centre_shift, *mean;
   const void* extra;
   void* d;
   float* weight_gradient;
-  // Pools: first row and the row after the last of every window of a clip.
+  // Pools: first row and end row of every window of a clip.
   const int32_t *start, *end;
   int64_t windows;
 };
 
 namespace {
 
-// Values in a register, and the tiles of sums that registers hold: ROWS or COLUMNS by VECTORS. GCC keeps vectors longer
-// than a register in memory.
+// Floats per register, and the block of sums that registers hold: ROWS or COLUMNS by VECTORS. Vectors are as long as a
+// register, because GCC keeps longer ones in memory.
 #ifdef __AVX512F__
 constexpr int LANES = 16, ROWS = 12, COLUMNS = 8, VECTORS = 2;
 #elif defined(__AVX__)
@@ -71,7 +75,7 @@ constexpr int LANES = 4, ROWS = 6, COLUMNS = 4, VECTORS = 4;
 constexpr int LANES = 4, ROWS = 6, COLUMNS = 4, VECTORS = 2;
 #endif
 constexpr int64_t PANEL = VECTORS * LANES;
-constexpr int64_t BLOCK = 96;           // rows; a multiple of what a tile has
+constexpr int64_t BLOCK = 96;           // rows per block; a multiple of ROWS and of a tile's rows
 constexpr int WINDOW = 11, STRIDE = 5;  // of the first layer over the wave
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -80,7 +84,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 struct bfloat16 { uint16_t bits; };
 
-template <class T> struct OperandOf { typedef float type; };  // what products read
+template <class T> struct OperandOf { typedef float type; };  // what products of activations T read
 #ifdef PAIRS
 template <> struct OperandOf<bfloat16> { typedef bfloat16 type; };
 #endif
@@ -112,7 +116,7 @@ inline void store(bfloat16* p, Vector v) {  // to the nearest, ties to even; NaN
 #endif
 }
 
-// Writes past the caches what is too large to stay there, and returns it as it will be read.
+// Stores past the caches what is too large to stay there, and returns what a later load gives.
 inline Vector stream(float* p, Vector v) {
 #ifdef __AVX512F__
   _mm512_stream_ps(p, (__m512)v);
@@ -123,7 +127,7 @@ inline Vector stream(float* p, Vector v) {
 #endif
   return v;
 }
-inline Vector stream(bfloat16* p, Vector v) {  // half a line at once is better left to the caches
+inline Vector stream(bfloat16* p, Vector v) {  // half a cache line: an ordinary store is faster
   store(p, v);
   return load(p);
 }
@@ -144,7 +148,7 @@ inline void add(double* total, Vector part) {
   for (int i = 0; i < LANES; ++i) total[i] += part[i];
 }
 
-// How a block of rows lies in memory: how many values apart are rows, and vectors of channels.
+// Strides of a block of rows in memory: between rows, and between vectors of channels.
 struct Layout {
   int64_t row, vector;
   int64_t operator()(int64_t r, int64_t c) const { return r * row + c / LANES * vector; }
@@ -153,7 +157,7 @@ inline Layout dense(int64_t channels) { return {channels, LANES}; }
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Calls body(first channel, number of vectors): a block's sums stay in registers and whole cache lines are read.
+// Calls body(first channel, number of vectors) so that sums stay in registers and whole cache lines are read.
 template <class Body>
 inline void by_channels(int64_t channels, Body body) {
   int64_t c = 0;
@@ -161,13 +165,14 @@ inline void by_channels(int64_t channels, Body body) {
   for (; c < channels; c += LANES) body(c, std::integral_constant<int, 1>());
 }
 
-// This thread's memory number `which`, for `count` values.
+// This thread's scratch buffer number `which`, for `count` values, uninitialised.
 template <class E>
 E* memory(int which, int64_t count) {
-  thread_local std::vector<char> all[8];
-  auto& one = all[which];
-  if ((int64_t)one.size() < count * (int64_t)sizeof(E) + 64) one.resize(count * sizeof(E) + 64);
-  return (E*)(((uintptr_t)one.data() + 63) & ~(uintptr_t)63);
+  thread_local struct { std::unique_ptr<char[]> data; int64_t size = 0; } buffers[8];
+  auto& buffer = buffers[which];
+  int64_t size = count * sizeof(E) + 64;
+  if (buffer.size < size) buffer.data.reset(new char[size]), buffer.size = size;
+  return (E*)(((uintptr_t)buffer.data.get() + 63) & ~(uintptr_t)63);
 }
 
 // --- tiles of the processor -----------------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ bool use_tiles() {
   return permitted;
 }
 
-// Eight tiles of 16 rows of 64 bytes while it lives; then the configuration that another library may rely on.
+// Configures eight tiles of 16 rows of 64 bytes, and restores another library's configuration at the end.
 class Tiles {
  public:
   Tiles() { if (use_tiles()) { _tile_storeconfig(before); _tile_loadconfig(&CONFIGURATION); } }
@@ -197,7 +202,7 @@ class Tiles {
 // The compiler does not know what tile instructions read and write.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// Tiles 0 to 3 are a block of sums, 32 by 32 floats of rows of n.
+// Tiles 0 to 3 hold a block of sums, 32 by 32 floats of rows of length n.
 inline void load_sums(const float* at, int64_t n) {
   _tile_loadd(0, at, 4 * n);
   _tile_loadd(1, at + LANES, 4 * n);
@@ -210,7 +215,7 @@ inline void store_sums(float* at, int64_t n) {
   _tile_stored(2, at + LANES * n, 4 * n);
   _tile_stored(3, at + LANES * n + LANES, 4 * n);
 }
-// Adds products of 16 pairs: rows from `upper` and `lower` on, columns from `left` and `right` on; strides in bytes.
+// Adds products of 16 pairs of rows at `upper` and `lower` with columns at `left` and `right`; strides in bytes.
 inline void add_products(const bfloat16* upper, const bfloat16* lower, int64_t rows, const bfloat16* left,
                          const bfloat16* right, int64_t columns) {
   _tile_loadd(4, upper, rows);
@@ -251,24 +256,43 @@ struct Tiles { Tiles() {} };
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-// out (rows, n) = sum over taps of a (rows from tap * dilation on, k) weight (n / PANEL, taps, k, PANEL); rows is a
-// multiple of ROWS.
-void multiply(const float* a, const float* weight, float* out, int64_t rows, int64_t taps, int64_t dilation, int64_t k,
+// A factor of a product is one float, or a pair of bfloat16 whose dot product with another pair is added.
+template <class E> constexpr int64_t PER_FACTOR = std::is_same<E, float>::value ? 1 : 2;
+inline Vector factors(const float* p) { return load(p); }
+inline Vector repeat(const float* p) { return *p - Vector{}; }
+inline Vector add_product(Vector sum, Vector a, Vector b) { return sum + a * b; }
+#ifdef PAIRS
+inline __m512bh factors(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh repeat(const bfloat16* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, 4);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+inline Vector add_product(Vector sum, __m512bh a, __m512bh b) { return (Vector)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#endif
+
+// out (rows, n) = sum over taps of a (rows from tap * dilation on, k) times weight (n / PANEL, taps, k, PANEL), or of
+// pairs (n / PANEL, taps, k / 2, PANEL, 2); rows is a multiple of ROWS.
+template <class E>
+void multiply(const E* a, const E* weight, float* out, int64_t rows, int64_t taps, int64_t dilation, int64_t k,
               int64_t n) {
+  constexpr int64_t PER = PER_FACTOR<E>;
   for (int64_t o = 0; o < n; o += PANEL, weight += taps * k * PANEL)
     for (int64_t r = 0; r < rows; r += ROWS) {
       Vector sum[ROWS][VECTORS] = {};
-      const float* w = weight;
+      const E* w = weight;
       for (int64_t tap = 0; tap < taps; ++tap) {
-        const float* from = a + (r + tap * dilation) * k;
-        for (int64_t i = 0; i < k; ++i, w += PANEL) {
-          Vector b[VECTORS];
+        const E* from = a + (r + tap * dilation) * k;
+        for (int64_t i = 0; i < k; i += PER, w += PER * PANEL) {
+          decltype(factors(w)) b[VECTORS];
 #pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v) b[v] = load(w + v * LANES);
+          for (int v = 0; v < VECTORS; ++v) b[v] = factors(w + PER * v * LANES);
 #pragma GCC unroll 12
-          for (int j = 0; j < ROWS; ++j)
+          for (int j = 0; j < ROWS; ++j) {
+            auto x = repeat(from + j * k + i);
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) sum[j][v] += b[v] * from[j * k + i];
+            for (int v = 0; v < VECTORS; ++v) sum[j][v] = add_product(sum[j][v], x, b[v]);
+          }
         }
       }
       for (int j = 0; j < ROWS; ++j)
@@ -276,8 +300,11 @@ void multiply(const float* a, const float* weight, float* out, int64_t rows, int
     }
 }
 
-// Adds to out (k, n) the sum over the rows of a (rows, k), transposed, times g (rows, n).
-void outer(const float* a, const float* g, float* out, int64_t rows, int64_t k, int64_t n) {
+// Adds to out (k, n) the sum over the rows of a (rows, k), transposed, times g (rows, n), or over pairs of rows of
+// a (pairs, k, 2) and g (pairs, n, 2).
+template <class E>
+void outer(const E* a, const E* g, float* out, int64_t rows, int64_t k, int64_t n) {
+  constexpr int64_t PER = PER_FACTOR<E>;
   for (int64_t o = 0; o < n; o += PANEL)
     for (int64_t i = 0; i < k; i += COLUMNS) {
       Vector sum[COLUMNS][VECTORS];
@@ -285,20 +312,61 @@ void outer(const float* a, const float* g, float* out, int64_t rows, int64_t k, 
       for (int j = 0; j < COLUMNS; ++j)
         for (int v = 0; v < VECTORS; ++v) sum[j][v] = load(at + j * n + v * LANES);
       for (int64_t r = 0; r < rows; ++r) {
-        Vector b[VECTORS];
+        decltype(factors(g)) b[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) b[v] = load(g + r * n + o + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) b[v] = factors(g + PER * (r * n + o + v * LANES));
 #pragma GCC unroll 8
-        for (int j = 0; j < COLUMNS; ++j)
+        for (int j = 0; j < COLUMNS; ++j) {
+          auto x = repeat(a + PER * (r * k + i + j));
 #pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v) sum[j][v] += b[v] * a[r * k + i + j];
+          for (int v = 0; v < VECTORS; ++v) sum[j][v] = add_product(sum[j][v], x, b[v]);
+        }
       }
       for (int j = 0; j < COLUMNS; ++j)
         for (int v = 0; v < VECTORS; ++v) store(at + j * n + v * LANES, sum[j][v]);
     }
 }
 
-// Adds to out (taps, k, n) the gradient of that weight: tap t sees g from row (taps - 1 - t) dilation on.
+#ifdef TILES
+// As `multiply`; rows is a multiple of 32.
+void multiply_tiles(const bfloat16* a, const bfloat16* weight, float* out, int64_t rows, int64_t taps,
+                    int64_t dilation, int64_t k, int64_t n) {
+  settle();
+  for (int64_t o = 0; o < n; o += PANEL, weight += taps * k * PANEL)
+    for (int64_t r = 0; r < rows; r += 2 * LANES) {
+      const bfloat16* w = weight;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const bfloat16* from = a + (r + tap * dilation) * k;
+        for (int64_t i = 0; i < k; i += 2 * LANES, w += 2 * LANES * PANEL)
+          add_products(from + i, from + LANES * k + i, 2 * k, w, w + 2 * LANES, 4 * PANEL);
+      }
+      store_sums(out + r * n + o, n);
+    }
+  settle();
+}
+
+// As `outer`, where a is (k / 16, pairs / 16) tiles of 16 channels by 32 rows.
+void outer_tiles(const bfloat16* a, const bfloat16* g, float* out, int64_t pairs, int64_t k, int64_t n) {
+  settle();
+  for (int64_t o = 0; o < n; o += 2 * LANES)
+    for (int64_t i = 0; i < k; i += 2 * LANES) {
+      load_sums(out + i * n + o, n);
+      const bfloat16 *upper = a + 2 * i * pairs, *lower = upper + 2 * LANES * pairs;
+      for (int64_t p = 0; p < pairs; p += LANES, upper += 2 * LANES * LANES, lower += 2 * LANES * LANES) {
+        const bfloat16* right = g + 2 * (p * n + o);
+        add_products(upper, lower, 64, right, right + 2 * LANES, 4 * n);
+      }
+      store_sums(out + i * n + o, n);
+    }
+  settle();
+}
+#endif
+
+// Adds to out (taps, k, n) the gradient of the weight: tap t reads g from row (taps - 1 - t) dilation on.
 void weight_products(const float* a, const float* g, float* out, int64_t rows, int64_t taps, int64_t dilation,
                      int64_t k, int64_t n) {
   for (int64_t tap = 0; tap < taps; ++tap)
@@ -306,60 +374,7 @@ void weight_products(const float* a, const float* g, float* out, int64_t rows, i
 }
 
 #ifdef PAIRS
-inline __m512bh both(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-inline __m512bh everywhere(const bfloat16* p) {
-  int32_t two;
-  std::memcpy(&two, p, 4);
-  return (__m512bh)_mm512_set1_epi32(two);
-}
-
-// The same; weight (n / PANEL, taps, k / 2, PANEL, 2).
-void multiply(const bfloat16* a, const bfloat16* weight, float* out, int64_t rows, int64_t taps, int64_t dilation,
-              int64_t k, int64_t n) {
-#ifdef TILES
-  if (use_tiles()) {
-    settle();
-    for (int64_t o = 0; o < n; o += PANEL, weight += taps * k * PANEL)
-      for (int64_t r = 0; r < rows; r += 2 * LANES) {
-        const bfloat16* w = weight;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const bfloat16* from = a + (r + tap * dilation) * k;
-          for (int64_t i = 0; i < k; i += 2 * LANES, w += 2 * LANES * PANEL)
-            add_products(from + i, from + LANES * k + i, 2 * k, w, w + 2 * LANES, 4 * PANEL);
-        }
-        store_sums(out + r * n + o, n);
-      }
-    settle();
-    return;
-  }
-#endif
-  for (int64_t o = 0; o < n; o += PANEL, weight += taps * k * PANEL)
-    for (int64_t r = 0; r < rows; r += ROWS) {
-      __m512 sum[ROWS][VECTORS] = {};
-      const bfloat16* w = weight;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const bfloat16* from = a + (r + tap * dilation) * k;
-        for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL) {
-          __m512bh b[VECTORS];
-#pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v) b[v] = both(w + 2 * v * LANES);
-#pragma GCC unroll 12
-          for (int j = 0; j < ROWS; ++j)
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v)
-              sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(from + j * k + i), b[v]);
-        }
-      }
-      for (int j = 0; j < ROWS; ++j)
-        for (int v = 0; v < VECTORS; ++v) store(out + (r + j) * n + o + v * LANES, (Vector)sum[j][v]);
-    }
-}
-
-// Pairs of rows from x on, value by value beside each other: (pairs, channels, 2).
+// Interleaves pairs of rows of x: (pairs, channels, 2).
 void pair(const bfloat16* x, int64_t pairs, int64_t channels, bfloat16* to) {
   for (int64_t p = 0; p < pairs; ++p, x += 2 * channels)
     for (int64_t c = 0; c < channels; c += LANES, to += 2 * LANES) {
@@ -369,48 +384,7 @@ void pair(const bfloat16* x, int64_t pairs, int64_t channels, bfloat16* to) {
     }
 }
 
-// The same as `outer`, of pairs of rows: a (pairs, k, 2) and g (pairs, n, 2). With tiles, a is (k / 16, pairs / 16)
-// tiles of 16 channels by 32 rows.
-void outer(const bfloat16* a, const bfloat16* g, float* out, int64_t pairs, int64_t k, int64_t n) {
-#ifdef TILES
-  if (use_tiles()) {
-    settle();
-    for (int64_t o = 0; o < n; o += 2 * LANES)
-      for (int64_t i = 0; i < k; i += 2 * LANES) {
-        load_sums(out + i * n + o, n);
-        const bfloat16 *upper = a + 2 * i * pairs, *lower = upper + 2 * LANES * pairs;
-        for (int64_t p = 0; p < pairs; p += LANES, upper += 2 * LANES * LANES, lower += 2 * LANES * LANES) {
-          const bfloat16* right = g + 2 * (p * n + o);
-          add_products(upper, lower, 64, right, right + 2 * LANES, 4 * n);
-        }
-        store_sums(out + i * n + o, n);
-      }
-    settle();
-    return;
-  }
-#endif
-  for (int64_t o = 0; o < n; o += PANEL)
-    for (int64_t i = 0; i < k; i += COLUMNS) {
-      __m512 sum[COLUMNS][VECTORS];
-      float* at = out + i * n + o;
-      for (int j = 0; j < COLUMNS; ++j)
-        for (int v = 0; v < VECTORS; ++v) sum[j][v] = (__m512)load(at + j * n + v * LANES);
-      for (int64_t p = 0; p < pairs; ++p) {
-        __m512bh b[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) b[v] = both(g + 2 * (p * n + o + v * LANES));
-#pragma GCC unroll 8
-        for (int j = 0; j < COLUMNS; ++j)
-#pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; ++v)
-            sum[j][v] = _mm512_dpbf16_ps(sum[j][v], everywhere(a + 2 * (p * k + i + j)), b[v]);
-      }
-      for (int j = 0; j < COLUMNS; ++j)
-        for (int v = 0; v < VECTORS; ++v) store(at + j * n + v * LANES, (Vector)sum[j][v]);
-    }
-}
-
-// The same; rows of `a` are zeros up to a multiple of 32, and g has as many more rows.
+// The same; rows of `a` are padded with zeros to a multiple of 32, and g has that many more rows.
 void weight_products(const bfloat16* a, const bfloat16* g, float* out, int64_t rows, int64_t taps, int64_t dilation,
                      int64_t k, int64_t n) {
   int64_t pairs = use_tiles() ? round_up(rows, 2 * LANES) / 2 : (rows + 1) / 2, reach = (taps - 1) * dilation;
@@ -429,13 +403,19 @@ void weight_products(const bfloat16* a, const bfloat16* g, float* out, int64_t r
     left = turned;
   }
 #endif
-  bool odd = taps > 1 && dilation % 2;  // then the middle tap pairs other rows than its neighbours
+  bool odd = taps > 1 && dilation % 2;  // then the middle tap pairs other rows than the outer taps
   int64_t all = pairs + reach / 2;
   bfloat16 *even = memory<bfloat16>(6, 2 * all * n), *middle = memory<bfloat16>(7, 2 * pairs * n);
   pair(g, all, n, even);
   if (odd) pair(g + dilation * n, pairs, n, middle);
   for (int64_t tap = 0; tap < taps; ++tap) {
     const bfloat16* right = odd && tap == 1 ? middle : even + (taps - 1 - tap) * dilation * n;
+#ifdef TILES
+    if (use_tiles()) {
+      outer_tiles(left, right, out + tap * k * n, pairs, k, n);
+      continue;
+    }
+#endif
     outer(left, right, out + tap * k * n, pairs, k, n);
   }
 }
@@ -443,7 +423,7 @@ void weight_products(const bfloat16* a, const bfloat16* g, float* out, int64_t r
 
 // --- before and after products --------------------------------------------------------------------------------------
 
-// Rows that follow each other: a clip, or where nothing looks beyond a row, all clips of a part.
+// Consecutive rows: of a clip, or, where the layer reads single rows, of all clips of a part.
 struct Run { int64_t clip, offset, rows; };
 
 inline int64_t first_clip(const Step& s, int64_t part) { return part * s.clips / s.parts; }
@@ -478,7 +458,7 @@ inline void patch(const Step& s, int64_t clip, int64_t r, Body body) {
     body((3 * i + left) * s.maps, ((clip * s.height + h + i) * s.width + w + left) * s.maps, (right - left) * s.maps);
 }
 
-// Rows first <= r < last of the layer's input; zeros outside the run, for dense rows.
+// Rows first <= r < last of the layer's input, zeros outside the run (for dense rows only).
 template <class T, class E>
 void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layout layout) {
   int64_t n = s.inputs, from = std::min(std::max<int64_t>(first, 0), last);
@@ -535,7 +515,7 @@ void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layo
   });
 }
 
-// Rows first <= r < last, `rows` at most, of the output's gradient; zeros outside, for dense rows.
+// Rows first <= r < last of the output's gradient, zeros outside of `rows` (for dense rows only).
 template <class T, class E>
 void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, int64_t last, E* to, Layout layout) {
   int64_t n = s.outputs, from = std::min(std::max<int64_t>(first, 0), last);
@@ -560,7 +540,7 @@ void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, i
   });
 }
 
-// Stores `count` rows of the output from row `at` on, and adds to its moments about the part's first rows' mean.
+// Stores `count` rows of the output from row `at` on, and adds to its moments about the mean of the part's first rows.
 template <class T>
 void finish(const Step& s, int64_t part, const float* out, Layout layout, int64_t at, int64_t count, bool& begun) {
   int64_t n = s.outputs;
@@ -571,11 +551,11 @@ void finish(const Step& s, int64_t part, const float* out, Layout layout, int64_
   begun = true;
   by_channels(n, [=](int64_t c, auto vectors) {
     constexpr int K = decltype(vectors)::value;
-    Vector one[K] = {}, two[K] = {}, about[K];
+    Vector first[K] = {}, second[K] = {}, about[K];
     if (fresh) {
       for (int64_t r = 0; r < count; ++r)
-        for (int k = 0; k < K; ++k) one[k] += load(out + layout(r, c + k * LANES));
-      for (int k = 0; k < K; ++k) store(centre + c + k * LANES, one[k] / (float)count), one[k] = Vector{};
+        for (int k = 0; k < K; ++k) first[k] += load(out + layout(r, c + k * LANES));
+      for (int k = 0; k < K; ++k) store(centre + c + k * LANES, first[k] / (float)count), first[k] = Vector{};
       std::fill(sums + c, sums + c + K * LANES, 0.0);
       std::fill(sums + n + c, sums + n + c + K * LANES, 0.0);
     }
@@ -585,17 +565,17 @@ void finish(const Step& s, int64_t part, const float* out, Layout layout, int64_
       for (int k = 0; k < K; ++k) {
         T* to = y + r * n + c + k * LANES;
         Vector x = stream(to, load(out + layout(r, c + k * LANES))) - about[k];
-        one[k] += x;
-        two[k] += x * x;
+        first[k] += x;
+        second[k] += x * x;
       }
     for (int k = 0; k < K; ++k) {
-      add(sums + c + k * LANES, one[k]);
-      add(sums + n + c + k * LANES, two[k]);
+      add(sums + c + k * LANES, first[k]);
+      add(sums + n + c + k * LANES, second[k]);
     }
   });
 }
 
-// Takes the input's gradient, `count` rows from row `first` of the run on, to the layer below.
+// Passes the input's gradient, `count` rows from row `first` of the run on, to the layer below.
 template <class T>
 void descend(const Step& s, int64_t part, Run run, const float* gradient, Layout layout, int64_t first,
              int64_t count) {
@@ -631,8 +611,8 @@ void descend(const Step& s, int64_t part, Run run, const float* gradient, Layout
   });
 }
 
-// The same to the first layer, whose output is `a`: sums of dz (window - centre) and of dz; dz itself to `d`, if given.
-template <class T, class E>
+// The same for the first layer, whose output is `a`: sums of dz (window - mean) and of dz.
+template <class E>
 void descend_to_wave(const Step& s, int64_t part, Run run, const float* gradient, const E* a, int64_t first,
                      int64_t count) {
   int64_t n = s.inputs;
@@ -647,7 +627,6 @@ void descend_to_wave(const Step& s, int64_t part, Run run, const float* gradient
     Vector sum[WINDOW + 1] = {};
     for (int64_t r = 0; r < count; ++r) {
       Vector dz = load(a + r * n + c) > 0.f ? load(gradient + r * n + c) : Vector{};
-      if (s.d) store((T*)s.d + (run.offset + first + r) * n + c, dz);
 #pragma GCC unroll 12
       for (int i = 0; i <= WINDOW; ++i) sum[i] += dz * window[r][i];
     }
@@ -655,7 +634,7 @@ void descend_to_wave(const Step& s, int64_t part, Run run, const float* gradient
   }
 }
 
-// The same to the image: adds the patches' gradients to `d`, float32.
+// The same for the image: adds the patches' gradients to `d`, float32.
 void descend_to_image(const Step& s, Run run, const float* gradient, int64_t first, int64_t count) {
   for (int64_t r = first; r < first + count; ++r, gradient += s.inputs)
     patch(s, run.clip, r, [&](int64_t place, int64_t at, int64_t values) {
@@ -663,20 +642,30 @@ void descend_to_image(const Step& s, Run run, const float* gradient, int64_t fir
     });
 }
 
-void clear(const Step& s, int64_t part, int64_t positions, int64_t sums) {  // what a part adds to
+// Zeroes what a part adds to.
+void clear(const Step& s, int64_t part, int64_t positions, int64_t sums) {
   std::memset(s.weight_gradient + part * positions, 0, positions * sizeof(float));
   if (s.sums) std::memset(s.sums + part * sums, 0, sums * sizeof(double));
 }
 
 // --- layers: products along the rows --------------------------------------------------------------------------------
 
-// How many rows a product computes to have `count`.
+// Number of rows that a product computes for `count` rows.
 template <class E>
 int64_t product_rows(int64_t count) {
   return round_up(count, std::is_same<E, bfloat16>::value && use_tiles() ? 2 * LANES : ROWS);
 }
 
-// weight: (taps, inputs, outputs), packed as `multiply` takes it.
+template <class E, class... Sizes>
+void product(const E* a, const E* weight, float* out, Sizes... sizes) {
+#ifdef TILES
+  if constexpr (PER_FACTOR<E> == 2)
+    if (use_tiles()) return multiply_tiles(a, weight, out, sizes...);
+#endif
+  multiply(a, weight, out, sizes...);
+}
+
+// weight: (taps, inputs, outputs), packed as `multiply` reads it.
 template <class T>
 void product_forward(const Step& s, int64_t part) {
   typedef Operand<T> E;
@@ -689,14 +678,14 @@ void product_forward(const Step& s, int64_t part) {
     for (int64_t first = 0; first < run.rows; first += BLOCK) {
       int64_t count = std::min(BLOCK, run.rows - first), rows = product_rows<E>(count);
       input_rows<T>(s, run, first - reach, first + rows + reach, input, dense(s.inputs));
-      multiply(input, (const E*)s.weight, out, rows, s.taps, s.dilation, s.inputs, s.outputs);
+      product(input, (const E*)s.weight, out, rows, s.taps, s.dilation, s.inputs, s.outputs);
       finish<T>(s, part, out, dense(s.outputs), run.offset + first, count, begun);
     }
   });
 }
 
-// weight: (taps, outputs, inputs), taps reversed, packed; null where the input needs no gradient.
-// weight_gradient: (taps, inputs, outputs) of dy that is not scaled.
+// weight: (taps, outputs, inputs), taps reversed, packed; null if the input needs no gradient.
+// weight_gradient: (taps, inputs, outputs), of the unscaled dy.
 template <class T>
 void product_backward(const Step& s, int64_t part) {
   typedef Operand<T> E;
@@ -714,9 +703,9 @@ void product_backward(const Step& s, int64_t part) {
       gradient_rows<T>(s, run.offset, run.rows, first - reach, first + rows + reach, dy, dense(s.outputs));
       weight_products(input, dy, gradient, count, s.taps, s.dilation, s.inputs, s.outputs);
       if (!s.weight) continue;
-      multiply(dy, (const E*)s.weight, d, rows, s.taps, s.dilation, s.outputs, s.inputs);
+      product(dy, (const E*)s.weight, d, rows, s.taps, s.dilation, s.outputs, s.inputs);
       if (s.wave)
-        descend_to_wave<T>(s, part, run, d, input, first, count);
+        descend_to_wave(s, part, run, d, input, first, count);
       else if (s.maps)
         descend_to_image(s, run, d, first, count);
       else
@@ -727,10 +716,10 @@ void product_backward(const Step& s, int64_t part) {
 
 // --- layers: channel by channel -------------------------------------------------------------------------------------
 
-// Rows of a map as float32, a vector of channels after the other, so that walking along one touches line after line.
+// Rows of a map as float32, one vector of channels after the other, so that a walk along the row reads memory in order.
 inline Layout along(int64_t width) { return {LANES, width * LANES}; }
 
-// The last rows of a map, with a zero pixel on both sides of each, and rows of zeros outside the map.
+// The last three rows of a map, with a zero pixel on both sides of each, and a row of zeros for outside the map.
 class Band {
  public:
   Band(int which, int64_t width, int64_t channels) : layout(along(width + 2)), size((width + 2) * channels) {
@@ -740,10 +729,10 @@ class Band {
   const Layout layout;
   void restart() { next = 0; }
   template <class Read>
-  void reach(int64_t row, Read read) {  // makes all rows up to `row` be there
+  void reach(int64_t row, Read read) {  // reads the rows up to `row`
     for (; next <= row; ++next) read(next, base + next % 3 * size + LANES);
   }
-  // From its left zero pixel on.
+  // A row, from its left zero pixel on.
   const float* row(int64_t index, int64_t height) const {
     return index >= 0 && index < height ? base + index % 3 * size : base + 3 * size;
   }
@@ -793,8 +782,8 @@ void depthwise_forward(const Step& s, int64_t part) {
   }
 }
 
-// The gradients of a row's input and, added to sum, of the weight. `from`: the output rows that see this one through
-// the kernel's rows first, first + STEP ..., from their left zero pixel on.
+// The gradients of a row's input and, added to sum, of the weight. `from`: the output rows that read this one through
+// the kernel's rows FIRST, FIRST + STEP ..., from their left zero pixel on.
 template <int STEP, int FIRST>
 inline void depthwise_row_backward(const float* const* from, const Vector* by, Vector* sum, const float* x, float* d,
                                    int64_t width) {
@@ -843,7 +832,7 @@ void depthwise_backward(const Step& s, int64_t part) {
         Vector by[9], sum[9];
         const float* from[3] = {};
         for (int i = 0; i < 9; ++i) by[i] = load(weight + i * n + c), sum[i] = load(gradient + i * n + c);
-        for (int i = 0; i < 3; ++i)  // the output row that sees row h through row i of the kernel
+        for (int i = 0; i < 3; ++i)  // the output row that reads row h through row i of the kernel
           if ((h + 1 - i) % s.stride == 0)
             from[i] = band.row((h + 1 - i) / s.stride, s.out_height) + band.layout(0, c);
         auto row = s.stride == 1 ? depthwise_row_backward<1, 0>
@@ -857,58 +846,10 @@ void depthwise_backward(const Step& s, int64_t part) {
   }
 }
 
-// A kernel as large as the map; weight (rows, channels).
-template <class T>
-void whole_forward(const Step& s, int64_t part) {
-  int64_t n = s.inputs;
-  const float* weight = (const float*)s.weight;
-  float *input = memory<float>(0, BLOCK * n), *out = memory<float>(1, n);
-  bool begun = false;
-  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
-    Run run{clip, clip * s.rows, s.rows};
-    std::memset(out, 0, n * sizeof(float));
-    for (int64_t first = 0; first < s.rows; first += BLOCK) {
-      int64_t last = std::min(first + BLOCK, s.rows);
-      input_rows<T>(s, run, first, last, input, dense(n));
-      for (int64_t c = 0; c < n; c += LANES) {
-        Vector sum = load(out + c);
-        for (int64_t r = first; r < last; ++r) sum += load(input + (r - first) * n + c) * load(weight + r * n + c);
-        store(out + c, sum);
-      }
-    }
-    finish<T>(s, part, out, dense(n), clip, 1, begun);
-  }
-}
-
-template <class T>
-void whole_backward(const Step& s, int64_t part) {
-  int64_t n = s.inputs;
-  const float* weight = (const float*)s.weight;
-  float *dy = memory<float>(0, n), *d = memory<float>(1, BLOCK * n), *input = memory<float>(2, BLOCK * n);
-  float* gradient = s.weight_gradient + part * s.rows * n;
-  clear(s, part, s.rows * n, 3 * n);
-  for (int64_t clip = first_clip(s, part); clip < first_clip(s, part + 1); ++clip) {
-    Run run{clip, clip * s.rows, s.rows};
-    gradient_rows<T>(s, clip, 1, 0, 1, dy, dense(n));
-    for (int64_t first = 0; first < s.rows; first += BLOCK) {
-      int64_t last = std::min(first + BLOCK, s.rows);
-      input_rows<T>(s, run, first, last, input, dense(n));
-      for (int64_t r = first; r < last; ++r)
-        for (int64_t c = 0; c < n; c += LANES) {
-          Vector g = load(dy + c);
-          store(d + (r - first) * n + c, g * load(weight + r * n + c));
-          float* to = gradient + r * n + c;
-          store(to, load(to) + g * load(input + (r - first) * n + c));
-        }
-      descend<T>(s, part, run, d, dense(n), first, last - first);
-    }
-  }
-}
-
 // --- the first layer's windows --------------------------------------------------------------------------------------
 
-// Sums over all windows of products of two of their samples and, last, of the samples: (12, 16) of each part, of which
-// 11 columns count; rows of the wave go on for 16 samples where their last window begins.
+// Sums over all windows of the products of two samples and, last, of the samples: (12, 16) per part, of which 11
+// columns count. Waves must have 16 samples from the start of their last window on.
 template <class T>
 void window_moments(const Step& s, int64_t part) {
   typedef double Wide __attribute__((vector_size(8 * LANES)));
@@ -946,7 +887,7 @@ void pool_forward(const Step& s, int64_t part) {
       }
 }
 
-// dz goes where a window's value won, the first one among equals, and is above 0; elsewhere 0. Windows come in order.
+// d is dz at a window's maximum (the first among equals) if that is above 0, and 0 elsewhere. Windows are in order.
 template <class T>
 void pool_backward(const Step& s, int64_t part) {
   int64_t n = s.inputs;
@@ -974,8 +915,8 @@ void pool_backward(const Step& s, int64_t part) {
           for (; written < s.start[w]; ++written) store(d + written * n + c, Vector{});
           for (int64_t r = s.start[w]; r < s.end[w]; ++r) {
             T* at = d + r * n + c;
-            Vector one = place == (int32_t)(r - s.start[w]) ? g : Vector{};
-            store(at, r < written ? load(at) + one : one);  // windows may overlap
+            Vector share = place == (int32_t)(r - s.start[w]) ? g : Vector{};
+            store(at, r < written ? load(at) + share : share);  // windows may overlap
           }
           written = s.end[w];
           g = place >= 0 ? g : Vector{};
@@ -993,27 +934,36 @@ void pool_backward(const Step& s, int64_t part) {
 
 }  // namespace
 
+// Computes all parts; the results do not depend on which thread computes which part.
 template <class F>
-void call(F function, const Step* step, int64_t part) {
-  function(*step, part);
-  settle_streams();  // other threads read them next
+void call(F function, const Step& step) {
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t part; (part = next++) < step.parts;) function(step, part);
+    settle_streams();
+  };
+  std::vector<std::thread> threads;
+  try {
+    for (int64_t i = 1; i < std::min(step.threads, step.parts); ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {  // a limit of the system: fewer threads do the same work
+  }
+  work();
+  for (auto& thread : threads) thread.join();
 }
 
-#define EXPORT(NAME)                                                                                               \
-  extern "C" void NAME##_float32(const Step* step, int64_t part) { call(NAME<float>, step, part); }       \
-  extern "C" void NAME##_bfloat16(const Step* step, int64_t part) { call(NAME<bfloat16>, step, part); }
+#define EXPORT(NAME)                                                                   \
+  extern "C" void NAME##_float32(const Step* step) { call(NAME<float>, *step); }       \
+  extern "C" void NAME##_bfloat16(const Step* step) { call(NAME<bfloat16>, *step); }
 
 EXPORT(product_forward)
 EXPORT(product_backward)
 EXPORT(depthwise_forward)
 EXPORT(depthwise_backward)
-EXPORT(whole_forward)
-EXPORT(whole_backward)
 EXPORT(window_moments)
 EXPORT(pool_forward)
 EXPORT(pool_backward)
 
-// How `multiply` wants weights: outputs side by side, and whether bfloat16 inputs come in pairs.
+// The order of weights that `multiply` reads: outputs side by side, and whether bfloat16 inputs are paired.
 extern "C" int64_t panel() { return PANEL; }
 extern "C" int64_t pairs() { return std::is_same<Operand<bfloat16>, bfloat16>::value; }
 extern "C" int64_t tiles() { return use_tiles(); }
