@@ -21,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -37,7 +37,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 MODULES = ("supcon", "tfgram_infer", "tfgram_train")
-PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 # Shared memory per program, bytes (CUDA C++ programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
@@ -55,8 +54,8 @@ class Case:
     module: str
     kernel: str
     precision: str
-    signature: dict[str, str] = field(hash=False)
-    constants: dict[str, Any] = field(hash=False)
+    signature: dict[str, str]
+    constants: dict[str, Any]
     aligned: tuple[str, ...]  # arguments that are multiples of 16
     num_warps: int
     num_stages: int
@@ -66,6 +65,15 @@ class Case:
         """What tells it apart from the others: kernel, precision and numbers."""
         shape = " ".join(f"{k}={v}" for k, v in self.constants.items() if isinstance(v, int))
         return f"{self.module} {self.kernel} {self.precision} {shape} warps={self.num_warps}"
+
+    def resembles(self, other: Case) -> bool:
+        """Whether only the dilation, or a precision that the kernel does not know, tells the two apart."""
+        return self.comparable() == other.comparable()
+
+    def comparable(self) -> Case:
+        """Without what makes no other machine code of interest."""
+        constants = {key: value for key, value in self.constants.items() if key != "DILATION"}
+        return replace(self, precision="", constants=constants, aligned=())
 
 
 class Recorder:
@@ -91,73 +99,82 @@ class Recorder:
             signature[name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
             if tensor or (isinstance(value, int) and value % 16 == 0):
                 aligned.append(name)
+        constants = {name: values[name] for name in sorted(fixed)}
         case = Case(
-            self.module, self.function.__name__, self.precision, signature, {n: values[n] for n in sorted(fixed)},
+            self.module, self.function.__name__, self.precision, signature, constants,
             tuple(aligned), num_warps, num_stages,
         )  # fmt: skip
-        if case not in self.cases:
+        if not any(case.resembles(other) for other in self.cases):
             self.cases.append(case)
 
 
 @contextlib.contextmanager
-def recording(module, precision: str, cases: list[Case]) -> Iterator[None]:
-    """Within it the module's kernels are recorded instead of launched."""
+def recording(host, precision: str, cases: list[Case]) -> Iterator[None]:
+    """Within it a module's kernels are recorded instead of launched."""
+    name = host.__name__.rpartition(".")[2]
     kernels = {
-        name: Recorder(value, module.__name__.rpartition(".")[2], precision, cases)
-        for name, value in vars(module).items()
+        key: Recorder(value, name, precision, cases)
+        for key, value in vars(host).items()
         if isinstance(value, triton.JITFunction)
     }
-    with mock.patch.multiple(module, **kernels):
+    with mock.patch.multiple(host, **kernels):
         yield
 
 
-def record(capability: int, parts=MODULES, precisions=PRECISIONS) -> list[Case]:
-    """Every configuration that the package launches on an architecture, for the paper's batch."""
+def module(part: str):
+    """A module of kernels; the package's own name may be a function."""
+    return importlib.import_module(f"osscl_kernels.{part}")
+
+
+def launch(
+    part: str, precision: str, size: int = 64, device: str = "cpu", clips: int = 2
+) -> Callable[[], Any]:
+    """A call of a module's host functions, forward and backward: `size` rows for SupCon, else clips.
+
+    40,000 samples have the pool windows of the paper's clips.
+    """
+    host = module(part)
+    if part == "supcon":
+        z = torch.zeros(size, 128, device=device)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        rest = (0, size, True, 0.02, 0.07, precision, "triton")
+
+        def call():
+            loss, lse, count = host._forward(z, labels, *rest)
+            host._backward(loss, z, labels, lse, count, *rest)
+
+        return call
+    wave = torch.zeros(clips, 40_000, device=device)
+    weights = [torch.zeros(x.outputs, x.inputs, x.kernel, device=device) for x in LAYERS]
+    vectors = [torch.zeros(len(w), device=device) for w in weights]
+    if part == "tfgram_train":
+
+        def call():
+            out, _, _, saved = host.forward(wave, weights, vectors, vectors, 1e-5, 512, precision)
+            host._backward(out, wave, weights, saved, 512, precision, False)
+
+        return call
+    folded = [w.permute(2, 1, 0) for w in weights]
+    waves = [wave, wave.to(torch.int16)] if precision == "bf16" else [wave]
+    return lambda: [host._infer(x, folded, vectors, frames(x.shape[1]), precision) for x in waves]
+
+
+def record(capability: int) -> list[Case]:
+    """Every configuration that the package launches on an architecture, for the paper's clips."""
     cases: list[Case] = []
     with mock.patch.object(backend, "capability", lambda _: capability), torch.no_grad():
-        for part in parts:
-            module = importlib.import_module(f"osscl_kernels.{part}")
-            for precision in module.PRECISIONS[1:]:
-                if precision in precisions:
-                    with recording(module, precision, cases):
-                        LAUNCHES[part](module, precision)
+        for part in MODULES:
+            for precision in module(part).PRECISIONS[1:]:
+                sizes = {row["size"] for row in backend.tile_rows() if part in row["kernel"]} or {0}
+                for size in sorted(sizes):
+                    with recording(module(part), precision, cases):
+                        launch(part, precision, size or 64)()
     return cases
-
-
-def _supcon(module, precision: str) -> None:
-    sizes = {row.get("size", 0) for row in backend.tile_rows() if "supcon" in row["kernel"]}
-    for n in sorted({max(size, 64) for size in sizes}):
-        z, labels = torch.zeros(n, 128), torch.zeros(n, dtype=torch.int64)
-        rest = (0, n, True, 0.02, 0.07, precision, "triton")
-        loss, lse, count = module._forward(z, labels, *rest)
-        module._backward(loss, z, labels, lse, count, *rest)
-
-
-def _infer(module, precision: str) -> None:
-    wave, weights, biases = _network()
-    waves = [wave, wave.to(torch.int16)] if precision == "bf16" else [wave]
-    for x in waves:
-        module._infer(x, [w.permute(2, 1, 0) for w in weights], biases, frames(wave.shape[1]), precision)
-
-
-def _train(module, precision: str) -> None:
-    wave, weights, vectors = _network()
-    out, _, _, saved = module.forward(wave, weights, vectors, vectors, 1e-5, 512, precision)
-    module._backward(out, wave, weights, saved, 512, precision, False)
-
-
-def _network() -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """A wave, weights and a vector per layer; 40,000 samples have the pool windows of the paper's clips."""
-    weights = [torch.zeros(layer.outputs, layer.inputs, layer.kernel) for layer in LAYERS]
-    return torch.zeros(2, 40_000), weights, [torch.zeros(len(w)) for w in weights]
-
-
-LAUNCHES = {"supcon": _supcon, "tfgram_infer": _infer, "tfgram_train": _train}
 
 
 def compile_case(case: Case, capability: int):
     """The compiled kernel of one configuration; needs no GPU and no driver."""
-    kernel = getattr(importlib.import_module(f"osscl_kernels.{case.module}"), case.kernel)
+    kernel = getattr(module(case.module), case.kernel)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     source = ASTSource(kernel, case.signature, constexprs=case.constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}

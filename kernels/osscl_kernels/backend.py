@@ -28,7 +28,10 @@ ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_BACKEND"
 # Read once, as Triton does: the variable must be set before the kernels are imported.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILES = pathlib.Path(__file__).with_name("tiles.json")
-SHARED_KB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}  # per program; 99 on every other GPU from 8.0 on
+# Families of GPUs by what a tile may use: 99 KB of shared memory (every GPU that is not named), 163 KB, 227 KB,
+# and 227 KB with tensor memory. A family without a tile of its own takes the one before it.
+FAMILIES = (86, 80, 90, 100)
+FAMILY_OF = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
 
 
 def jit(function: Callable) -> Callable:
@@ -91,31 +94,21 @@ def capability(tensor: Tensor) -> int:
 
 @functools.cache
 def tile_rows() -> list[dict[str, Any]]:
-    """The rows of tiles.json: each is a tile of a kernel in a precision.
-
-    A row holds from `memory_kb` of shared memory and from `size` rows of the problem on.
-    """
+    """The rows of tiles.json: the tile of a kernel for a precision, from the family `sm` and `size` on."""
     return json.loads(TILES.read_text())
 
 
 def tile(kernel: str, precision: str, tensor: Tensor, size: int = 0) -> dict[str, Any]:
-    """Launch constants of a kernel: the row for the most memory and the largest size that the case has."""
-    return dict(_tile(kernel, precision, SHARED_KB.get(capability(tensor), 99), size))
-
-
-@functools.cache
-def _tile(kernel: str, precision: str, memory: int, size: int) -> dict[str, Any]:
+    """Launch constants of a kernel for a problem of `size` rows on the tensor's device."""
+    family = FAMILIES.index(FAMILY_OF.get(capability(tensor), 86))
     fitting = [
-        row
+        ((FAMILIES.index(row["sm"]), row["size"]), row["tile"])
         for row in tile_rows()
         if (row["kernel"], row["precision"]) == (kernel, precision)
-        and row["memory_kb"] <= memory
-        and row.get("size", 0) <= size
+        and FAMILIES.index(row["sm"]) <= family
+        and row["size"] <= size
     ]
-    best = max(fitting, key=lambda row: (row["memory_kb"], row.get("size", 0)))
-    return {
-        key: value for key, value in best.items() if key not in ("kernel", "precision", "memory_kb", "size")
-    }
+    return dict(max(fitting, key=lambda choice: choice[0])[1])
 
 
 def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
