@@ -28,8 +28,8 @@ ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_BACKEND"
 # Read once, as Triton does: the variable must be set before the kernels are imported.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILES = pathlib.Path(__file__).with_name("tiles.json")
-# Families of GPUs by what a tile may use: 99 KB of shared memory (every GPU that is not named), 163 KB, 227 KB,
-# and 227 KB with tensor memory. A family without a tile of its own takes the one before it.
+# Families of GPUs by what a tile may use: 99 KB of shared memory (every GPU not named), 163 KB, 227 KB
+# and 227 KB beside tensor memory. A family without a tile of its own takes that of the one before it.
 FAMILIES = (86, 80, 90, 100)
 FAMILY_OF = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
 
