@@ -80,7 +80,7 @@ def supcon_loss(
         Arithmetic of the matrix products; everything else is float32. At temperature 0.02 an error in a
         cosine is multiplied by 50. "ieee": float32 multiply-adds, no tensor cores. "tf32x3": three tf32
         products on tensor cores, as exact as float32 in practice. "bf16": features are rounded to 8 bits, so
-        logits are off by up to 0.2; see results/supcon_accuracy.md. "auto": bf16 for bfloat16 features,
+        logits are off by up to 0.2. "auto": bf16 for bfloat16 features,
         tf32x3 for float32 and float16. On a CPU products are float32, and float64 for float64 everywhere.
     backend : {"auto", "triton", "torch"}
         See `backend.resolve`. float64 and D > 128 always take the chunked PyTorch path.
