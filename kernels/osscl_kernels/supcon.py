@@ -150,18 +150,17 @@ def _check(features, labels, temperature, base_temperature, precision, reduction
 # finish its own rows; a single process takes all. `choice` is the backend that `resolve` chose.
 
 
-@torch.library.custom_op("osscl_kernels::supcon_forward", mutates_args=())
-def _forward(
-    features: Tensor,
-    labels: Tensor,
-    start: int,
-    rows: int,
-    mean: bool,
-    temperature: float,
-    base_temperature: float,
-    precision: str,
-    choice: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+SETTINGS = (
+    "int start, int rows, bool mean, float temperature, float base_temperature, str precision, str choice"
+)
+
+
+@torch.library.custom_op(
+    "osscl_kernels::supcon_forward",
+    mutates_args=(),
+    schema=f"(Tensor features, Tensor labels, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def _forward(features, labels, start, rows, mean, temperature, base_temperature, precision, choice):
     """Loss, the rows' log-sum-exp (base e in PyTorch, 2 in Triton) and counts of positives."""
     z = _operand(features, precision, choice)
     losses = z.new_empty(rows, dtype=_accurate(z))
@@ -194,21 +193,16 @@ def _forward(
     return losses, lse, count
 
 
-@torch.library.custom_op("osscl_kernels::supcon_backward", mutates_args=())
+@torch.library.custom_op(
+    "osscl_kernels::supcon_backward",
+    mutates_args=(),
+    schema=f"(Tensor gradient, Tensor features, Tensor labels, Tensor lse, Tensor count, {SETTINGS})"
+    " -> Tensor",
+)
 def _backward(
-    gradient: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    count: Tensor,
-    start: int,
-    rows: int,
-    mean: bool,
-    temperature: float,
-    base_temperature: float,
-    precision: str,
-    choice: str,
-) -> Tensor:
+    gradient, features, labels, lse, count,
+    start, rows, mean, temperature, base_temperature, precision, choice,
+):  # fmt: skip
     """Gradient of the rows' features, from `gradient` (`mean`: a scalar), `lse` and `count` of all rows."""
     z = _operand(features, precision, choice)
     gradient = gradient.contiguous()
@@ -227,7 +221,7 @@ def _backward(
             other = torch.empty_like(s) if other is None else other[: b - a]
             torch.sub(s, lse, out=other).exp_().mul_(w)
             s.sub_(lse[own, None]).exp_().mul_(w[own, None]).add_(other)
-            dz[a:b] += _product(s.to(z.dtype), z)
+            dz[a:b] += _product(s.to(z.dtype), z, torch.empty_like(dz[a:b]))
     elif rows:
         constants = tile("supcon_backward", precision, z, len(z))
         with launching_on(z):
@@ -344,8 +338,8 @@ def _class_sums(z: Tensor, first: Tensor, weight: Tensor | None = None) -> Tenso
     return sums.index_add_(0, first, terms).to(_accurate(z))
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, with sums and result in float32 for bfloat16 (on CUDA only)."""
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b into `out`; of bfloat16 (on CUDA only) with sums and result in float32."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.bfloat16:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -355,7 +349,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def _similarities(z: Tensor, start: int, rows: int, temperature: float) -> Iterator[tuple[int, int, Tensor]]:
     """Chunks of rows of z z^T / temperature with -inf at each row's own column."""
     step = min(max(CHUNK_ELEMENTS[z.device.type] // max(len(z), 1), 16), max(rows, 1))
-    buffer = z.new_empty((step, len(z)))
+    buffer = z.new_empty((step if z.dtype != torch.bfloat16 else 0, len(z)))
     for a in range(0, rows, step):
         b = min(a + step, rows)
         s = _product(z[start + a : start + b], z.T, buffer[: b - a]).div_(temperature)

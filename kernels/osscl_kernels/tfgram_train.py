@@ -556,17 +556,14 @@ def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: fl
     return (w @ mu).float(), variance.float(), affine.float(), mu, covariance
 
 
-@torch.library.custom_op("osscl_kernels::tfgram_train_forward", mutates_args=())
-def forward(
-    wave: Tensor,
-    weights: list[Tensor],
-    gammas: list[Tensor],
-    betas: list[Tensor],
-    eps: float,
-    hop: int,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Output, means and variances of all layers in a row, and what the backward pass reads (see `_saved`)."""
+@torch.library.custom_op(
+    "osscl_kernels::tfgram_train_forward",
+    mutates_args=(),
+    schema="(Tensor wave, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps, int hop, "
+    "str precision) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+def forward(wave, weights, gammas, betas, eps, hop, precision):
+    """Output, means and variances of all layers in a row, and what the backward pass reads."""
     with launching_on(wave):  # autograd sets the device by itself
         return _forward(wave, weights, gammas, betas, eps, hop, precision)
 
@@ -663,16 +660,13 @@ def _(wave, weights, gammas, betas, eps, hop, precision):
     return x.new_empty(clips, channels[-1], count), *[x.new_empty(sum(channels)) for _ in range(2)], saved
 
 
-@torch.library.custom_op("osscl_kernels::tfgram_train_backward", mutates_args=())
-def _backward(
-    gradient: Tensor,
-    wave: Tensor,
-    weights: list[Tensor],
-    saved: list[Tensor],
-    hop: int,
-    precision: str,
-    wave_needed: bool,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "osscl_kernels::tfgram_train_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor wave, Tensor[] weights, Tensor[] saved, int hop, str precision, "
+    "bool wave_needed) -> Tensor[]",
+)
+def _backward(gradient, wave, weights, saved, hop, precision, wave_needed):
     """Gradients of the wave (empty where not needed), of the weights, and of (gamma, beta) as (2, C)."""
     x = wave.float().contiguous()
     clips, samples = x.shape
@@ -695,16 +689,9 @@ def _backward(
         if layer.pool not in ("", "max4"):
             full = _raw(x, precision, clips, length, layer.outputs)
             tiles = triton.cdiv(length, POOL["BM"])
+            overlap = _window(pooled[index], length)
             unpool_kernel[(clips * tiles,)](
-                dz,
-                place,
-                full,
-                length,
-                pooled[index],
-                tiles,
-                _window(pooled[index], length),
-                C=layer.outputs,
-                **POOL,
+                dz, place, full, length, pooled[index], tiles, overlap, C=layer.outputs, **POOL
             )
             dz = full
         y = stored.pop()
