@@ -27,7 +27,7 @@ assert "shared memory" in aot.check((aot.replace(case, num_stages=8), 86))["prob
 with mock.patch.object(aot, "TENSOR_CORE", aot.re.compile("absent")):
     assert aot.check((case, 90))["problems"] == "no tensor-core instructions"
 broken = aot.replace(case, constants=case.constants | {"BM": 3})
-assert "power of 2" in aot.check((broken, 90))["problems"]
+assert aot.check((broken, 90))["problems"].split(":")[0].endswith("Error")
 """
 
 

@@ -108,7 +108,9 @@ def test_triton_forward_and_backward(clips, samples, poisoned):
 
 
 @triton_only
-@pytest.mark.parametrize("samples, hop", [(200, 20), (799, 30), (12_040, 12_000)])
+@pytest.mark.parametrize(
+    "samples, hop", [(200, 20), (799, 30), pytest.param(12_040, 12_000, marks=pytest.mark.slow)]
+)
 def test_triton_takes_any_hop(samples, hop, poisoned):
     """Steps that lie in more than two windows of an adaptive pool, and windows of more than 256 steps."""
     wave = noise(2, samples)
@@ -116,6 +118,30 @@ def test_triton_takes_any_hop(samples, hop, poisoned):
     plain = run(tfgram_train_ref, wave, device="cpu", hop=hop)
     results = run(tfgram_train, wave, backend="triton", precision="ieee", hop=hop)
     assert_close(results, exact, plain)
+
+
+@triton_only
+@pytest.mark.parametrize("length, pooled", [(10, 22), (39, 54), (7, 7), (50, 8), (602, 2)])
+def test_adaptive_pool_of_any_window(length, pooled, poisoned):
+    """The winners' places, and the gradients of every window that a step lies in."""
+    g = torch.Generator().manual_seed(length)
+    y = torch.randn(2, length, 128, generator=g).to(DEVICE)
+    gradient = torch.randn(2, pooled, 128, generator=g).to(DEVICE)
+    affine = torch.ones(4, 128, device=DEVICE)
+    values, back = torch.empty_like(gradient), torch.empty_like(y)
+    width, overlap = fused._window(length, pooled), fused._window(pooled, length)
+    place = torch.empty_like(values, dtype=fused._place_dtype(width))
+    tiles = [-(-n // fused.POOL["BM"]) for n in (pooled, length)]
+    options = {"C": 128} | fused.POOL
+    fused.pool_kernel[(2 * tiles[0],)](
+        y, affine, values, place, length, pooled, tiles[0], width, BY4=False, **options
+    )
+    fused.unpool_kernel[(2 * tiles[1],)](gradient, place, back, length, pooled, tiles[1], overlap, **options)
+    x = y.transpose(1, 2).clone().requires_grad_()
+    out = nn.functional.adaptive_max_pool1d(x, pooled)
+    out.backward(gradient.transpose(1, 2))
+    assert torch.equal(values, out.detach().transpose(1, 2))
+    torch.testing.assert_close(back, x.grad.transpose(1, 2), rtol=1e-6, atol=1e-6)
 
 
 @triton_only
