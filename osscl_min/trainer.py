@@ -55,6 +55,12 @@ class Trainer:
     ):
         self.config, self.device, self.ranks = config, device, ranks
         self.model = (model or OSSCL(config.model)).to(device)
+        try:
+            import osscl_cpu
+
+            self.computed_by = osscl_cpu.accelerate(self.model)
+        except ImportError:  # optional
+            self.computed_by = ""
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.front = FrontEnd(config.model.audio).to(device)
         self.loss = config.loss

@@ -1,20 +1,18 @@
 """Compile every shipped kernel configuration ahead of time, without a GPU, and check what came out.
 
-    python kernels/benchmarks/aot.py [--only NAME] [--capability 80 86 90 100] [--out FILE.csv|FILE.json]
+    python kernels/benchmarks/aot.py [--only NAME] [--capability 80 86 90 100] [--out FILE.csv]
 
-Each kernel module yields its configurations from `compile_cases(capability)`. One is refused (exit code 1)
-if it does not compile, uses the stack or spills registers (STACK, LOCAL, LDL, STL), asks for more shared
-memory than the architecture has (which compiling alone does not notice), lacks tensor-core instructions
-where they are meant, or if fewer loops or values are carried than the source says: Triton 3.6 to 3.9 drop
-loop-carried values that start as aliases of one tensor, and only the compiled code shows it.
+The configurations are recorded from the package's own host functions. One is refused (exit code 1) if it does
+not compile, uses the stack or spills registers, needs more shared memory than the architecture has (which
+compiling alone does not notice) or lacks tensor-core instructions where they are meant.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
-import json
 import multiprocessing
 import os
 import pathlib
@@ -23,184 +21,238 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
 
-os.environ.pop(
-    "TRITON_INTERPRET", None
-)  # read when the kernels are imported; there is no code to compile with it
+os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported; nothing compiles with it
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import torch  # noqa: E402
 import triton  # noqa: E402
-from osscl_kernels.backend import CompileCase  # noqa: E402
+from osscl_kernels import LAYERS, backend, frames  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 MODULES = ("supcon", "tfgram_infer", "tfgram_train")
-# Shared memory one program may use, bytes (CUDA C++ programming guide, table of technical specifications).
+# Shared memory per program, bytes (CUDA C++ programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_MEMORY_LIMIT = 512  # columns, sm_100
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
-COLUMNS = (
-    "module name capability registers stack LDL STL shared_bytes shared_limit tensor_core carrying_loops "
-    "carried_values seconds triton problems"
-).split()
+TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+TYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+COLUMNS = "name capability registers stack spills shared_bytes tensor_core seconds triton problems".split()
 
 
-def compile_case(case: CompileCase, capability: int):
+@dataclass(frozen=True)
+class Case:
+    """One launch of a kernel, as Triton's own launcher would specialise it."""
+
+    module: str
+    kernel: str
+    precision: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]  # arguments that are multiples of 16
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        """What tells it apart from the others: kernel, precision and numbers."""
+        shape = " ".join(f"{k}={v}" for k, v in self.constants.items() if isinstance(v, int))
+        return f"{self.module} {self.kernel} {self.precision} {shape} warps={self.num_warps}"
+
+    def resembles(self, other: Case) -> bool:
+        """Whether only the dilation, or a precision that the kernel does not know, tells the two apart."""
+        return self.comparable() == other.comparable()
+
+    def comparable(self) -> Case:
+        """Without what makes no other machine code of interest."""
+        constants = {key: value for key, value in self.constants.items() if key != "DILATION"}
+        return replace(self, precision="", constants=constants, aligned=())
+
+
+class Recorder:
+    """Takes the place of a jitted function: notes how it is launched, and computes nothing."""
+
+    def __init__(self, function, module: str, precision: str, cases: list[Case]):
+        self.function, self.module, self.precision, self.cases = function, module, precision, cases
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, num_warps=4, num_stages=3, **constants):
+        """Add this launch to the cases."""
+        values = dict(zip(self.function.arg_names, arguments, strict=False)) | constants
+        fixed = {p.name for p in self.function.params if p.is_constexpr}
+        signature, aligned = {}, []
+        for name in self.function.arg_names:
+            value = values[name]
+            if name in fixed:
+                signature[name] = "constexpr"
+                continue
+            tensor = torch.is_tensor(value)
+            signature[name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
+            if tensor or (isinstance(value, int) and value % 16 == 0):
+                aligned.append(name)
+        constants = {name: values[name] for name in sorted(fixed)}
+        case = Case(
+            self.module, self.function.__name__, self.precision, signature, constants,
+            tuple(aligned), num_warps, num_stages,
+        )  # fmt: skip
+        if not any(case.resembles(other) for other in self.cases):
+            self.cases.append(case)
+
+
+@contextlib.contextmanager
+def recording(host, precision: str, cases: list[Case]) -> Iterator[None]:
+    """Within it a module's kernels are recorded instead of launched."""
+    name = host.__name__.rpartition(".")[2]
+    kernels = {
+        key: Recorder(value, name, precision, cases)
+        for key, value in vars(host).items()
+        if isinstance(value, triton.JITFunction)
+    }
+    with mock.patch.multiple(host, **kernels):
+        yield
+
+
+def module(part: str):
+    """A module of kernels; the package's own name may be a function."""
+    return importlib.import_module(f"osscl_kernels.{part}")
+
+
+def launch(
+    part: str, precision: str, size: int = 64, device: str = "cpu", clips: int = 2
+) -> Callable[[], Any]:
+    """A call of a module's host functions, forward and backward: `size` rows for SupCon, else clips.
+
+    40,000 samples have the pool windows of the paper's clips.
+    """
+    host = module(part)
+    if part == "supcon":
+        z = torch.zeros(size, 128, device=device)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        rest = (0, size, True, 0.02, 0.07, precision, "triton")
+
+        def call():
+            loss, lse, count = host._forward(z, labels, *rest)
+            host._backward(loss, z, labels, lse, count, *rest)
+
+        return call
+    wave = torch.zeros(clips, 40_000, device=device)
+    weights = [torch.zeros(x.outputs, x.inputs, x.kernel, device=device) for x in LAYERS]
+    vectors = [torch.zeros(len(w), device=device) for w in weights]
+    if part == "tfgram_train":
+
+        def call():
+            out, _, _, saved = host.forward(wave, weights, vectors, vectors, 1e-5, 512, precision)
+            host._backward(out, wave, weights, saved, 512, precision, False)
+
+        return call
+    folded = [w.permute(2, 1, 0) for w in weights]
+    waves = [wave, wave.to(torch.int16)] if precision == "bf16" else [wave]
+    return lambda: [host._infer(x, folded, vectors, frames(x.shape[1]), precision) for x in waves]
+
+
+def record(capability: int) -> list[Case]:
+    """Every configuration that the package launches on an architecture, for the paper's clips."""
+    cases: list[Case] = []
+    with mock.patch.object(backend, "capability", lambda _: capability), torch.no_grad():
+        for part in MODULES:
+            for precision in module(part).PRECISIONS[1:]:
+                sizes = {row["size"] for row in backend.tile_rows() if part in row["kernel"]} or {0}
+                for size in sorted(sizes):
+                    with recording(module(part), precision, cases):
+                        launch(part, precision, size or 64)()
+    return cases
+
+
+def compile_case(case: Case, capability: int):
     """The compiled kernel of one configuration; needs no GPU and no driver."""
-    kernel = case.kernel
+    kernel = getattr(module(case.module), case.kernel)
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    signature = {**case.signature, **dict.fromkeys(case.constants, "constexpr")}
-    source = ASTSource(kernel, signature, constexprs=case.constants, attrs=attributes)
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-    )
-
-
-def carried(ttir: str) -> tuple[int, int]:
-    """How many loops carry values from one turn to the next, and how many values in all."""
-    loops = re.findall(r"iter_args\(([^)]*)\)", ttir)
-    return len(loops), sum(loop.count("=") for loop in loops)
+    source = ASTSource(kernel, case.signature, constexprs=case.constants, attrs=attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def measure(compiled) -> dict:
     """Registers, memory and instructions of a compiled kernel, read from its machine code."""
-    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-
-        def dump(what: str) -> str:
-            return subprocess.run(
-                [cuobjdump, what, cubin.name], capture_output=True, text=True, check=True
-            ).stdout
-
-        usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", dump("--dump-resource-usage"))}
-        sass = dump("--dump-sass")
-    loops, values = carried(compiled.asm["ttir"])
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
+    usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"] + usage.get("LOCAL", 0),
-        "LDL": len(re.findall(r"\bLDL\b", sass)),
-        "STL": len(re.findall(r"\bSTL\b", sass)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared_bytes": compiled.metadata.shared,
-        "tensor_memory": getattr(compiled.metadata, "tmem_size", 0) or 0,
         "tensor_core": len(TENSOR_CORE.findall(sass)),
-        "carrying_loops": loops,
-        "carried_values": values,
     }
 
 
-def problems(case: CompileCase, capability: int, row: dict) -> list[str]:
+def problems(case: Case, capability: int, row: dict) -> list[str]:
     """What is wrong with a measured configuration, one short phrase each; empty where nothing is."""
-    found = []
-    if row["stack"] or row["LDL"] or row["STL"]:
-        found.append(f"spills (stack {row['stack']}, LDL {row['LDL']}, STL {row['STL']})")
+    faults = []
+    if row["stack"] or row["spills"]:
+        faults.append(f"spills (stack {row['stack']}, {row['spills']} instructions)")
     if row["shared_bytes"] > SHARED_LIMIT[capability]:
-        found.append(f"shared memory {row['shared_bytes']} > {SHARED_LIMIT[capability]}")
-    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
-        found.append(f"tensor memory {row['tensor_memory']} > {TENSOR_MEMORY_LIMIT}")
-    if case.tensor_cores and not row["tensor_core"]:
-        found.append("no tensor-core instructions")
-    if row["carrying_loops"] < case.loop_carried:
-        found.append(f"{row['carrying_loops']} loops carry values, {case.loop_carried} should")
-    if row["carried_values"] < case.carried_values:
-        found.append(f"{row['carried_values']} values carried, {case.carried_values} should be")
-    return found
+        faults.append(f"shared memory {row['shared_bytes']} > {SHARED_LIMIT[capability]}")
+    if case.constants.get("PRECISION", "ieee") != "ieee" and not row["tensor_core"]:
+        faults.append("no tensor-core instructions")
+    return faults
 
 
-def check_case(case: CompileCase, capability: int) -> dict:
+def check(job: tuple[Case, int]) -> dict:
     """One row of the table."""
+    case, capability = job
     start = time.perf_counter()
-    row = {"name": case.name, "capability": capability, "shared_limit": SHARED_LIMIT[capability]}
+    row = {"name": case.name, "capability": capability, "triton": triton.__version__}
     try:
         row |= measure(compile_case(case, capability))
-        found = problems(case, capability, row)
+        faults = problems(case, capability, row)
     except Exception as error:  # a kernel that does not compile is a row, and the others still get theirs
-        found = [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
-    return row | {
-        "seconds": round(time.perf_counter() - start, 1),
-        "triton": triton.__version__,
-        "problems": "; ".join(found),
-    }
-
-
-def module_cases(module: str, capability: int) -> list[CompileCase]:
-    """The configurations that one kernel module ships; none for a module without `compile_cases`."""
-    name = f"osscl_kernels.{module}"
-    if importlib.util.find_spec(name) is None:
-        return []
-    return list(getattr(importlib.import_module(name), "compile_cases", lambda _: ())(capability))
-
-
-def _check_nth(job: tuple[str, int, int]) -> dict:
-    module, capability, index = job  # jitted functions do not pickle: the worker looks its own up
-    return {"module": module} | check_case(module_cases(module, capability)[index], capability)
-
-
-def check(capabilities=tuple(SHARED_LIMIT), only: str = "", workers: int | None = None) -> list[dict]:
-    """Compile and check every shipped configuration whose "module name" contains `only`, on all cores."""
-    jobs = [
-        (module, capability, index)
-        for module in MODULES
-        for capability in capabilities
-        for index, case in enumerate(module_cases(module, capability))
-        if only in f"{module} {case.name}"
-    ]
-    with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, nothing is left behind
-        os.environ["TRITON_CACHE_DIR"] = cache
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-            return list(pool.map(_check_nth, jobs))
-
-
-def write(path: pathlib.Path, rows: list[dict]) -> None:
-    """Write the rows as CSV or, for a name ending in .json, as JSON."""
-    rows = [{column: row.get(column, "") for column in COLUMNS} for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", newline="") as file:
-        if path.suffix == ".json":
-            json.dump(rows, file, indent=1)
-        else:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    temporary.replace(path)
+        faults = [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+    return row | {"seconds": round(time.perf_counter() - start, 1), "problems": "; ".join(faults)}
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="only configurations whose 'module name' contains this")
+    parser.add_argument("--only", default="", help="only configurations whose name contains this")
     parser.add_argument("--capability", type=int, nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
-    parser.add_argument("--out", type=pathlib.Path, help="also write the table to this .csv or .json file")
+    parser.add_argument("--out", type=pathlib.Path, help="also write the table to this CSV file")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
     arguments = parser.parse_args()
-    rows = check(arguments.capability, arguments.only, arguments.workers)
-    print(f"triton {triton.__version__}; loops: how many carry values (and how many values)")
-    heads = ("kernel", "sm", "reg", "stack", "LDL", "STL", "shared KB", "MMA")
-    print("{:58} {:>4} {:>4} {:>6} {:>5} {:>5} {:>13} {:>5} loops s".format(*heads))
-    for row in rows:
-        shared = f"{row.get('shared_bytes', 0) / 1024:.1f} / {row['shared_limit'] // 1024}"
-        cells = [row.get(key, "-") for key in ("registers", "stack", "LDL", "STL")]
-        print(
-            f"{row['module'] + ' ' + row['name']:58} {row['capability']:4} {cells[0]:>4} {cells[1]:>6} "
-            f"{cells[2]:>5} {cells[3]:>5} {shared:>13} {row.get('tensor_core', '-'):>5} "
-            f"{row.get('carrying_loops', '-')}({row.get('carried_values', '-')}) {row['seconds']:.0f}"
-            + (f"  <-- {row['problems']}" if row["problems"] else "")
-        )
+    jobs = [(case, c) for c in arguments.capability for case in record(c) if arguments.only in case.name]
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, nothing is left behind
+        os.environ["TRITON_CACHE_DIR"] = cache
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.workers or os.cpu_count(), mp_context=context) as pool:
+            for row in pool.map(check, jobs):
+                rows.append(row)
+                cells = [f"{key} {row[key]}" for key in COLUMNS[2:7] if key in row]
+                fault = f"  <-- {row['problems']}" if row["problems"] else ""
+                print(f"sm_{row['capability']:<4}{row['name']}: {', '.join(cells)}{fault}", flush=True)
     if arguments.out:
-        write(arguments.out, rows)
-    bad = sum(bool(row["problems"]) for row in rows)
-    print(
-        f"{len(rows)} configurations, {bad} refused"
-        if rows
-        else f"no configuration matches {arguments.only!r}"
-    )
-    return 1 if bad or not rows else 0
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+    refused = sum(bool(row["problems"]) for row in rows)
+    print(f"{len(rows)} configurations, {refused} refused, triton {triton.__version__}")
+    return 1 if refused or not rows else 0
 
 
 if __name__ == "__main__":

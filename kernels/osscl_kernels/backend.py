@@ -1,18 +1,21 @@
-"""Which implementation of a kernel runs: Triton on a CUDA device, PyTorch everywhere else, or as asked.
+"""Which implementation of a kernel runs, and with which tiles.
 
-Importing this module never touches CUDA. Triton is optional: without it the kernels are plain functions
-that nobody calls, and every public function takes its PyTorch path.
+Importing this module never touches CUDA. Without Triton every public function takes its PyTorch path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import json
 import os
+import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -24,6 +27,11 @@ BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_BACKEND"
 # Read once, as Triton does: the variable must be set before the kernels are imported.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+TILES = pathlib.Path(__file__).with_name("tiles.json")
+# Families of GPUs by what a tile may use: 99 KB of shared memory (every GPU not named), 163 KB, 227 KB
+# and 227 KB beside tensor memory. A family without a tile of its own takes that of the one before it.
+FAMILIES = (86, 80, 90, 100)
+FAMILY_OF = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
 
 
 def jit(function: Callable) -> Callable:
@@ -31,48 +39,23 @@ def jit(function: Callable) -> Callable:
     return triton.jit(function) if triton is not None else function
 
 
-@dataclass(frozen=True)
-class CompileCase:
-    """One shipped kernel configuration, as the ahead-of-time check compiles it.
-
-    Every kernel module yields its own from `compile_cases(capability)`, with capability 80, 86, 90 or 100.
-    """
-
-    name: str  # "supcon_backward tf32x3 D=128"
-    kernel: Any  # the jitted function
-    signature: dict[str, str]  # argument -> Triton type: "*fp32", "i32", ...
-    constants: dict[str, Any]  # tl.constexpr arguments
-    num_warps: int
-    num_stages: int
-    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16 at run time
-    tensor_cores: bool = False  # tensor-core instructions are meant to be there
-    loop_carried: int = 0  # loops that must carry values (a known miscompilation drops them)
-    carried_values: int = 0  # values that all loops together must carry
-
-
-def resolve(tensor: torch.Tensor, backend: str = "auto") -> tuple[str, str]:
-    """Choose the implementation for an input, and say why.
+def resolve(tensor: Tensor, backend: str = "auto") -> str:
+    """Choose the implementation for an input: "triton" or "torch".
 
     Parameters
     ----------
     tensor : torch.Tensor
-        The input that decides: its device and dtype.
+        The input whose device and dtype decide.
     backend : {"auto", "triton", "torch"}
-        "auto" lets OSSCL_KERNELS_BACKEND decide where it is set, and otherwise takes Triton for a CUDA
-        tensor on compute capability 8.0 or newer, PyTorch for anything else.
-
-    Returns
-    -------
-    choice : {"triton", "torch"}
-    reason : str
-        One line for logs and error messages.
+        "auto" follows OSSCL_KERNELS_BACKEND where it is set, and otherwise takes Triton for a CUDA tensor on
+        compute capability 8.0 or newer, PyTorch for anything else.
 
     Raises
     ------
     ValueError
         If `backend` or the environment variable names no known backend.
     RuntimeError
-        If Triton is asked for where it cannot run.
+        If Triton is requested where it cannot run.
     """
     source = "argument"
     if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
@@ -80,18 +63,15 @@ def resolve(tensor: torch.Tensor, backend: str = "auto") -> tuple[str, str]:
     if backend not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     obstacle = _obstacle(tensor)
-    if backend == "torch":
-        return "torch", f"asked for by {source}"
     if backend == "triton":
         if obstacle:
-            raise RuntimeError(f"{source} asks for the triton backend, but {obstacle}")
-        return "triton", f"asked for by {source}"
-    if INTERPRETED and not tensor.is_cuda:
-        return "torch", "the Triton interpreter runs only when asked for"
-    return ("torch", obstacle) if obstacle else ("triton", "CUDA tensor")
+            raise RuntimeError(f"{source} requests the triton backend, but {obstacle}")
+        return "triton"
+    runs_by_itself = not obstacle and tensor.is_cuda  # the interpreter runs only when it is requested
+    return "triton" if backend == "auto" and runs_by_itself else "torch"
 
 
-def _obstacle(tensor: torch.Tensor) -> str:
+def _obstacle(tensor: Tensor) -> str:
     """Why Triton cannot take this tensor; empty where it can."""
     if triton is None:
         return "triton is not installed"
@@ -104,12 +84,44 @@ def _obstacle(tensor: torch.Tensor) -> str:
     return ""
 
 
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the tensor's GPU, 90 for 9.0; the interpreter counts as 90."""
+    if not tensor.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+@functools.cache
+def tile_rows() -> list[dict[str, Any]]:
+    """The rows of tiles.json: the tile of a kernel for a precision, from the family `sm` and `size` on."""
+    return json.loads(TILES.read_text())
+
+
+def tile(kernel: str, precision: str, tensor: Tensor, size: int = 0) -> dict[str, Any]:
+    """Launch constants of a kernel for a problem of `size` rows on the tensor's device."""
+    family = FAMILIES.index(FAMILY_OF.get(capability(tensor), 86))
+    fitting = [
+        ((FAMILIES.index(row["sm"]), row["size"]), row["tile"])
+        for row in tile_rows()
+        if (row["kernel"], row["precision"]) == (kernel, precision)
+        and FAMILIES.index(row["sm"]) <= family
+        and row["size"] <= size
+    ]
+    return dict(max(fitting, key=lambda choice: choice[0])[1])
+
+
+def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device_of(tensor)
+
+
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next step instead of returning it to the system.
 
     Activations are freed at the end of every step; getting them back page by page can cost a large part of
-    the next one. It holds for the whole process, which then stays at its largest size: a training program
-    calls it once, a library does not.
+    the next step. The setting holds for the whole process, which then stays at its largest size: a training
+    program calls this once, a library does not.
 
     Returns
     -------

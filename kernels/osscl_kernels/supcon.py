@@ -9,13 +9,11 @@ c_i > 0 (0 elsewhere), v_i = w_i / c_i and p_ij = exp(s_ij - lse_i),
 
     dL/dz_i = sum_{j != i} (w_i p_ij + w_j p_ji) z_j - sum_{j in P_i} (v_i + v_j) z_j,
 
-so a tile of s, computed again, serves both of its rows and its columns: two products a tile, no atomics.
-Up to IN_TILE_ROWS rows the tiles compare labels; above it the positive terms come from class sums, O(N D).
+so a tile of s, computed again, serves both its rows and its columns: two products per tile, no atomics.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -23,14 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backend import BACKENDS, INTERPRETED, CompileCase, jit, resolve, tl, triton
+from .backend import BACKENDS, INTERPRETED, jit, launching_on, resolve, tile, tl, triton
 
-PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
-MAX_WIDTH = 256  # features a row; the backward's accumulator fits nowhere above it
-IN_TILE_ROWS = 4096  # up to here comparing labels in the tile is cheaper than the launches of a sort
-CHUNK_ELEMENTS = 1 << 20  # similarities held at a time by the PyTorch path: stays in a core's cache
-SEGMENT = 64  # sorted rows summed by one program of the class sums
-SUM_WARPS = 4
+PRECISIONS = ("auto", "ieee", "tf32x3", "bf16")
+WIDTH = 128  # features per row in a tile, zero-padded; wider rows take the PyTorch path
+# Similarities that the PyTorch path holds at a time: what a core's cache holds, what fills a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def supcon_loss_ref(
@@ -80,15 +76,14 @@ def supcon_loss(
         Equal values are positives of each other; any values, negative and unused ones included.
     temperature, base_temperature : float
         Similarities are divided by `temperature`, the loss is multiplied by temperature / base_temperature.
-    precision : {"auto", "ieee", "tf32x3", "tf32", "bf16"}
-        Arithmetic of the matrix products in Triton; everything else is float32. At temperature 0.02 an error
-        in a cosine is multiplied by 50. "ieee": float32 multiply-adds, no tensor cores. "tf32x3": three tf32
-        products, as exact as float32 in practice. "tf32": cosines are off by up to 2^-10, logits by up
-        to 0.05. "bf16": features are rounded to 8 bits, logits are off by up to 0.2. Measured:
-        results/supcon_accuracy.md. "auto": tf32x3 for float32, tf32 for float16 (which it holds exactly),
-        bf16 for bfloat16. The PyTorch path computes in float32 whatever is asked, and in float64 for float64.
+    precision : {"auto", "ieee", "tf32x3", "bf16"}
+        Arithmetic of the matrix products; everything else is float32. At temperature 0.02 an error in a
+        cosine is multiplied by 50. "ieee": float32 multiply-adds, no tensor cores. "tf32x3": three tf32
+        products on tensor cores, as exact as float32 in practice. "bf16": features are rounded to 8 bits, so
+        logits are off by up to 0.2. "auto": bf16 for bfloat16 features,
+        tf32x3 for float32 and float16. On a CPU products are float32, and float64 for float64 everywhere.
     backend : {"auto", "triton", "torch"}
-        See `backend.resolve`. float64 and D > 256 always take the chunked PyTorch path.
+        See `backend.resolve`. float64 and D > 128 always take the chunked PyTorch path.
     reduction : {"mean", "none"}
         "mean" divides by N, rows without a positive included; "none" gives the loss of each row.
     group : torch.distributed.ProcessGroup, optional
@@ -116,10 +111,10 @@ def supcon_loss(
     temperatures and the handling of rows without positives: Huang et al., arXiv 2509.13853, authors' code.
     """
     _check(features, labels, temperature, base_temperature, precision, reduction)
-    torch_only = features.dtype == torch.float64 or features.shape[1] > MAX_WIDTH
-    choice, _ = resolve(features, "torch" if torch_only and backend in BACKENDS else backend)
+    torch_only = features.dtype == torch.float64 or features.shape[1] > WIDTH
+    choice = resolve(features, "torch" if torch_only and backend in BACKENDS else backend)
     if precision == "auto":
-        precision = {torch.bfloat16: "bf16", torch.float16: "tf32"}.get(features.dtype, "tf32x3")
+        precision = "bf16" if features.dtype == torch.bfloat16 else "tf32x3"
     settings = (temperature, base_temperature, precision, choice)
     labels = labels.to(torch.int64).contiguous()
     if group is not None:
@@ -155,96 +150,85 @@ def _check(features, labels, temperature, base_temperature, precision, reduction
 # finish its own rows; a single process takes all. `choice` is the backend that `resolve` chose.
 
 
-@torch.library.custom_op("osscl_kernels::supcon_forward", mutates_args=())
-def _forward(
-    features: Tensor,
-    labels: Tensor,
-    start: int,
-    rows: int,
-    mean: bool,
-    temperature: float,
-    base_temperature: float,
-    precision: str,
-    choice: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, the rows' log-sum-exp (base e in PyTorch, 2 in Triton), counts of positives, and `_classes`."""
+SETTINGS = (
+    "int start, int rows, bool mean, float temperature, float base_temperature, str precision, str choice"
+)
+
+
+@torch.library.custom_op(
+    "osscl_kernels::supcon_forward",
+    mutates_args=(),
+    schema=f"(Tensor features, Tensor labels, {SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def _forward(features, labels, start, rows, mean, temperature, base_temperature, precision, choice):
+    """Loss, the rows' log-sum-exp (base e in PyTorch, 2 in Triton) and counts of positives."""
     z = _operand(features, precision, choice)
     losses = z.new_empty(rows, dtype=_accurate(z))
     lse, count, total = torch.empty_like(losses), torch.empty_like(losses), losses.new_empty(())
-    order, first = labels.new_empty(0), labels.new_empty(0)
-    in_tile = _in_tile(labels, choice)
-    mean_positive = losses  # not read where the tiles compare labels
-    if not in_tile:
-        order, first, counts = classes = _classes(labels)
-        mine = slice(start, start + rows)
-        count.copy_(counts[mine])
-        others = _class_sums(z, None, classes, choice)[first[mine]].sub_(z[mine])
-        mean_positive = others.mul_(z[mine]).sum(1).div_(count.clamp(min=1))
-        del others
     scale = temperature / base_temperature
-    single = False
+    single = False  # whether one program has all rows, and writes the mean
     if choice == "torch":
+        mine = slice(start, start + rows)
+        first, counts = _classes(labels)
+        count.copy_(counts[mine])
+        positives = _class_sums(z, first)[first[mine]].sub_(z[mine])
+        mean_positive = positives.mul_(z[mine]).sum(1).div_(count.clamp(min=1) * temperature)
         for a, b, s in _similarities(z, start, rows, temperature):
             peak = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
             sums = s.sub_(peak).exp_().sum(1)
             lse[a:b] = torch.where(sums > 0, sums.log().add_(peak[:, 0]), math.inf)
-        losses = torch.where(count > 0, lse - mean_positive / temperature, 0.0).mul_(scale)
+        losses = torch.where(count > 0, lse - mean_positive, 0.0).mul_(scale)
     elif rows:
-        tile = _tile("forward", in_tile, rows, precision, z)
-        single = rows <= tile["BM"]
-        with torch.cuda.device_of(z):  # Triton launches on the current device
-            _forward_kernel[(triton.cdiv(rows, tile["BM"]),)](
-                z, labels, mean_positive, count, losses, lse, total, len(z), start, rows, z.shape[1],
-                math.log2(math.e) / temperature, math.log(2) * scale, UPCAST=INTERPRETED, **tile,
+        constants = tile("supcon_forward", precision, z, len(z))
+        single = rows <= constants["BM"]
+        with launching_on(z):
+            _forward_kernel[(triton.cdiv(rows, constants["BM"]),)](
+                z, _transposed(z, precision == "ieee"), labels, count, losses, lse, total,
+                len(z), start, rows, z.shape[1], _pitch(len(z)),
+                math.log2(math.e) / temperature, math.log(2) * scale,
+                **_constants(precision, constants),
             )  # fmt: skip
     if mean:
         losses = total if single else losses.sum() / max(rows, 1)
-    return losses, lse, count, order, first
+    return losses, lse, count
 
 
-@torch.library.custom_op("osscl_kernels::supcon_backward", mutates_args=())
+@torch.library.custom_op(
+    "osscl_kernels::supcon_backward",
+    mutates_args=(),
+    schema=f"(Tensor gradient, Tensor features, Tensor labels, Tensor lse, Tensor count, {SETTINGS})"
+    " -> Tensor",
+)
 def _backward(
-    gradient: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    count: Tensor,
-    order: Tensor,
-    first: Tensor,
-    start: int,
-    rows: int,
-    mean: bool,
-    temperature: float,
-    base_temperature: float,
-    precision: str,
-    choice: str,
-) -> Tensor:
+    gradient, features, labels, lse, count,
+    start, rows, mean, temperature, base_temperature, precision, choice,
+):  # fmt: skip
     """Gradient of the rows' features, from `gradient` (`mean`: a scalar), `lse` and `count` of all rows."""
     z = _operand(features, precision, choice)
     gradient = gradient.contiguous()
     factor = 1 / (base_temperature * (max(len(z), 1) if mean else 1))
     dz = z.new_empty((rows, z.shape[1]), dtype=lse.dtype)
-    mine = slice(start, start + rows)
-    if len(order):  # what the positives take away; its minus sign is applied below
-        v = torch.where(count > 0, gradient * factor / count, 0.0)
-        classes = (order, first, count)
-        dz = _class_sums(z, None, classes, choice)[first[mine]].sub_(z[mine], alpha=2)
-        dz.mul_(v[mine, None]).add_(_class_sums(z, v, classes, choice)[first[mine]])
     if choice == "torch":
+        mine = slice(start, start + rows)
+        first, _ = _classes(labels)
         w = torch.where(count > 0, gradient * factor, 0.0)
+        v = w / count.clamp(min=1)
+        positives = _class_sums(z, first)[first[mine]].sub_(z[mine], alpha=2)
+        dz = positives.mul_(v[mine, None]).add_(_class_sums(z, first, v)[first[mine]]).neg_()
         other = None
         for a, b, s in _similarities(z, start, rows, temperature):
             own = slice(start + a, start + b)
             other = torch.empty_like(s) if other is None else other[: b - a]
             torch.sub(s, lse, out=other).exp_().mul_(w)
             s.sub_(lse[own, None]).exp_().mul_(w[own, None]).add_(other)
-            dz[a:b].addmm_(s, z, beta=-1)  # in place: autocast leaves it alone
+            dz[a:b] += _product(s.to(z.dtype), z, torch.empty_like(dz[a:b]))
     elif rows:
-        tile = _tile("backward", not len(order), rows, precision, z)
-        with torch.cuda.device_of(z):  # Triton launches on the current device
-            _backward_kernel[(triton.cdiv(rows, tile["BM"]), triton.cdiv(z.shape[1], tile["BD"]))](
-                z, labels, lse, count, gradient, dz, len(z), start, rows, z.shape[1], 0 if mean else 1,
-                math.log2(math.e) / temperature, factor, UPCAST=INTERPRETED, **tile,
+        constants = tile("supcon_backward", precision, z, len(z))
+        with launching_on(z):
+            _backward_kernel[(triton.cdiv(rows, constants["BM"]),)](
+                z, _transposed(z, precision != "bf16"), labels, lse, count, gradient, dz, len(z), start, rows,
+                z.shape[1], _pitch(len(z)), 0 if mean else 1, math.log2(math.e) / temperature, factor,
+                **_constants(precision, constants),
             )  # fmt: skip
     return dz[:, : features.shape[1]].to(features.dtype).contiguous()
 
@@ -252,13 +236,11 @@ def _backward(
 @_forward.register_fake
 def _(features, labels, start, rows, mean, temperature, base_temperature, precision, choice):
     row = features.new_empty(rows, dtype=_accurate(features))
-    order = labels.new_empty(0 if _in_tile(labels, choice) else len(labels))
-    loss = row.new_empty(()) if mean else torch.empty_like(row)
-    return loss, row, torch.empty_like(row), order, torch.empty_like(order)
+    return row.new_empty(()) if mean else torch.empty_like(row), row, torch.empty_like(row)
 
 
 @_backward.register_fake
-def _(gradient, features, labels, lse, count, order, first, start, rows, *_):
+def _(gradient, features, labels, lse, count, start, rows, *_):
     return features.new_empty((rows, features.shape[1]))
 
 
@@ -286,11 +268,9 @@ class _Gathered(torch.autograd.Function):
         sizes = [int(size) for size in _gather(sizes, [1] * dist.get_world_size(group), group)]
         start, rows = sum(sizes[: dist.get_rank(group)]), len(labels)
         features, labels = _gather(features, sizes, group), _gather(labels, sizes, group)
-        losses, lse, count, *classes = _forward(features, labels, start, rows, False, *settings)
+        losses, lse, count = _forward(features, labels, start, rows, False, *settings)
         per_row = _gather(torch.stack([losses, lse, count], 1), sizes, group)
-        ctx.save_for_backward(
-            features, labels, per_row[:, 1].contiguous(), per_row[:, 2].contiguous(), *classes
-        )
+        ctx.save_for_backward(features, labels, per_row[:, 1].contiguous(), per_row[:, 2].contiguous())
         ctx.group, ctx.sizes, ctx.settings = group, sizes, (start, rows, mean, *settings)
         return per_row[:, 0].sum() / max(len(labels), 1) if mean else losses
 
@@ -314,56 +294,65 @@ def _accurate(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _in_tile(labels: Tensor, choice: str) -> bool:
-    return choice == "triton" and len(labels) <= IN_TILE_ROWS
-
-
 def _operand(features: Tensor, precision: str, choice: str) -> Tensor:
     """The features as the products take them; Triton wants rows of whole 16-byte words."""
-    dtype = torch.bfloat16 if choice == "triton" and precision == "bf16" else _accurate(features)
-    z = features.to(dtype).contiguous()
+    half = (
+        precision == "bf16" and (choice == "triton" or features.is_cuda) and features.dtype != torch.float64
+    )
+    z = features.to(torch.bfloat16 if half else _accurate(features)).contiguous()
     missing = -z.shape[1] % 16 if choice == "triton" else 0
     return torch.nn.functional.pad(z, (0, missing)) if missing else z
 
 
-def _classes(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows sorted by label, where each row's class begins in that order, how many positives each row has.
+def _pitch(n: int) -> int:
+    """Elements between two rows of the transposed features."""
+    return n + -n % 16
 
-    The beginning serves as the class index. Nothing here waits for the device.
-    """
-    values, order = labels.contiguous().sort(stable=True)
+
+def _transposed(z: Tensor, needed: bool) -> Tensor:
+    """(D, pitch): 32-bit operands of a tensor core must lie along the sum, a multiply-add's across it."""
+    return torch.nn.functional.pad(z, (0, 0, 0, _pitch(len(z)) - len(z))).T.contiguous() if needed else z
+
+
+def _constants(precision: str, constants: dict) -> dict:
+    product = "tf32" if precision == "bf16" else precision  # of bfloat16 operands there is one product only
+    return {"D": WIDTH, "PRECISION": product, "UPCAST": INTERPRETED} | constants
+
+
+# Class sums of the PyTorch path: the positive terms are linear in them. Nothing here waits for the device.
+
+
+def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's class index, the class's first place in sorted order; and how many positives it has."""
+    values = labels.sort().values
     first = torch.searchsorted(values, labels)
-    return order, first, torch.searchsorted(values, labels, right=True) - first - 1
+    return first, torch.searchsorted(values, labels, right=True) - first - 1
 
 
-def _class_sums(z: Tensor, weight: Tensor | None, classes: tuple[Tensor, ...], choice: str) -> Tensor:
-    """Sum of each class's rows, weighted, at the row of its class index; other rows are not to be read."""
-    n, width = z.shape
-    order, first, count = classes
-    if choice == "torch":
-        terms = z.double() if weight is None else z.double() * weight[:, None]
-        sums = torch.zeros_like(terms)
-        if z.is_cuda:  # index_add_ is not deterministic there
-            return sums.index_put_((first,), terms, accumulate=True).to(_accurate(z))
-        return sums.index_add_(0, first, terms).to(_accurate(z))
-    partial = z.new_empty((triton.cdiv(n, SEGMENT), width), dtype=torch.float32)
-    sums = z.new_empty((n, width), dtype=torch.float32)
-    shape = {"SEGMENT": SEGMENT, "DEPTH": _depth(width), "WEIGHTED": weight is not None}
-    weight = partial if weight is None else weight
-    shape |= {"num_warps": SUM_WARPS, "num_stages": 2}
-    with torch.cuda.device_of(z):  # Triton launches on the current device
-        _segment_kernel[(len(partial),)](z, weight, order, first, partial, n, width, **shape)
-        _class_kernel[(n,)](z, weight, order, first, count, partial, sums, n, width, **shape)
-    return sums
+def _class_sums(z: Tensor, first: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Sum of each class's rows, weighted, at the row of its class index."""
+    terms = z.double() if weight is None else z.double() * weight[:, None]
+    sums = torch.zeros_like(terms)
+    if z.is_cuda:  # index_add_ is not deterministic there
+        return sums.index_put_((first,), terms, accumulate=True).to(_accurate(z))
+    return sums.index_add_(0, first, terms).to(_accurate(z))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b into `out`; of bfloat16 (on CUDA only) with sums and result in float32."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.bfloat16:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out=out)
 
 
 def _similarities(z: Tensor, start: int, rows: int, temperature: float) -> Iterator[tuple[int, int, Tensor]]:
-    """Chunks of rows of z z^T / temperature with -inf at each row's own column, all in one buffer."""
-    step = min(max(CHUNK_ELEMENTS // max(len(z), 1), 16), max(rows, 1))
-    buffer = z.new_empty((step, len(z)))
+    """Chunks of rows of z z^T / temperature with -inf at each row's own column."""
+    step = min(max(CHUNK_ELEMENTS[z.device.type] // max(len(z), 1), 16), max(rows, 1))
+    buffer = z.new_empty((step if z.dtype != torch.bfloat16 else 0, len(z)))
     for a in range(0, rows, step):
         b = min(a + step, rows)
-        s = torch.mm(z[start + a : start + b], z.T, out=buffer[: b - a]).div_(temperature)
+        s = _product(z[start + a : start + b], z.T, buffer[: b - a]).div_(temperature)
         s.diagonal(start + a).fill_(-math.inf)
         yield a, b, s
 
@@ -377,36 +366,44 @@ def _rows(Z, i, n, width, k, ROWS: tl.constexpr, BK: tl.constexpr, UPCAST: tl.co
     row = tl.arange(0, ROWS)
     column = k + tl.arange(0, BK)
     mask = (row < n - i)[:, None] & (column < width)[None, :]
-    tile = tl.load(
-        Z + tl.cast(i, tl.int64) * width + (row[:, None] * width + column[None, :]), mask=mask, other=0.0
-    )
-    if UPCAST:  # the interpreter multiplies the bit patterns of bfloat16
-        tile = tile.to(tl.float32)
-    return tile
+    at = Z + tl.cast(i, tl.int64) * width + (row[:, None] * width + column[None, :])
+    z = tl.load(at, mask=mask, other=0.0)
+    return z.to(tl.float32) if UPCAST else z  # the interpreter multiplies the bit patterns of bfloat16
 
 
 @jit
-def _logits(
-    Z, own, i, j, n, width, scale,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DEPTH: tl.constexpr,
+def _features(ZT, j, n, width, pitch, k, BK: tl.constexpr, ROWS: tl.constexpr):
+    """The same from the transposed features, transposed: features k to k + BK of ROWS rows from row j."""
+    feature = k + tl.arange(0, BK)
+    row = j + tl.arange(0, ROWS)
+    at = ZT + feature[:, None] * pitch + row[None, :]
+    return tl.load(at, mask=(feature < width)[:, None] & (row < n)[None, :], other=0.0)
+
+
+@jit
+def _cosines(
+    Z, ZT, own, i, j, n, width, pitch,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 logits of BM rows from row i with BN rows from row j; -inf in columns past the end."""
+    """Products of BM rows from row i with BN rows from row j; zeros in columns past the end."""
     s = tl.zeros([BM, BN], tl.float32)
-    for k in tl.static_range(0, DEPTH, BK):
-        if BK < DEPTH:
+    for k in tl.static_range(0, D, BK):
+        if BK < D:
             own = _rows(Z, i, n, width, k, BM, BK, UPCAST)
-        other = _rows(Z, j, n, width, k, BN, BK, UPCAST)
-        s = tl.dot(own, tl.trans(other), s, input_precision=PRECISION)
-    outside = tl.where(j + tl.arange(0, BN) < n, 0.0, -float("inf"))
-    return s * scale + outside[None, :]
+        if PRECISION == "ieee":
+            other = _features(ZT, j, n, width, pitch, k, BK, BN)
+        else:
+            other = tl.trans(_rows(Z, j, n, width, k, BN, BK, UPCAST))
+        s = tl.dot(own, other, s, input_precision=PRECISION)
+    return s
 
 
 @jit
 def _forward_kernel(
-    Z, LABELS, MEAN_POSITIVE, COUNT, LOSSES, LSE, MEAN, n, start, rows, width, scale, loss_scale,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, IN_TILE: tl.constexpr, UPCAST: tl.constexpr,
+    Z, ZT, LABELS, COUNT, LOSSES, LSE, MEAN, n, start, rows, width, pitch, scale, loss_scale,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp and loss of BM rows, with a running maximum over tiles of columns."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -418,29 +415,29 @@ def _forward_kernel(
     peak = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     positive = tl.zeros([BM], tl.float32)
-    count = tl.zeros([BM], tl.float32)
+    own_logit = tl.zeros([BM], tl.float32)
+    count = tl.full([BM], -1, tl.float32)
     for j in range(0, n, BN):
         column = j + tl.arange(0, BN)
-        s = _logits(Z, own, i, j, n, width, scale, BM, BN, BK, DEPTH, PRECISION, UPCAST)
-        itself = column[None, :] == row[:, None]
-        if IN_TILE:
-            same = label[:, None] == tl.load(LABELS + column, mask=column < n, other=0)[None, :]
-            same = same & (column < n)[None, :] & (column[None, :] != row[:, None])
-            positive += tl.sum(tl.where(same, s, 0.0), 1)
-            count += tl.sum(tl.where(same, 1.0, 0.0), 1)
-        s = tl.where(itself, -float("inf"), s)
+        s = _cosines(Z, ZT, own, i, j, n, width, pitch, BM, BN, BK, D, PRECISION, UPCAST)
+        # Own columns, and those past the end (cosine 0, label 0), are taken back after the loop.
+        same = label[:, None] == tl.load(LABELS + column, mask=column < n, other=0)[None, :]
+        positive += tl.sum(tl.where(same, s, 0.0), 1)
+        count += tl.sum(tl.where(same, s * 0.0 + 1.0, 0.0), 1)  # of s: so it is counted in its registers
+        s = s * scale + tl.where(column < n, 0.0, -float("inf"))[None, :]
+        if (j < i + BM) & (i < j + BN):
+            itself = column[None, :] == row[:, None]
+            own_logit += tl.sum(tl.where(itself, s, 0.0), 1)
+            s = tl.where(itself, -float("inf"), s)
         highest = tl.maximum(peak, tl.max(s, 1))
         finite = tl.where(highest == -float("inf"), 0.0, highest)  # a tile can hold nothing but the row
         total = total * tl.exp2(peak - finite) + tl.sum(tl.exp2(s - finite[:, None]), 1)
         peak = highest
+    count -= tl.where(label == 0, tl.cdiv(n, BN) * BN - n, 0)
     lse = tl.where(total > 0, peak + tl.log2(total), float("inf"))  # of nothing: exp2(s - inf) is then 0
-    if IN_TILE:
-        tl.store(COUNT + m, count, mask=m < rows)
-        positive = positive / tl.maximum(count, 1.0)
-    else:
-        count = tl.load(COUNT + m, mask=m < rows, other=0.0)
-        positive = tl.load(MEAN_POSITIVE + m, mask=m < rows, other=0.0) * scale
-    losses = tl.where((count > 0) & (m < rows), (lse - positive) * loss_scale, 0.0)
+    losses = (lse - (positive * scale - own_logit) / tl.maximum(count, 1.0)) * loss_scale
+    losses = tl.where((count > 0) & (m < rows), losses, 0.0)
+    tl.store(COUNT + m, count, mask=m < rows)
     tl.store(LSE + m, lse, mask=m < rows)
     tl.store(LOSSES + m, losses, mask=m < rows)
     if rows <= BM:  # a single program has all rows
@@ -449,318 +446,45 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    Z, LABELS, LSE, COUNT, GRADIENT, DZ, n, start, rows, width, gradient_stride, scale, factor,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, IN_TILE: tl.constexpr, UPCAST: tl.constexpr,
+    Z, ZT, LABELS, LSE, COUNT, GRADIENT, DZ, n, start, rows, width, pitch, gradient_stride, scale, factor,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BM rows, BD features; with class sums, DZ holds what the positives take away."""
+    """Gradient of BM rows."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     i = start + tl.program_id(0) * BM
     row = start + m
     own = _rows(Z, i, n, width, 0, BM, BK, UPCAST)
     label = tl.load(LABELS + row, mask=row < n, other=0)
+    lse, w, v = _weights(LSE, COUNT, GRADIENT, row, n, gradient_stride, factor)
+    dz = tl.zeros([BM, D], tl.float32)
+    for j in range(0, n, BN):
+        column = j + tl.arange(0, BN)
+        s = _cosines(Z, ZT, own, i, j, n, width, pitch, BM, BN, BK, D, PRECISION, UPCAST)
+        s = s * scale + tl.where(column < n, 0.0, -float("inf"))[None, :]
+        other_lse, other_w, other_v = _weights(LSE, COUNT, GRADIENT, column, n, gradient_stride, factor)
+        g = w[:, None] * tl.exp2(s - lse[:, None]) + other_w[None, :] * tl.exp2(s - other_lse[None, :])
+        same = label[:, None] == tl.load(LABELS + column, mask=column < n, other=0)[None, :]
+        g -= tl.where(same, v[:, None] + other_v[None, :], 0.0)  # past the end it meets rows of zeros
+        if (j < i + BM) & (i < j + BN):  # the rows' own columns are among these
+            g = tl.where(column[None, :] == row[:, None], 0.0, g)
+        if PRECISION == "tf32x3":
+            other = tl.trans(_features(ZT, j, n, width, pitch, 0, D, BN))
+        else:
+            other = _rows(Z, j, n, width, 0, BN, D, UPCAST)
+        g = g.to(Z.dtype.element_ty).to(other.dtype)
+        dz = tl.dot(g, other, dz, input_precision=PRECISION)
+    feature = tl.arange(0, D)
+    at = DZ + tl.cast(tl.program_id(0) * BM, tl.int64) * width
+    at += tl.arange(0, BM)[:, None] * width + feature[None, :]
+    tl.store(at, dz, mask=(m < rows)[:, None] & (feature < width)[None, :])
+
+
+@jit
+def _weights(LSE, COUNT, GRADIENT, row, n, gradient_stride, factor):
+    """lse, w and v of rows; outside inf, 0 and 0."""
     count = tl.load(COUNT + row, mask=row < n, other=0.0)
     lse = tl.load(LSE + row, mask=row < n, other=float("inf"))
     w = tl.load(GRADIENT + row * gradient_stride, mask=row < n, other=0.0) * factor
     w = tl.where(count > 0, w, 0.0)
-    v = w / tl.maximum(count, 1.0)
-    d = tl.program_id(1) * BD
-    dz = tl.zeros([BM, BD], tl.float32)
-    for j in range(0, n, BN):
-        column = j + tl.arange(0, BN)
-        inside = column < n
-        s = _logits(Z, own, i, j, n, width, scale, BM, BN, BK, DEPTH, PRECISION, UPCAST)
-        other_count = tl.load(COUNT + column, mask=inside, other=0.0)
-        other_lse = tl.load(LSE + column, mask=inside, other=float("inf"))
-        other_w = tl.load(GRADIENT + column * gradient_stride, mask=inside, other=0.0) * factor
-        other_w = tl.where(other_count > 0, other_w, 0.0)
-        g = w[:, None] * tl.exp2(s - lse[:, None]) + other_w[None, :] * tl.exp2(s - other_lse[None, :])
-        if IN_TILE:
-            other_v = other_w / tl.maximum(other_count, 1.0)
-            same = label[:, None] == tl.load(LABELS + column, mask=inside, other=0)[None, :]
-            g -= tl.where(same & inside[None, :], v[:, None] + other_v[None, :], 0.0)
-        g = tl.where(column[None, :] == row[:, None], 0.0, g)
-        other = _rows(Z, j, n, width, d, BN, BD, UPCAST)
-        g = g.to(Z.dtype.element_ty).to(other.dtype)
-        dz = tl.dot(g, other, dz, input_precision=PRECISION)
-    feature = d + tl.arange(0, BD)
-    DZ += tl.cast(tl.program_id(0) * BM, tl.int64) * width
-    at = tl.arange(0, BM)[:, None] * width + feature[None, :]
-    mask = (m < rows)[:, None] & (feature < width)[None, :]
-    if not IN_TILE:
-        dz -= tl.load(DZ + at, mask=mask, other=0.0)
-    tl.store(DZ + at, dz, mask=mask)
-
-
-@jit
-def _sorted_rows(Z, WEIGHT, index, mask, width, DEPTH: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Sum of the rows of Z at `index` where `mask`."""
-    feature = tl.arange(0, DEPTH)
-    z = tl.load(
-        Z + index[:, None] * width + feature[None, :],
-        mask=mask[:, None] & (feature < width)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    if WEIGHTED:
-        z *= tl.load(WEIGHT + index, mask=mask, other=0.0)[:, None]
-    return tl.sum(z, 0)
-
-
-@jit
-def _segment_kernel(
-    Z, WEIGHT, ORDER, FIRST, PARTIAL, n, width,
-    SEGMENT: tl.constexpr, DEPTH: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    """Of SEGMENT rows in sorted order: the sum of those in the class of the first."""
-    at = tl.program_id(0) * SEGMENT + tl.arange(0, SEGMENT)
-    index = tl.load(ORDER + at, mask=at < n, other=0)
-    head = tl.load(FIRST + tl.load(ORDER + tl.program_id(0) * SEGMENT))
-    mask = (at < n) & (tl.load(FIRST + index) == head)
-    feature = tl.arange(0, DEPTH)
-    total = _sorted_rows(Z, WEIGHT, index, mask, width, DEPTH, WEIGHTED)
-    tl.store(PARTIAL + tl.program_id(0) * width + feature, total, mask=feature < width)
-
-
-@jit
-def _class_kernel(
-    Z, WEIGHT, ORDER, FIRST, COUNT, PARTIAL, SUMS, n, width,
-    SEGMENT: tl.constexpr, DEPTH: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
-    """Where a class begins in sorted order: its rows up to the next segment, then the partial sums."""
-    begin = tl.program_id(0)
-    head = tl.load(ORDER + begin)
-    if tl.load(FIRST + head) == begin:
-        end = begin + 1 + tl.load(COUNT + head).to(tl.int32)
-        next_segment = begin // SEGMENT + 1
-        at = begin + tl.arange(0, SEGMENT)
-        mask = (at < end) & (at < next_segment * SEGMENT)
-        index = tl.load(ORDER + at, mask=mask, other=0)
-        total = _sorted_rows(Z, WEIGHT, index, mask, width, DEPTH, WEIGHTED)
-        feature = tl.arange(0, DEPTH)
-        for segment in range(next_segment, tl.cdiv(end, SEGMENT), SEGMENT):
-            more = segment + tl.arange(0, SEGMENT)
-            total += _sorted_rows(PARTIAL, WEIGHT, more, more * SEGMENT < end, width, DEPTH, False)
-        tl.store(SUMS + tl.cast(begin, tl.int64) * width + feature, total, mask=feature < width)
-
-
-# Tiles: rows, columns, features that a product takes, warps, stages. Of the candidates in the order of their
-# arithmetic intensity, the first that the ahead-of-time check passes: no spills, within shared memory.
-KERNELS = ("forward sums", "backward sums", "forward labels", "backward labels", "forward small")
-TILES = {
-    (80, "ieee", 128): (
-        (64, 64, 32, 8, 2), (32, 32, 32, 4, 2), (32, 128, 32, 8, 2),
-        (32, 32, 32, 4, 2), (64, 64, 32, 8, 2),
-    ),
-    (80, "ieee", 256): (
-        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 128, 16, 8, 2),
-        (32, 32, 32, 4, 2), (64, 64, 32, 8, 1),
-    ),
-    (80, "tf32x3", 128): (
-        (64, 64, 32, 4, 2), (64, 32, 32, 8, 1), (32, 128, 32, 8, 2),
-        (32, 32, 32, 4, 2), (64, 64, 32, 8, 1),
-    ),
-    (80, "tf32x3", 256): (
-        (64, 64, 32, 4, 1), (64, 32, 32, 8, 1), (32, 128, 32, 8, 1),
-        (32, 32, 32, 8, 2), (64, 32, 32, 4, 2),
-    ),
-    (80, "tf32", 128): (
-        (128, 64, 64, 8, 2), (128, 64, 64, 8, 2), (32, 128, 64, 8, 2),
-        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
-    ),
-    (80, "tf32", 256): (
-        (128, 64, 64, 8, 1), (64, 64, 32, 8, 1), (32, 128, 64, 8, 2),
-        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
-    ),
-    (80, "bf16", 128): (
-        (128, 128, 128, 8, 2), (128, 64, 128, 8, 2), (32, 128, 128, 8, 2),
-        (32, 64, 128, 4, 2), (64, 64, 128, 8, 2),
-    ),
-    (80, "bf16", 256): (
-        (128, 128, 256, 8, 2), (128, 64, 256, 8, 2), (32, 128, 256, 8, 2),
-        (32, 64, 256, 4, 2), (64, 64, 256, 8, 2),
-    ),
-    (86, "ieee", 128): (
-        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 32, 32, 4, 1),
-        (32, 32, 32, 4, 2), (64, 64, 32, 8, 1),
-    ),
-    (86, "ieee", 256): (
-        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 64, 32, 8, 1),
-        (32, 32, 32, 4, 2), (64, 32, 32, 8, 1),
-    ),
-    (86, "tf32x3", 128): (
-        (64, 64, 32, 8, 1), (64, 32, 32, 8, 1), (32, 128, 32, 8, 1),
-        (32, 32, 32, 4, 2), (64, 32, 32, 8, 1),
-    ),
-    (86, "tf32x3", 256): (
-        (32, 32, 32, 4, 1), (32, 32, 32, 4, 1), (32, 64, 32, 8, 1),
-        (32, 32, 32, 4, 1), (32, 32, 32, 4, 1),
-    ),
-    (86, "tf32", 128): (
-        (64, 64, 64, 8, 1), (64, 32, 64, 8, 1), (32, 64, 64, 8, 1),
-        (32, 32, 64, 4, 1), (64, 64, 64, 8, 1),
-    ),
-    (86, "tf32", 256): (
-        (64, 64, 64, 8, 1), (64, 32, 64, 8, 1), (32, 64, 64, 8, 1),
-        (32, 32, 64, 4, 1), (64, 64, 32, 8, 1),
-    ),
-    (86, "bf16", 128): (
-        (128, 64, 128, 8, 1), (64, 64, 128, 8, 1), (32, 64, 128, 8, 1),
-        (32, 32, 128, 4, 1), (64, 64, 128, 8, 1),
-    ),
-    (86, "bf16", 256): (
-        (128, 64, 128, 8, 1), (64, 64, 128, 8, 1), (32, 64, 128, 8, 1),
-        (32, 32, 128, 4, 1), (64, 64, 128, 8, 1),
-    ),
-    (90, "ieee", 128): (
-        (64, 64, 32, 8, 2), (32, 32, 32, 4, 2), (32, 128, 32, 8, 2),
-        (32, 32, 32, 4, 2), (64, 64, 32, 8, 2),
-    ),
-    (90, "ieee", 256): (
-        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 128, 16, 8, 2),
-        (32, 32, 32, 8, 2), (64, 64, 32, 8, 1),
-    ),
-    (90, "tf32x3", 128): (
-        (64, 64, 32, 8, 2), (64, 32, 32, 4, 2), (32, 64, 32, 8, 2),
-        (32, 32, 32, 4, 2), (64, 64, 32, 8, 2),
-    ),
-    (90, "tf32x3", 256): (
-        (64, 64, 32, 8, 2), (32, 32, 32, 8, 2), (32, 128, 32, 8, 1),
-        (32, 32, 32, 8, 2), (64, 64, 32, 8, 2),
-    ),
-    (90, "tf32", 128): (
-        (128, 64, 64, 8, 2), (128, 64, 64, 8, 2), (32, 128, 64, 8, 2),
-        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
-    ),
-    (90, "tf32", 256): (
-        (128, 64, 64, 8, 1), (64, 32, 64, 4, 2), (32, 128, 64, 8, 2),
-        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
-    ),
-    (90, "bf16", 128): (
-        (128, 128, 128, 8, 2), (128, 64, 128, 8, 2), (32, 128, 128, 8, 2),
-        (32, 64, 128, 4, 2), (64, 64, 128, 8, 2),
-    ),
-    (90, "bf16", 256): (
-        (128, 128, 256, 8, 2), (128, 64, 256, 8, 2), (32, 128, 256, 8, 2),
-        (32, 64, 256, 4, 2), (64, 64, 256, 8, 2),
-    ),
-    (100, "ieee", 128): (
-        (64, 64, 32, 8, 2), (32, 32, 32, 4, 2), (32, 128, 16, 8, 2),
-        (32, 32, 32, 4, 2), (64, 64, 16, 8, 2),
-    ),
-    (100, "ieee", 256): (
-        (64, 64, 32, 8, 1), (32, 32, 32, 4, 2), (32, 32, 32, 4, 1),
-        (32, 32, 32, 8, 2), (32, 32, 32, 4, 1),
-    ),
-    (100, "tf32x3", 128): (
-        (64, 64, 32, 8, 2), (64, 32, 32, 8, 2), (32, 64, 32, 8, 2),
-        (32, 32, 32, 8, 2), (64, 64, 32, 8, 2),
-    ),
-    (100, "tf32x3", 256): (
-        (64, 32, 32, 4, 2), (32, 32, 32, 8, 2), (32, 32, 32, 8, 1),
-        (32, 32, 32, 8, 2), (64, 32, 32, 8, 2),
-    ),
-    (100, "tf32", 128): (
-        (128, 64, 64, 8, 2), (64, 64, 64, 8, 2), (32, 64, 64, 4, 2),
-        (32, 64, 64, 4, 2), (64, 64, 64, 8, 2),
-    ),
-    (100, "tf32", 256): (
-        (128, 64, 64, 8, 1), (64, 64, 64, 8, 1), (32, 128, 32, 8, 2),
-        (32, 64, 64, 8, 2), (64, 64, 64, 8, 1),
-    ),
-    (100, "bf16", 128): (
-        (128, 128, 128, 8, 2), (128, 64, 128, 8, 2), (32, 128, 128, 8, 2),
-        (32, 64, 128, 4, 2), (64, 64, 128, 8, 2),
-    ),
-    (100, "bf16", 256): (
-        (128, 64, 256, 8, 2), (128, 64, 256, 8, 2), (32, 64, 256, 4, 2),
-        (32, 64, 256, 8, 2), (64, 64, 256, 8, 2),
-    ),
-}  # fmt: skip
-
-
-def _family(tensor: Tensor) -> int:
-    """The architecture whose tiles to use; one that is not known takes the smallest."""
-    if not tensor.is_cuda:
-        return 90  # the interpreter
-    capability = torch.cuda.get_device_capability(tensor.device)
-    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get(capability, 86)
-
-
-def _depth(width: int) -> int:
-    """Features as the tiles take them, zero-padded."""
-    return 128 if width <= 128 else MAX_WIDTH
-
-
-def _tile(kernel: str, in_tile: bool, rows: int, precision: str, z: Tensor) -> dict:
-    """Launch constants of a kernel; a forward pass that fits one program writes the mean itself."""
-    family, depth = _family(z), _depth(z.shape[1])
-    if kernel == "forward" and in_tile:
-        small = _constants("forward small", precision, depth, family)
-        if rows <= small["BM"]:
-            return small
-    return _constants(f"{kernel} {'labels' if in_tile else 'sums'}", precision, depth, family)
-
-
-def _constants(kernel: str, precision: str, depth: int, family: int) -> dict:
-    rows, columns, features, warps, stages = TILES[family, precision, depth][KERNELS.index(kernel)]
-    output = {"BD": 128} if kernel.startswith("backward") else {}
-    return output | {
-        "BM": rows, "BN": columns, "BK": features, "DEPTH": depth, "IN_TILE": not kernel.endswith("sums"),
-        "PRECISION": "tf32" if precision == "bf16" else precision, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-
-
-def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Every configuration that `supcon_loss` launches on an architecture, for the ahead-of-time check."""
-    integers = dict.fromkeys(("n", "start", "rows", "width"), "i32")
-    arguments = {
-        "forward": dict.fromkeys(("MEAN_POSITIVE", "COUNT", "LOSSES", "LSE", "MEAN"), "*fp32")
-        | integers
-        | {"scale": "fp32", "loss_scale": "fp32"},
-        "backward": dict.fromkeys(("LSE", "COUNT", "GRADIENT", "DZ"), "*fp32")
-        | integers
-        | {"gradient_stride": "i32", "scale": "fp32", "factor": "fp32"},
-    }
-    for precision in PRECISIONS[1:]:
-        element = "*bf16" if precision == "bf16" else "*fp32"
-        for depth in (128, MAX_WIDTH):
-            for name in KERNELS:
-                constants = _constants(name, precision, depth, capability) | {"UPCAST": False}
-                warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-                forward = name.startswith("forward")
-                signature = {
-                    "Z": element,
-                    "LABELS": "*i64",
-                    **arguments["forward" if forward else "backward"],
-                }
-                yield CompileCase(
-                    name=f"{name} {precision} D={depth}",
-                    kernel=_forward_kernel if forward else _backward_kernel,
-                    signature=signature,
-                    constants=constants,
-                    num_warps=warps,
-                    num_stages=stages,
-                    aligned=(*(a for a, kind in signature.items() if kind[0] == "*"), "width"),
-                    tensor_cores=precision != "ieee",
-                    loop_carried=1,
-                    carried_values=(4 if constants["IN_TILE"] else 2) if forward else 1,
-                )
-    order = dict.fromkeys(("ORDER", "FIRST"), "*i64")
-    sizes = {"n": "i32", "width": "i32"}
-    for element, depth, weighted in itertools.product(("*fp32", "*bf16"), (128, MAX_WIDTH), (False, True)):
-        for name, kernel, own in (
-            ("segment", _segment_kernel, {"PARTIAL": "*fp32"}),
-            ("class", _class_kernel, dict.fromkeys(("COUNT", "PARTIAL", "SUMS"), "*fp32")),
-        ):
-            signature = {"Z": element, "WEIGHT": "*fp32"} | order | own | sizes
-            yield CompileCase(
-                name=f"{name} {element[1:]} D={depth}{' weighted' if weighted else ''}",
-                kernel=kernel,
-                signature=signature,
-                constants={"SEGMENT": SEGMENT, "DEPTH": depth, "WEIGHTED": weighted},
-                num_warps=SUM_WARPS,
-                num_stages=2,
-                aligned=(*(a for a, kind in signature.items() if kind[0] == "*"), "width"),
-                loop_carried=int(name == "class"),
-                carried_values=int(name == "class"),
-            )
+    return lse, w, w / tl.maximum(count, 1.0)

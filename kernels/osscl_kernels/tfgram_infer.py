@@ -13,16 +13,13 @@ The PyTorch path, for the CPU above all: convolutions as conv2d of height one in
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import INTERPRETED, CompileCase, jit, resolve, tl, triton
+from .backend import INTERPRETED, jit, launching_on, resolve, tile, tl, triton
 
 PRECISIONS = ("auto", "ieee", "tf32", "bf16")
 MIN_SAMPLES = 16  # the first pool needs four frames of layer 0
@@ -167,7 +164,7 @@ def tfgram_infer(
         precision = "ieee"
     elif precision == "auto":
         precision = _precision(wave)
-    choice, _ = resolve(wave, backend)
+    choice = resolve(wave, backend)
     count = frames(wave.shape[1], hop)
     differentiated = torch.is_grad_enabled() and any(
         t.requires_grad for t in (wave, *folded.weights, *folded.biases)
@@ -263,11 +260,11 @@ def _infer(wave, weights, biases, count, precision):
         wave = wave.to(wave.dtype if wave.dtype == torch.int16 else torch.float32).contiguous()
     weights = [w.to(storage).contiguous() for w in weights]
     biases = [b.float().contiguous() for b in biases]
-    front, conv = CONFIGS[_family(wave), precision]
+    front, conv = tile("tfgram_front", precision, wave), tile("tfgram_layer", precision, wave)
     # bfloat16 products are wrong in the interpreter: there they are taken in float32.
     shared = {"DT": tl.bfloat16 if precision == "bf16" and not INTERPRETED else tl.float32}
-    shared["PREC"] = "ieee" if precision == "ieee" else "tf32"
-    with torch.cuda.device(wave.device) if wave.is_cuda else contextlib.nullcontext():
+    shared["PRECISION"] = "ieee" if precision == "ieee" else "tf32"
+    with launching_on(wave):
         rows = front["P"] // 2  # segments a program walks
         segment = _segment(clips, length, rows, wave)
         segments = triton.cdiv(pooled * 4, segment)
@@ -281,9 +278,13 @@ def _infer(wave, weights, biases, count, precision):
             before, after = x.shape[1], {3: pooled, 4: 2 * count, 5: 2 * count, 6: count}[i]
             y = out if i == 6 else wave.new_empty((clips, after, 128), dtype=storage)
             tiles = triton.cdiv(after, conv["BM"] // slot)
+            weight = weights[i].flatten(0, 1)
+            if precision != "ieee":  # tensor cores want the sum's index last
+                weight = weight.T.contiguous()
             conv_kernel[(clips * tiles, 128 // conv["BN"])](
-                x, weights[i], biases[i], y, before, after, tiles,
-                **_conv_constants(i, slot), **shared, **conv,
+                x, weight, biases[i], y, before, after, tiles,
+                CI=LAYERS[i].inputs, CO=128, DILATION=LAYERS[i].dilation, SLOTS=slot, LAST=i == 6,
+                **shared, **conv,
             )  # fmt: skip
             x = y
     return out
@@ -292,11 +293,6 @@ def _infer(wave, weights, biases, count, precision):
 @_infer.register_fake
 def _(wave, weights, biases, count, precision):
     return wave.new_empty((wave.shape[0], LAYERS[-1].outputs, count), dtype=torch.float32)
-
-
-def _conv_constants(layer: int, slots: int) -> dict[str, Any]:
-    which = LAYERS[layer]
-    return {"CI": which.inputs, "CO": 128, "DILATION": which.dilation, "SLOTS": slots, "LAST": layer == 6}
 
 
 def _segment(clips: int, length: int, rows: int, wave: Tensor) -> int:
@@ -308,80 +304,11 @@ def _segment(clips: int, length: int, rows: int, wave: Tensor) -> int:
     return min(max(4 * triton.cdiv(length, 4 * segments), 32), 1024)
 
 
-def _tiles(front: tuple, conv: tuple) -> tuple[dict[str, Any], dict[str, Any]]:
-    return (
-        dict(zip(("P", "RELOAD", "num_warps", "num_stages"), front, strict=True)),
-        dict(zip(("BM", "BN", "BK", "num_warps", "num_stages"), conv, strict=True)),
-    )
-
-
-# Front and convolution kernel by architecture and precision, chosen from the compiled code alone: no spills,
-# and where it can be, registers for two programs a multiprocessor. 86 stands for every other GPU from compute
-# capability 8.0 on, with 99 KB of shared memory.
-CONFIGS = {
-    (80, "bf16"): _tiles((32, False, 4, 1), (128, 128, 32, 8, 3)),
-    (80, "tf32"): _tiles((32, False, 8, 1), (128, 64, 32, 8, 2)),
-    (80, "ieee"): _tiles((32, False, 8, 1), (64, 64, 16, 8, 2)),
-    (86, "bf16"): _tiles((32, False, 4, 1), (128, 128, 32, 8, 2)),
-    (86, "tf32"): _tiles((32, True, 8, 1), (128, 64, 32, 8, 2)),
-    (86, "ieee"): _tiles((16, True, 8, 1), (64, 64, 16, 8, 2)),
-    (90, "bf16"): _tiles((64, False, 4, 1), (128, 128, 64, 8, 3)),
-    (90, "tf32"): _tiles((32, False, 8, 1), (128, 128, 32, 8, 2)),
-    (90, "ieee"): _tiles((32, False, 8, 1), (64, 64, 16, 8, 2)),
-    (100, "bf16"): _tiles((64, False, 8, 1), (128, 128, 64, 8, 3)),
-    (100, "tf32"): _tiles((64, False, 8, 1), (128, 128, 32, 8, 2)),
-    (100, "ieee"): _tiles((32, False, 8, 1), (64, 64, 16, 8, 2)),
-}
-
-
-def _family(wave: Tensor) -> int:
-    if not wave.is_cuda:
-        return 90  # the interpreter: large tiles, since it pays for each operation
-    capability = torch.cuda.get_device_capability(wave.device)
-    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get(capability, 86)
-
-
-def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """Every configuration that this module can launch on an architecture, for waves at the default hop."""
-    for precision in PRECISIONS[1:]:
-        front, conv = CONFIGS[capability, precision]
-        product = {"PREC": "ieee" if precision == "ieee" else "tf32"}
-        product["DT"] = tl.bfloat16 if precision == "bf16" else tl.float32
-        element = "*bf16" if precision == "bf16" else "*fp32"
-        pointers = {f"{kind}{i}": element if kind == "W" else "*fp32" for i in range(3) for kind in "WB"}
-        numbers = "clips clip_stride samples length pooled segments segment".split()
-        cases = [
-            # x, before, older, old and best are carried
-            (f"front {wave[1:]}", front_kernel, {"X": wave, **pointers, "OUT": element}, numbers, front, 5)
-            for wave in (("*fp32", "*i16") if precision == "bf16" else ("*fp32",))
-        ]
-        for layer, slots in ((3, 1), (4, 16), (5, 1), (6, 2)):
-            tensors = {"X": element, "W": element, "B": "*fp32", "OUT": "*fp32" if layer == 6 else element}
-            constants = _conv_constants(layer, slots) | conv
-            cases.append(
-                (f"layer {layer}", conv_kernel, tensors, ["length", "pooled", "tiles"], constants, 1)
-            )
-        for name, kernel, tensors, integers, constants, carried in cases:
-            constants = {"C": 64} | product | constants if kernel is front_kernel else product | constants
-            yield CompileCase(
-                f"{name} {precision}",
-                kernel,
-                tensors | dict.fromkeys(integers, "i32"),
-                num_warps=constants.pop("num_warps"),
-                num_stages=constants.pop("num_stages"),
-                constants=constants,
-                aligned=tuple(tensors),
-                tensor_cores=precision != "ieee",
-                loop_carried=1,
-                carried_values=carried,
-            )
-
-
 @jit
 def front_kernel(
     X, W0, B0, W1, B1, W2, B2, OUT,
     clips, clip_stride, samples, length, pooled, segments, segment,
-    P: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr, RELOAD: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Layers 0, 1, 2 and the pool by four: X (clips, samples) -> OUT (clips, pooled, C).
 
@@ -419,15 +346,15 @@ def front_kernel(
     old = tl.zeros([P, C], DT)  # layer 1 at s - 2
     best = tl.zeros([P, C], tl.float32)
     x = _samples(wave, begin - 4, j, samples, live)
-    before = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PREC), B0 + c, begin - 3, length, DT)
+    before = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PRECISION), B0 + c, begin - 3, length, DT)
     x = _samples(wave, begin - 2, j, samples, live)
     for step in range(-2, segment // 2):  # layer 2 at s - 2; the first two steps only fill the ring
         s = begin + 2 * step + 2
         coming = _samples(wave, s + 2, j, samples, live)
-        here = _relu(tl.dot(_as(x, DT), w0, input_precision=PREC), B0 + c, s, length, DT)
-        after = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PREC), B0 + c, s + 1, length, DT)
-        new = _relu(_taps(before, here, after, w10, w11, w12, DT, PREC, RELOAD), B1 + c, s, length, DT)
-        y = _taps(older, old, new, w20, w21, w22, DT, PREC, RELOAD)
+        here = _relu(tl.dot(_as(x, DT), w0, input_precision=PRECISION), B0 + c, s, length, DT)
+        after = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PRECISION), B0 + c, s + 1, length, DT)
+        new = _relu(_taps(before, here, after, w10, w11, w12, DT, PRECISION, RELOAD), B1 + c, s, length, DT)
+        y = _taps(older, old, new, w20, w21, w22, DT, PRECISION, RELOAD)
         x = coming
         before = after
         older = old
@@ -467,15 +394,15 @@ def _as(x, DT: tl.constexpr):
 
 
 @jit
-def _taps(a, b, c, w0, w1, w2, DT: tl.constexpr, PREC: tl.constexpr, RELOAD: tl.constexpr):
+def _taps(a, b, c, w0, w1, w2, DT: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr):
     if RELOAD:
-        y = tl.dot(a, tl.load(w0).to(DT), input_precision=PREC)
-        y = tl.dot(b, tl.load(w1).to(DT), y, input_precision=PREC)
-        y = tl.dot(c, tl.load(w2).to(DT), y, input_precision=PREC)
+        y = tl.dot(a, tl.load(w0).to(DT), input_precision=PRECISION)
+        y = tl.dot(b, tl.load(w1).to(DT), y, input_precision=PRECISION)
+        y = tl.dot(c, tl.load(w2).to(DT), y, input_precision=PRECISION)
     else:
-        y = tl.dot(a, w0, input_precision=PREC)
-        y = tl.dot(b, w1, y, input_precision=PREC)
-        y = tl.dot(c, w2, y, input_precision=PREC)
+        y = tl.dot(a, w0, input_precision=PRECISION)
+        y = tl.dot(b, w1, y, input_precision=PRECISION)
+        y = tl.dot(c, w2, y, input_precision=PRECISION)
     return y
 
 
@@ -491,11 +418,12 @@ def conv_kernel(
     X, W, B, OUT,
     length, pooled, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, SLOTS: tl.constexpr, LAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PREC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Three-tap convolution, bias, ReLU and adaptive maximum pool (SLOTS = 1: none).
 
-    X (clips, length, CI) -> OUT (clips, pooled, CO), or (clips, CO, pooled) for the LAST layer. Every window
+    X (clips, length, CI) -> OUT (clips, pooled, CO), or (clips, CO, pooled) for the LAST layer. W is
+    (3 CI, CO), transposed for tensor cores. Every window
     of the pool holds at most SLOTS frames.
     """
     clip = (tl.program_id(0) // tiles).to(tl.int64)
@@ -516,8 +444,11 @@ def conv_kernel(
         inside = (at >= 0) & (at < length)
         c = tl.multiple_of(k0 % CI, BK) + k  # without the hint: loads of single elements
         x = tl.load(X + at[:, None] * CI + c[None, :], mask=inside[:, None], other=0.0)
-        w = tl.load(W + (k0 + k)[:, None] * CO + n[None, :])
-        acc = tl.dot(x.to(DT), w.to(DT), acc, input_precision=PREC)
+        if PRECISION == "ieee":
+            w = tl.load(W + (k0 + k)[:, None] * CO + n[None, :])
+        else:
+            w = tl.load(W + n[None, :] * (3 * CI) + (k0 + k)[:, None])
+        acc = tl.dot(x.to(DT), w.to(DT), acc, input_precision=PRECISION)
     if SLOTS > 1:
         acc = tl.max(tl.reshape(acc, (BM // SLOTS, SLOTS, BN)), axis=1)
     y = tl.maximum(acc + tl.load(B + n)[None, :], 0.0)

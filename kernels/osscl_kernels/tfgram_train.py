@@ -1,6 +1,17 @@
-"""TFgram in training: seven convolutions with exact batch statistics, forward and backward.
+"""TFgram in training: seven convolutions with exact batch statistics, one kernel per layer and direction.
 
-`tfgram_train_ref` is the definition and the path without Triton, `tfgram_train_triton` the fused kernels.
+Batch statistics stand between the layers, and only raw convolution outputs are kept:
+
+- BN + ReLU of the layer before are the kernel's prologue (zero padding comes after them), never stored.
+- The first layer's mean and variance follow from those of the 11 samples under it, gathered in float64:
+  mean = w.mu, variance = w^T cov w. So that layer itself runs inside its neighbours' prologues.
+- Further layers store one (count, mean, centred sum of squares) per program; Chan's formula joins them in a
+  fixed order. No atomics: the same input gives the same bits.
+- Backward, with dz the gradient behind the ReLU: dgamma = sum dz xhat and dbeta = sum dz are summed where dz
+  is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first layer
+  needs only sum dz (x - mu) and the same covariance.
+
+Activations are channels-last (clip, time, channel).
 """
 
 from __future__ import annotations
@@ -11,13 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import resolve
+from .backend import INTERPRETED, jit, launching_on, resolve, tile, tl, triton
 from .tfgram_infer import LAYERS, frames
-from .tfgram_train_triton import compile_cases, forward, lengths
-
-__all__ = [
-    "compile_cases", "lengths", "rows", "tfgram_train", "tfgram_train_ref", "update_running_statistics",
-]  # fmt: skip
 
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
 MIN_SAMPLES = 40  # below it the adaptive pools would have to repeat frames
@@ -109,7 +115,7 @@ def tfgram_train(
     1983.
     """
     _check(wave, weights, gammas, betas, precision)
-    choice, _ = resolve(wave, backend)
+    choice = resolve(wave, backend)
     device = wave.device.type
     if precision == "auto":
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
@@ -182,3 +188,586 @@ def _check(wave, weights, gammas, betas, precision):
         shapes = [tuple(t.shape) for t in given]
         if shapes != expected:
             raise ValueError(f"tfgram_train: {name} of shapes {shapes}; expected {expected}")
+
+
+# Kernels. AFF (4, C) float32: a layer's mean, rstd, gamma, beta. GRAD (2, C) float32: its dgamma, dbeta.
+# A window of the first layer is a row of 16 samples, 11 of them live and less their means MU.
+
+
+@jit
+def _normalised(y, AFF, c, C: tl.constexpr):
+    """xhat and z of raw values y."""
+    xhat = (y - tl.load(AFF + c)[None, :]) * tl.load(AFF + C + c)[None, :]
+    return xhat, xhat * tl.load(AFF + 2 * C + c)[None, :] + tl.load(AFF + 3 * C + c)[None, :]
+
+
+@jit
+def _windows(X, MU, t, samples):
+    k = tl.arange(0, 16)
+    at = 5 * t[:, None] - 5 + k[None, :]
+    live = (k < 11)[None, :]
+    x = tl.load(X + at, mask=live & (at >= 0) & (at < samples), other=0.0).to(tl.float32)
+    return tl.where(live, x - tl.load(MU + k)[None, :], 0.0)
+
+
+@jit
+def _first(X, MU, W0, AFF, t, c, samples, PRECISION: tl.constexpr):
+    """Windows, xhat and z of the first layer, computed again wherever they are needed."""
+    x = _windows(X, MU, t, samples)
+    w = tl.load(W0 + tl.arange(0, 16)[:, None] * 64 + c[None, :])
+    xhat, z = _normalised(tl.dot(x, w, input_precision=PRECISION), AFF, c, 64)
+    return x, xhat, z
+
+
+@jit
+def _activation(
+    X, MU, W0, AFF, clip, t, c, length, samples, C: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr
+):
+    """ReLU(BN) of the layer before at time steps t, from its stored raw output or from the wave."""
+    inside = (t >= 0) & (t < length)
+    if FIRST:
+        _, _, z = _first(X + clip * samples, MU, W0, AFF, t, c, samples, PRECISION)
+    else:
+        at = (clip * length + t)[:, None] * C + c[None, :]
+        _, z = _normalised(tl.load(X + at, mask=inside[:, None], other=0.0).to(tl.float32), AFF, c, C)
+    return tl.where(inside[:, None], tl.maximum(z, 0.0), 0.0)
+
+
+@jit
+def _dy(Y, DZ, IDX, AFF, GRAD, clip, t, c, length, pooled, count, C: tl.constexpr, BY4: tl.constexpr):
+    """Gradient of the raw output at time steps t, zero outside; DZ and IDX are of the pool by four if BY4."""
+    inside = (t >= 0) & (t < length)
+    at = (clip * length + t)[:, None] * C + c[None, :]
+    xhat, _ = _normalised(tl.load(Y + at, mask=inside[:, None], other=0.0).to(tl.float32), AFF, c, C)
+    if BY4:
+        dz = _routed(DZ, IDX, clip, t // 4, t % 4, c, inside, pooled, C)
+    else:
+        dz = tl.load(DZ + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    scale = tl.load(AFF + 2 * C + c) * tl.load(AFF + C + c)
+    dz -= (tl.load(GRAD + C + c)[None, :] + xhat * tl.load(GRAD + c)[None, :]) / count
+    return tl.where(inside[:, None], dz * scale[None, :], 0.0)
+
+
+@jit
+def _routed(DZ, IDX, clip, window, offset, c, inside, pooled, C: tl.constexpr):
+    """Gradient of a window's maximum, for the step at `offset` in it if that step won."""
+    at = (clip * pooled + window)[:, None] * C + c[None, :]
+    live = (inside & (window < pooled) & (offset >= 0))[:, None]
+    won = tl.load(IDX + at, mask=live, other=0).to(tl.int32) == offset.to(tl.int32)[:, None]
+    return tl.where(won, tl.load(DZ + at, mask=live, other=0.0).to(tl.float32), 0.0)
+
+
+@jit
+def window_moments_kernel(X, MEAN, SQUARE, samples, length, tiles, BM: tl.constexpr):
+    """Mean (16,) and centred products (16, 16) of a tile of the first layer's windows, in float64."""
+    pid = tl.program_id(0)
+    clip = (pid // tiles).to(tl.int64)
+    t = pid % tiles * BM + tl.arange(0, BM)
+    k = tl.arange(0, 16)
+    inside = t < length
+    n = tl.minimum(length - pid % tiles * BM, BM).to(tl.float64)
+    at = 5 * t[:, None] - 5 + k[None, :]
+    live = inside[:, None] & (k < 11)[None, :] & (at >= 0) & (at < samples)
+    x = tl.load(X + clip * samples + at, mask=live, other=0.0).to(tl.float64)
+    mean = tl.sum(x, 0) / n
+    x = tl.where(inside[:, None], x - mean[None, :], 0.0)
+    tl.store(MEAN + pid * 16 + k, mean)
+    for j in tl.static_range(11):
+        column = tl.sum(tl.where((k == j)[None, :], x, 0.0), 1)
+        tl.store(SQUARE + pid * 256 + j * 16 + k, tl.sum(x * column[:, None], 0))
+
+
+@jit
+def _weight_at(W, k, n, BK: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows k to k + BK, columns n of the (TAPS, OUTPUTS) weights, stored as `_weight_layout` says."""
+    k += tl.arange(0, BK)
+    if PRECISION == "ieee":
+        at = W + k[:, None] * OUTPUTS + n[None, :]
+    else:
+        at = W + n[None, :] * TAPS + k[:, None]
+    return at
+
+
+@jit
+def conv_kernel(
+    X, MU, W0, AFF, W, Y, COUNT, MEAN, SQUARE,
+    length, samples, tiles,
+    CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, FIRST: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y = conv(ReLU(BN(X))) raw, and the tile's count, mean and centred sum of squares per channel."""
+    pid = tl.program_id(0)
+    clip = (pid // tiles).to(tl.int64)
+    t = pid % tiles * BM + tl.arange(0, BM)
+    co = tl.arange(0, CO)
+    acc = tl.zeros([BM, CO], tl.float32)
+    for k0 in range(0, 3 * CI, BK):
+        tap = k0 // CI
+        c = tl.multiple_of(k0 % CI, BK) + tl.arange(0, BK)  # without the hint: loads of single elements
+        a = _activation(
+            X, MU, W0, AFF, clip, t + (tap - 1) * DILATION, c, length, samples, CI, FIRST, PRECISION
+        )  # fmt: skip
+        w = tl.load(_weight_at(W, k0, co, BK, 3 * CI, CO, PRECISION))
+        acc = tl.dot(a.to(DT), w.to(DT), acc, input_precision=PRECISION)
+    inside = (t < length)[:, None]
+    at = (clip * length + t)[:, None] * CO + co[None, :]
+    tl.store(Y + at, acc.to(Y.dtype.element_ty), mask=inside)
+    n = tl.minimum(length - pid % tiles * BM, BM).to(tl.float32)
+    mean = tl.sum(tl.where(inside, acc, 0.0), 0) / n
+    off = tl.where(inside, acc - mean[None, :], 0.0)
+    tl.store(COUNT + pid, n)
+    tl.store(MEAN + pid * CO + co, mean)
+    tl.store(SQUARE + pid * CO + co, tl.sum(off * off, 0))
+
+
+@jit
+def combine_kernel(
+    COUNT, MEAN, SQUARE, COUNT_OUT, MEAN_OUT, SQUARE_OUT, GAMMA, BETA, AFF, parts, share, eps,
+    C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Chan's formula over `share` parts a program; the LAST level writes mean, variance and AFF."""
+    group = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    count = tl.zeros([BC], tl.float64)
+    mean = tl.zeros([BC], tl.float64)
+    square = tl.zeros([BC], tl.float64)
+    for first in range(group * share, tl.minimum((group + 1) * share, parts), BP):
+        p = first + tl.arange(0, BP)
+        live = p < tl.minimum((group + 1) * share, parts)
+        n = tl.load(COUNT + p, mask=live, other=0.0).to(tl.float64)[:, None]
+        at = p[:, None] * C + c[None, :]
+        m = tl.load(MEAN + at, mask=live[:, None], other=0.0).to(tl.float64)
+        s = tl.load(SQUARE + at, mask=live[:, None], other=0.0).to(tl.float64)
+        total = count + tl.sum(n, 0)
+        joint = (count * mean + tl.sum(n * m, 0)) / total
+        apart = m - joint[None, :]
+        square += tl.sum(s + n * apart * apart, 0) + count * (mean - joint) * (mean - joint)
+        mean = joint
+        count = total
+    if LAST:
+        variance = square / count
+        tl.store(MEAN_OUT + c, mean.to(tl.float32))
+        tl.store(SQUARE_OUT + c, variance.to(tl.float32))
+        tl.store(AFF + c, mean.to(tl.float32))
+        tl.store(AFF + C + c, (1.0 / tl.sqrt(variance + eps)).to(tl.float32))
+        tl.store(AFF + 2 * C + c, tl.load(GAMMA + c).to(tl.float32))
+        tl.store(AFF + 3 * C + c, tl.load(BETA + c).to(tl.float32))
+    else:
+        tl.store(COUNT_OUT + group + c * 0, count)  # the same number from every channel
+        tl.store(MEAN_OUT + group * C + c, mean)
+        tl.store(SQUARE_OUT + group * C + c, square)
+
+
+@jit
+def pool_kernel(
+    Y, AFF, P, IDX, length, pooled, tiles, width, C: tl.constexpr, BY4: tl.constexpr, BM: tl.constexpr
+):
+    """Raw value P of each window's maximum after BN, and its place IDX in the window: the first of equals."""
+    clip = (tl.program_id(0) // tiles).to(tl.int64)
+    w = tl.program_id(0) % tiles * BM + tl.arange(0, BM).to(tl.int64)
+    c = tl.arange(0, C)
+    inside = w < pooled
+    if BY4:
+        start = w * 4
+        end = start + 4
+    else:
+        start = w * length // pooled
+        end = ((w + 1) * length + pooled - 1) // pooled
+    gamma = tl.load(AFF + 2 * C + c)[None, :]
+    sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0))
+    best = tl.load(Y + (clip * length + start)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0).to(
+        tl.float32
+    )
+    place = tl.zeros([BM, C], tl.int32)
+    for step in range(1, width):
+        live = (inside & (start + step < end))[:, None]
+        at = (clip * length + start + step)[:, None] * C + c[None, :]
+        y = tl.load(Y + at, mask=live, other=0.0).to(tl.float32)
+        better = live & (y * sign > best * sign)
+        best = tl.where(better, y, best)
+        place = tl.where(better, step, place)
+    at = (clip * pooled + w)[:, None] * C + c[None, :]
+    tl.store(P + at, best.to(P.dtype.element_ty), mask=inside[:, None])
+    tl.store(IDX + at, place.to(IDX.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def unpool_kernel(DZ, IDX, OUT, length, pooled, tiles, overlap, C: tl.constexpr, BM: tl.constexpr):
+    """Gradients of adaptive windows, added to the steps that won; at most `overlap` windows meet."""
+    clip = (tl.program_id(0) // tiles).to(tl.int64)
+    t = tl.program_id(0) % tiles * BM + tl.arange(0, BM).to(tl.int64)
+    c = tl.arange(0, C)
+    inside = t < length
+    first = t * pooled // length
+    dz = tl.zeros([BM, C], tl.float32)
+    for i in range(overlap):
+        w = first + i
+        dz += _routed(DZ, IDX, clip, w, t - w * length // pooled, c, inside, pooled, C)
+    tl.store(
+        OUT + (clip * length + t)[:, None] * C + c[None, :], dz.to(OUT.dtype.element_ty), mask=inside[:, None]
+    )
+
+
+@jit
+def input_gradient_kernel(
+    Y, DZ, IDX, AFF, GRAD, W, X, MU, W0, AFF_X, DX, SUMS, PRODUCTS,
+    length, pooled, count, samples, tiles,
+    CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
+    STORE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dz of the layer before, and the tile's sums of dz xhat and dz (FIRST: of dz and dz windows)."""
+    pid = tl.program_id(0)
+    clip = (pid // tiles).to(tl.int64)
+    t = pid % tiles * BM + tl.arange(0, BM)
+    ci = tl.arange(0, CI)
+    acc = tl.zeros([BM, CI], tl.float32)
+    for k0 in range(0, 3 * CO, BK):
+        tap = k0 // CO
+        c = tl.multiple_of(k0 % CO, BK) + tl.arange(0, BK)
+        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t - (tap - 1) * DILATION, c, length, pooled, count, CO, BY4)
+        w = tl.load(_weight_at(W, k0, ci, BK, 3 * CO, CI, PRECISION))
+        acc = tl.dot(dy.to(DT), w.to(DT), acc, input_precision=PRECISION)
+    inside = (t < length)[:, None]
+    at = (clip * length + t)[:, None] * CI + ci[None, :]
+    if FIRST:
+        x, xhat, z = _first(X + clip * samples, MU, W0, AFF_X, t, ci, samples, PRECISION)
+    else:
+        xhat, z = _normalised(tl.load(X + at, mask=inside, other=0.0).to(tl.float32), AFF_X, ci, CI)
+    dz = tl.where(inside & (z > 0), acc, 0.0)
+    if STORE:
+        tl.store(DX + at, dz.to(DX.dtype.element_ty), mask=inside)
+    if FIRST:
+        k = tl.arange(0, 16)
+        products = tl.dot(tl.trans(x), dz, input_precision=PRECISION)
+        tl.store(PRODUCTS + pid.to(tl.int64) * 16 * CI + k[:, None] * CI + ci[None, :], products)
+    else:
+        tl.store(SUMS + pid * 2 * CI + ci, tl.sum(dz * xhat, 0))
+    tl.store(SUMS + pid * 2 * CI + CI + ci, tl.sum(dz, 0))
+
+
+@jit
+def weight_gradient_kernel(
+    Y, DZ, IDX, AFF, GRAD, X, MU, W0, AFF_X, PART,
+    length, pooled, count, samples, tiles, all_tiles, share,
+    CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
+    BM: tl.constexpr, BCI: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum over `share` tiles of time of activation x dy, for the three taps: PART (programs, 3, CI, CO)."""
+    part = tl.program_id(0)
+    ci = tl.program_id(1) * BCI + tl.arange(0, BCI)
+    co = tl.arange(0, CO)
+    left = tl.zeros([BCI, CO], tl.float32)
+    middle = tl.zeros([BCI, CO], tl.float32)
+    right = tl.zeros([BCI, CO], tl.float32)
+    for block in range(part * share, tl.minimum((part + 1) * share, all_tiles)):
+        clip = (block // tiles).to(tl.int64)
+        t = block % tiles * BM + tl.arange(0, BM)
+        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t, co, length, pooled, count, CO, BY4).to(DT)
+        a = _activation(X, MU, W0, AFF_X, clip, t - DILATION, ci, length, samples, CI, FIRST, PRECISION).to(
+            DT
+        )
+        left = tl.dot(tl.trans(a), dy, left, input_precision=PRECISION)
+        a = _activation(X, MU, W0, AFF_X, clip, t, ci, length, samples, CI, FIRST, PRECISION).to(DT)
+        middle = tl.dot(tl.trans(a), dy, middle, input_precision=PRECISION)
+        a = _activation(X, MU, W0, AFF_X, clip, t + DILATION, ci, length, samples, CI, FIRST, PRECISION).to(
+            DT
+        )
+        right = tl.dot(tl.trans(a), dy, right, input_precision=PRECISION)
+    to = PART + part.to(tl.int64) * 3 * CI * CO + ci[:, None] * CO + co[None, :]
+    tl.store(to, left)
+    tl.store(to + CI * CO, middle)
+    tl.store(to + 2 * CI * CO, right)
+
+
+# Host side. The operators are functional: what the backward pass reads is a result of the forward pass.
+
+
+def lengths(samples: int, hop: int = 512) -> list[int]:
+    """Time steps of each layer's convolution output, before its pool."""
+    first = (samples + 2 * LAYERS[0].padding - LAYERS[0].kernel) // LAYERS[0].stride + 1
+    wide = 2 * frames(samples, hop)
+    return [first, first, first, first // 4, first // 4, wide, wide]
+
+
+MOMENTS_ROWS = 128
+POOL = {"BM": 16, "num_warps": 8, "num_stages": 1}
+SHARES = 128  # partial sums of a weight gradient
+
+
+def _options(kind: str, index: int, precision: str, x: Tensor) -> dict:
+    """The compile-time arguments of a layer's kernel."""
+    layer, bf16 = LAYERS[index], precision == "bf16"
+    options = dict(
+        CI=layer.inputs, CO=layer.outputs, DILATION=layer.dilation, FIRST=index == 1,
+        DT=tl.bfloat16 if bf16 and not INTERPRETED else tl.float32, PRECISION="tf32" if bf16 else precision,
+    )  # fmt: skip
+    if kind != "conv":
+        options["BY4"] = layer.pool == "max4"
+    return options | tile(f"tfgram_{kind}" + ("_first" if index == 1 else ""), precision, x)
+
+
+def _share(parts: int, programs: int) -> tuple[int, int]:
+    """Parts each of at most `programs` programs takes, and how many programs that makes."""
+    share = triton.cdiv(parts, programs)
+    return share, triton.cdiv(parts, share)
+
+
+def _combine(count: Tensor, mean: Tensor, square: Tensor, gamma: Tensor, beta: Tensor, eps: float):
+    """Mean, variance and AFF from the programs' moments."""
+    parts, channels = mean.shape
+    blocks = channels // 16
+
+    def run(last, groups, share, *out):
+        combine_kernel[(groups, blocks)](
+            count, mean, square, *out, parts, share, eps, C=channels, BC=16, BP=32, LAST=last
+        )
+
+    affine = mean.new_empty(4, channels, dtype=torch.float32)
+    if parts > 128:
+        share, groups = _share(parts, 128)
+        out = [mean.new_empty(shape, dtype=torch.float64) for shape in ((groups,), *[(groups, channels)] * 2)]
+        run(False, groups, share, *out, gamma, beta, affine)
+        count, mean, square = out
+        parts = groups
+    out = [mean.new_empty(channels, dtype=torch.float32) for _ in range(3)]
+    run(True, 1, parts, *out, gamma, beta, affine)
+    return out[1], out[2], affine
+
+
+def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float, length: int):
+    """Mean, variance and AFF (for centred windows); the windows' mean (16,) and covariance (16, 16)."""
+    clips, samples = x.shape
+    tiles = triton.cdiv(length, MOMENTS_ROWS)
+    means = x.new_empty(clips * tiles, 16, dtype=torch.float64)
+    squares = x.new_zeros(clips * tiles, 16, 16, dtype=torch.float64)
+    window_moments_kernel[(clips * tiles,)](
+        x, means, squares, samples, length, tiles, BM=MOMENTS_ROWS, num_warps=4
+    )
+    counts = (length - torch.arange(tiles, device=x.device) * MOMENTS_ROWS).clamp(max=MOMENTS_ROWS)
+    counts = counts.repeat(clips)[:, None].double()
+    mu = (means * counts).sum(0) / (clips * length)
+    apart = means - mu
+    covariance = (squares.sum(0) + apart.T @ (counts * apart)) / (clips * length)
+    w = F.pad(weight[:, 0].double(), (0, 5))
+    variance = ((w @ covariance) * w).sum(1)
+    affine = torch.stack(
+        [torch.zeros_like(variance), (variance + eps).rsqrt(), gamma.double(), beta.double()]
+    )
+    return (w @ mu).float(), variance.float(), affine.float(), mu, covariance
+
+
+@torch.library.custom_op(
+    "osscl_kernels::tfgram_train_forward",
+    mutates_args=(),
+    schema="(Tensor wave, Tensor[] weights, Tensor[] gammas, Tensor[] betas, float eps, int hop, "
+    "str precision) -> (Tensor, Tensor, Tensor, Tensor[])",
+)
+def forward(wave, weights, gammas, betas, eps, hop, precision):
+    """Output, means and variances of all layers in a row, and what the backward pass reads."""
+    with launching_on(wave):  # autograd sets the device by itself
+        return _forward(wave, weights, gammas, betas, eps, hop, precision)
+
+
+def _forward(wave, weights, gammas, betas, eps, hop, precision):
+    x = wave.float().contiguous()
+    clips, samples = x.shape
+    size = lengths(samples, hop)
+    pooled = [*size[1:], frames(samples, hop)]
+    mean, variance, affine, mu, covariance = _first_layer(x, weights[0], gammas[0], betas[0], eps, size[0])
+    means, variances, affines, stored = [mean], [variance], [affine], []
+    first = (mu.float(), _first_weight(weights[0]))
+    source = x
+    for index in range(1, len(LAYERS)):
+        layer, length = LAYERS[index], size[index]
+        options = _options("conv", index, precision, x)
+        tiles = triton.cdiv(length, options["BM"])
+        y = _raw(x, precision, clips, length, layer.outputs)
+        count = x.new_empty(clips * tiles)
+        moments = [x.new_empty(clips * tiles, layer.outputs) for _ in range(2)]
+        weight = _weight_layout(weights[index].permute(2, 1, 0), y.dtype, precision)
+        conv_kernel[(clips * tiles,)](
+            source, *first, affines[-1], weight, y, count, *moments, length, samples, tiles, **options
+        )
+        mean, variance, affine = _combine(count, *moments, gammas[index], betas[index], eps)
+        means.append(mean)
+        variances.append(variance)
+        affines.append(affine)
+        stored.append(y)
+        source = y
+        if layer.pool:
+            out = pooled[index]
+            source = _raw(x, precision, clips, out, layer.outputs)
+            by4 = layer.pool == "max4"
+            width = 4 if by4 else _window(length, out)
+            place = torch.empty_like(source, dtype=_place_dtype(width))
+            tiles = triton.cdiv(out, POOL["BM"])
+            pool_kernel[(clips * tiles,)](
+                y, affine, source, place, length, out, tiles, width, C=layer.outputs, BY4=by4, **POOL
+            )
+            stored += [source, place]
+    z = _normalised_ref(source, affine)[1]
+    output = z.relu().transpose(1, 2).contiguous()
+    return output, torch.cat(means), torch.cat(variances), [mu, covariance, *affines, *stored]
+
+
+def _raw(x: Tensor, precision: str, clips: int, length: int, channels: int) -> Tensor:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return x.new_empty(clips, length, channels, dtype=dtype)
+
+
+def _window(length: int, pooled: int) -> int:
+    """Most steps in a window of an adaptive pool; with the arguments exchanged, most windows at a step."""
+    return -(-length // pooled) + (length % pooled > 0)
+
+
+def _place_dtype(width: int) -> torch.dtype:
+    """Of a winner's place in a window of `width` steps."""
+    return torch.uint8 if width <= 256 else torch.int32
+
+
+def _weight_layout(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
+    """(taps, inner, outputs) as the product wants it: the sum's index last for tensor cores."""
+    weight = weight.flatten(0, 1)
+    return (weight if precision == "ieee" else weight.T).to(dtype).contiguous()
+
+
+def _first_weight(weight: Tensor) -> Tensor:
+    """(64, 1, 11) -> (16, 64) float32, padded with zeros."""
+    return F.pad(weight[:, 0].float(), (0, 5)).T.contiguous()
+
+
+def _normalised_ref(y: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
+    mean, rstd, gamma, beta = affine
+    xhat = (y.float() - mean) * rstd
+    return xhat, xhat * gamma + beta
+
+
+@forward.register_fake
+def _(wave, weights, gammas, betas, eps, hop, precision):
+    clips, samples = wave.shape
+    x = wave.new_empty(0, dtype=torch.float32)
+    size, count = lengths(samples, hop), frames(samples, hop)
+    pooled = [*size[1:], count]
+    channels = [layer.outputs for layer in LAYERS]
+    saved = [x.new_empty(16, dtype=torch.float64), x.new_empty(16, 16, dtype=torch.float64)]
+    saved += [x.new_empty(4, c) for c in channels]
+    for index in range(1, len(LAYERS)):
+        saved.append(_raw(x, precision, clips, size[index], channels[index]))
+        if LAYERS[index].pool:
+            source = _raw(x, precision, clips, pooled[index], channels[index])
+            width = 4 if LAYERS[index].pool == "max4" else _window(size[index], pooled[index])
+            saved += [source, torch.empty_like(source, dtype=_place_dtype(width))]
+    return x.new_empty(clips, channels[-1], count), *[x.new_empty(sum(channels)) for _ in range(2)], saved
+
+
+@torch.library.custom_op(
+    "osscl_kernels::tfgram_train_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor wave, Tensor[] weights, Tensor[] saved, int hop, str precision, "
+    "bool wave_needed) -> Tensor[]",
+)
+def _backward(gradient, wave, weights, saved, hop, precision, wave_needed):
+    """Gradients of the wave (empty where not needed), of the weights, and of (gamma, beta) as (2, C)."""
+    x = wave.float().contiguous()
+    clips, samples = x.shape
+    size = lengths(samples, hop)
+    pooled = [*size[1:], frames(samples, hop)]
+    (mu, covariance), affines, stored = saved[:2], saved[2:9], list(saved[9:])
+    first = (mu.float(), _first_weight(weights[0]))
+    gradients: list[list[Tensor]] = [[], []]  # last layer first
+
+    xhat, z = _normalised_ref(stored[-2], affines[-1])
+    dz = torch.where(z > 0, gradient.float().transpose(1, 2), 0.0)
+    sums = torch.stack([(dz * xhat).sum((0, 1), dtype=torch.float64), dz.sum((0, 1), dtype=torch.float64)])
+    dz = dz.to(stored[-2].dtype).contiguous()
+    for index in range(len(LAYERS) - 1, 0, -1):
+        layer, length = LAYERS[index], size[index]
+        place = dz
+        if layer.pool:
+            place = stored.pop()
+            stored.pop()
+        if layer.pool not in ("", "max4"):
+            full = _raw(x, precision, clips, length, layer.outputs)
+            tiles = triton.cdiv(length, POOL["BM"])
+            overlap = _window(pooled[index], length)
+            unpool_kernel[(clips * tiles,)](
+                dz, place, full, length, pooled[index], tiles, overlap, C=layer.outputs, **POOL
+            )
+            dz = full
+        y = stored.pop()
+        source = x if index == 1 else stored[-2] if LAYERS[index - 1].pool else stored[-1]
+        sums = sums.float()
+        gradients[1].append(sums)
+        before = (y, dz, place, affines[index], sums)
+        behind = (source, *first, affines[index - 1])
+        extent = (length, pooled[index], float(clips * length), samples)
+
+        options = _options("weight", index, precision, x)
+        tiles = triton.cdiv(length, options["BM"])
+        share, parts = _share(clips * tiles, SHARES)
+        partial = x.new_empty(parts, 3, layer.inputs, layer.outputs)
+        weight_gradient_kernel[(parts, layer.inputs // options["BCI"])](
+            *before, *behind, partial, *extent, tiles, clips * tiles, share, **options
+        )
+        gradients[0].append(partial.sum(0, dtype=torch.float64).permute(2, 1, 0).float())
+
+        options = _options("input", index, precision, x)
+        tiles = triton.cdiv(length, options["BM"])
+        store = index > 1 or wave_needed
+        dx = _raw(x, precision, clips, length, layer.inputs) if store else dz
+        sums = x.new_empty(clips * tiles, 2, layer.inputs)
+        products = x.new_empty(clips * tiles, 16, layer.inputs) if index == 1 else sums
+        weight = _weight_layout(weights[index].permute(2, 0, 1), y.dtype, precision)
+        input_gradient_kernel[(clips * tiles,)](
+            *before, weight, *behind, dx, sums, products, *extent, tiles, STORE=store, **options
+        )
+        dz = dx
+        if index > 1:
+            sums = sums.sum(0, dtype=torch.float64)
+
+    # The first layer's gradients from sum dz (x - mu), sum dz and the windows' covariance.
+    w, rstd = F.pad(weights[0][:, 0].double(), (0, 5)), affines[0][1].double()
+    products = products.sum(0, dtype=torch.float64).T
+    dgamma, dbeta = (w * products).sum(1) * rstd, sums[:, 1].sum(0, dtype=torch.float64)
+    scale = (affines[0][2].double() * rstd)[:, None]
+    dw = scale * (products - (dgamma * rstd)[:, None] * (w @ covariance))
+    gradients[0].append(dw[:, None, :11].float())
+    gradients[1].append(torch.stack([dgamma, dbeta]).float())
+    dwave = x.new_empty(0)
+    if wave_needed:
+        xhat = (
+            F.conv1d(x[:, None], weights[0].float(), stride=5, padding=5).double() - (w @ mu)[:, None]
+        ) * rstd[:, None]
+        dy = dz.double().transpose(1, 2) - (dbeta[:, None] + dgamma[:, None] * xhat) / (clips * size[0])
+        dy = (dy * scale).float()
+        extra = samples - 5 * (size[0] - 1) - 1
+        dwave = F.conv_transpose1d(dy, weights[0].float(), stride=5, padding=5, output_padding=extra)[:, 0]
+    return [dwave, *[g for kind in gradients for g in reversed(kind)]]
+
+
+@_backward.register_fake
+def _(gradient, wave, weights, saved, hop, precision, wave_needed):
+    like = [wave.new_empty(wave.shape if wave_needed else 0, dtype=torch.float32)]
+    like += [torch.empty_like(w, dtype=torch.float32) for w in weights]
+    return like + [w.new_empty(2, len(w), dtype=torch.float32) for w in weights]
+
+
+def _setup_context(ctx, inputs, output):
+    wave, weights, gammas, betas, _, ctx.hop, ctx.precision = inputs
+    ctx.save_for_backward(wave, *weights, *output[3])
+    ctx.dtypes = [t.dtype for t in (wave, *weights, *gammas, *betas)]
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, gradient, *_):
+    if gradient is None:
+        return (None,) * 7
+    wave, *rest = ctx.saved_tensors
+    result = _backward(gradient, wave, rest[:7], rest[7:], ctx.hop, ctx.precision, ctx.needs_input_grad[0])
+    result = result[:8] + [g[0] for g in result[8:]] + [g[1] for g in result[8:]]
+    result = [g.to(dtype) for g, dtype in zip(result, ctx.dtypes, strict=True)]
+    dwave = result[0] if ctx.needs_input_grad[0] else None
+    return dwave, result[1:8], result[8:15], result[15:], None, None, None
+
+
+forward.register_autograd(_autograd, setup_context=_setup_context)

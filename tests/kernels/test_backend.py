@@ -31,35 +31,30 @@ def on_gpu(monkeypatch, capability):
 
 def test_auto(monkeypatch):
     monkeypatch.setattr(backend, "triton", object())
-    assert resolve(CPU)[0] == "torch"
-    assert resolve(on_gpu(monkeypatch, (8, 0))) == ("triton", "CUDA tensor")
-    assert resolve(on_gpu(monkeypatch, (12, 0)))[0] == "triton"
-    choice, reason = resolve(on_gpu(monkeypatch, (7, 5)))
-    assert choice == "torch" and "8.0" in reason
+    assert resolve(CPU) == "torch"
+    assert resolve(on_gpu(monkeypatch, (8, 0))) == resolve(on_gpu(monkeypatch, (12, 0))) == "triton"
+    assert resolve(on_gpu(monkeypatch, (7, 5))) == "torch"
     monkeypatch.setattr(backend, "triton", None)
-    assert resolve(on_gpu(monkeypatch, (9, 0))) == ("torch", "triton is not installed")
+    assert resolve(on_gpu(monkeypatch, (9, 0))) == "torch"
 
 
-def test_the_interpreter_runs_only_when_asked_for(monkeypatch):
+def test_the_interpreter_runs_only_on_request(monkeypatch):
     monkeypatch.setattr(backend, "triton", object())
     monkeypatch.setattr(backend, "INTERPRETED", True)
-    assert resolve(CPU)[0] == "torch"
-    assert resolve(CPU, "triton") == ("triton", "asked for by argument")
+    assert resolve(CPU) == "torch"
+    assert resolve(CPU, "triton") == "triton"
     monkeypatch.setattr(backend, "INTERPRETED", False)
-    with pytest.raises(RuntimeError, match="argument asks for the triton backend, but the tensor is on cpu"):
+    with pytest.raises(RuntimeError, match="argument requests the triton backend, but the tensor is on cpu"):
         resolve(CPU, "triton")
 
 
 def test_environment(monkeypatch):
     monkeypatch.setattr(backend, "triton", object())
     gpu = on_gpu(monkeypatch, (9, 0))
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
-    assert resolve(gpu) == ("torch", f"asked for by {ENVIRONMENT_VARIABLE}")
-    assert resolve(gpu, "triton") == ("triton", "asked for by argument")  # an argument comes first
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "auto")
-    assert resolve(gpu)[0] == "triton"
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
-    assert resolve(gpu)[0] == "triton"
+    for value, choice in (("torch", "torch"), ("auto", "triton"), ("", "triton")):
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, value)
+        assert resolve(gpu) == choice
+        assert resolve(gpu, "triton") == "triton"  # an argument comes first
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cudnn")
     with pytest.raises(ValueError, match=f"{ENVIRONMENT_VARIABLE}: unknown backend 'cudnn'; expected one of"):
         resolve(gpu)
@@ -77,6 +72,22 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(backend, "triton", None)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         resolve(CPU, "triton")
+
+
+def test_tiles_are_those_of_the_family_or_the_one_before_it(monkeypatch):
+    rows = [
+        {"kernel": "k", "precision": "bf16", "sm": sm, "size": size, "tile": {"BM": value}}
+        for sm, size, value in ((90, 0, 3), (86, 0, 1), (90, 1000, 4), (80, 0, 2))
+    ]
+    monkeypatch.setattr(backend, "tile_rows", lambda: rows)
+    for capability, size, expected in (
+        ((8, 6), 0, 1), ((8, 9), 5000, 1), ((12, 0), 0, 1), ((8, 0), 0, 2), ((9, 0), 999, 3),
+        ((9, 0), 1000, 4), ((10, 0), 0, 3), ((10, 3), 2000, 4),
+    ):  # fmt: skip
+        chosen = backend.tile("k", "bf16", on_gpu(monkeypatch, capability), size)
+        assert chosen == {"BM": expected}, capability
+        chosen["BM"] = 99  # a caller's own
+    assert rows[0]["tile"] == {"BM": 3}
 
 
 def test_importing_touches_no_gpu_and_needs_no_triton():

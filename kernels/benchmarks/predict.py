@@ -1,0 +1,67 @@
+"""Milliseconds on an H200 predicted from the counted work of programs; the first GPU run will correct them.
+
+    python kernels/benchmarks/predict.py        # the table of kernels/README.md, into results/predicted.md
+
+counted.json holds, per kernel and precision, what one program of the compiled code does on sm_90, counted by
+executing it. A program takes the largest of its clocks on each unit; programs share 132 multiprocessors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+COUNTED = pathlib.Path(__file__).with_name("counted.json")
+RESULT = pathlib.Path(__file__).resolve().parents[2] / "results" / "predicted.md"
+MULTIPROCESSORS, CLOCK = 132, 1.7e9
+# Per clock of a multiprocessor: dense tensor-core FLOP, instructions of a warp issued, exponentials,
+# wavefronts of 128 bytes of shared memory, bytes from the L2 cache.
+RATES = {"bf16": 4096, "tf32": 2048, "tf32x3": 2048, "instructions": 4, "exponentials": 16, "wavefronts": 1}
+RATES |= {"l2_bytes": 24}
+
+
+def clocks(work: dict[str, float], precision: str, share: float = 1.0) -> tuple[float, str]:
+    """Of a program that does `share` of the counted work, and the unit that takes them."""
+    parts = {
+        key: work[key] / RATES[key] for key in ("instructions", "exponentials", "wavefronts", "l2_bytes")
+    }
+    if precision != "ieee":
+        parts["tensor cores"] = work["tensor_flop"] / RATES[precision]
+    unit = max(parts, key=parts.__getitem__)
+    return share * parts[unit], unit
+
+
+def milliseconds(kernel: str, passing: str, precision: str, size: int) -> float | str:
+    """Of a pass over `size` rows or clips; empty where nothing was counted."""
+    total = 0.0
+    for row in json.loads(COUNTED.read_text()):
+        if (row["kernel"], row["precision"]) != (kernel, precision) or passing not in row["passes"]:
+            continue
+        if kernel == "supcon":
+            if size < row.get("from", 0) or size >= row.get("below", math.inf):
+                continue
+            programs, share = math.ceil(size / row["rows"]), size / row["columns"]
+        else:
+            programs, share = size * row["programs_per_clip"], 1.0
+        waves = math.ceil(programs / MULTIPROCESSORS)
+        total += waves * clocks(row["work"], precision, share)[0] / CLOCK * 1e3
+    return total or ""
+
+
+def table() -> str:
+    """Markdown."""
+    lines = ["| kernel | pass | size | precision | predicted ms |", "|---|---|---|---|---|"]
+    cases = [("supcon", "both", n) for n in (64, 4096, 16384)]
+    cases += [("tfgram", passing, 64) for passing in ("inference", "training")]
+    for kernel, passing, size in cases:
+        for precision in ("tf32x3", "tf32", "bf16", "ieee"):
+            if predicted := milliseconds(kernel, passing, precision, size):
+                lines.append(f"| {kernel} | {passing} | {size} | {precision} | {predicted:.3g} |")
+    note = "Predicted from counted work, launches and pools left out; nothing here has been timed on a GPU."
+    return "\n".join([*lines, "", note, ""])
+
+
+if __name__ == "__main__":
+    RESULT.write_text(table(), encoding="utf-8")
+    print(table())
