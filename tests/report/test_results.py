@@ -64,7 +64,7 @@ def test_documents_are_filled_from_files(tmp_path):
 def test_every_block_and_heading_of_a_document_is_there_once(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     marks = [line for line in lines if line.startswith(("<!-- generated from", "## "))]
-    assert len(marks) > 5 and len(marks) == len(set(marks))
+    assert len(marks) > 3 and len(marks) == len(set(marks))
 
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, "osscl_min/DEVIATIONS.md"])
