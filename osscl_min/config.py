@@ -26,7 +26,7 @@ class AudioConfig(Settings):
 
     sample_rate: Annotated[int, "[1000, 1000000]"] = 16_000  # Hz; the data set's
     # longer clips are cropped (ToyCar is 11 s; code), shorter ones repeated (ours)
-    seconds: Annotated[float, "[1, inf)"] = 10.0
+    seconds: Annotated[float, "[1, 3600]"] = 10.0
     n_fft: Annotated[int, "[2, inf)"] = 2048  # samples; window length too, periodic Hann (code)
     hop: Count = 512  # samples (code); Tgram and TFgram are made to match
     mels: Count = 128  # slaney scale and norm (code)

@@ -223,6 +223,8 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
     UserError
         If there is no clip with truth, or a score is not finite.
     """
+    if bootstrap < 0:
+        raise UserError(f"--bootstrap {bootstrap}: give 0 or more")
     return average([resampled(scores, bootstrap, seed)])
 
 

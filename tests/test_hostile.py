@@ -6,6 +6,7 @@ it when it hangs.
 """
 
 import hashlib
+import io
 import json
 import os
 import queue
@@ -64,8 +65,9 @@ def case(name, command, put=None, status=2, says="", given="", changes="\0", slo
 
 def wav(path, samples=WAVE, subtype=None, rate=None, share=1.0) -> None:
     """A sound file, with another rate in its header or cut short."""
-    soundfile.write(path, samples, RATE, subtype=subtype)
-    content = bytearray(path.read_bytes())
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, RATE, subtype=subtype, format="WAV")
+    content = bytearray(buffer.getvalue())
     if rate is not None:
         content[24:28] = struct.pack("<I", rate)
     path.write_bytes(content[: int(share * len(content))])
@@ -96,7 +98,6 @@ SOUNDS = {
     "rate-max": partial(wav, rate=0xFFFFFFFF),
     "mp3": b"ID3\x04" + bytes(500) + b"\xff\xfb\x90\x64" * 200,
     "noise": np.random.default_rng(1).bytes(5000),
-    "folder": lambda path: path.mkdir(),
     "pipe": os.mkfifo,
     "device": lambda path: path.symlink_to("/dev/zero"),
     "dangling": lambda path: path.symlink_to("nowhere.wav"),
@@ -159,14 +160,14 @@ MANIFEST = HEADER + "".join(
 )
 TABLES = {
     "utf-16": lambda text: text.encode("utf-16"),
-    "latin-1": lambda text: text.replace("_id_00_0", "_id_00_ä").encode("latin-1"),
+    "latin-1": lambda text: text.replace("00", "0ä").encode("latin-1"),
     "nul": lambda text: text.encode() + b"\0\0\n",
     "binary": lambda text: np.random.default_rng(2).bytes(400),
-    "wide": lambda text: text.replace("\n", ",more,cells\n").encode(),
+    "wide": lambda text: f"{text.rstrip()},more,cells\n".encode(),
     "quote": lambda text: b'"' + text.encode(),
     "html": lambda text: b"<html><body>404</body></html>\n",
     "empty": lambda text: b"",
-    "folder": lambda text: lambda path: path.mkdir(),
+    "folder": lambda text: Path.mkdir,
 }
 for kind, spoil in TABLES.items():
     score_file = "given/anomaly_score_fan_id_00.csv"
@@ -237,7 +238,7 @@ CHECKPOINTS = {
     "sound": wav,
     "zip": b"PK\x05\x06" + bytes(18),
     "cut": lambda path: path.write_bytes((path.parent / "best.pt").read_bytes()[:5000]),
-    "folder": lambda path: path.mkdir(),
+    "folder": Path.mkdir,
     "pipe": os.mkfifo,
     "list": changed(lambda content: [1, 2, 3]),
     "tensor": changed(lambda content: torch.zeros(3)),
@@ -329,7 +330,7 @@ for option, end in (("--csv", "csv"), ("--json", "json"), ("--plot", "png"), ("-
     for kind, target, put in (
         ("sound", SOUND, {}),
         ("checkpoint", "best.pt", {}),
-        ("folder", f"x.{end}", {f"x.{end}": SOUNDS["folder"]}),
+        ("folder", f"x.{end}", {f"x.{end}": Path.mkdir}),
         ("pipe", f"x.{end}", {f"x.{end}": os.mkfifo}),
         ("disguised", f"x.{end}", {f"x.{end}": wav}),
         ("nowhere", f"/proc/none/x.{end}", {}),
@@ -358,7 +359,7 @@ MISSING = f"""
     {TRAIN.replace("a data", "a empty")} | score best.pt empty | {EVALUATE.replace("a data", "a empty")}
     inspect best.pt | metrics best.pt | metrics empty"""
 for number, command in enumerate(filter(str.strip, MISSING.replace("\n", "|").split("|"))):
-    case(f"missing:{number}-{command.split()[0]}", command, {"empty": SOUNDS["folder"]})
+    case(f"missing:{number}-{command.split()[0]}", command, {"empty": Path.mkdir})
 for file in (
     "config.json log.jsonl best.pt evaluation/metrics.json evaluation/scores.csv evaluation/evaluation.json "
     "untrained/metrics.json high_frequency/high_frequency.json"

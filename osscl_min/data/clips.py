@@ -139,6 +139,8 @@ def scan(root: Path | str, channel: int | None = None) -> Dataset:
         If the folder is missing or holds no usable clip.
     """
     root = Path(root)
+    if channel is not None and channel < 0:
+        raise UserError(f"--channel {channel}: channels are counted from 0")
     for manifest in (root, root / MANIFEST):
         if manifest.suffix.lower() == ".csv" and os.path.isfile(manifest):
             dataset = Dataset(manifest.parent, [], layout="manifest", channel=channel)

@@ -86,6 +86,8 @@ def download(
     for given, known in ((parts, PARTS), (types, TYPES)):
         if not given or set(given) - set(known):
             raise UserError(f"cannot download {','.join(given) or 'nothing'}; choose from {','.join(known)}")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: give at least 1")
     root, kept, files, number = Path(directory), Path(directory) / KEPT, {}, 0
     host, md5 = (mirror or HOST).rstrip("/"), {} if trust_mirror else MD5
     pooch.get_logger().setLevel("WARNING")
@@ -113,7 +115,7 @@ def download(
             return _explain(error, root, url)
 
     whole = tqdm(total=sum(size for size, *_ in files.values()), desc="in all", **BAR)
-    with whole, ThreadPoolExecutor(max(jobs, 1)) as pool:
+    with whole, ThreadPoolExecutor(jobs) as pool:
         try:
             errors = [error for error in pool.map(get, files) if error]
         finally:  # after Ctrl-C the others stop at their next piece

@@ -196,6 +196,8 @@ def read_truth(path: Path | str) -> Truth:
             truth[machine_type, Path(cells[0]).stem] = int(cells[2])
         else:
             raise UserError(f"{place}: expected `file,original name,0 or 1`, got {','.join(cells)!r}")
+    if not truth:
+        raise UserError(f"{printable(path)}: no row `file,original name,0 or 1` in it")
     return truth
 
 

@@ -208,8 +208,11 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, list[str]]]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             for row in reader:
-                if any(cells := [cell.strip() for cell in row]):
-                    yield f"{printable(path)}, line {reader.line_num}", cells
+                place, cells = f"{printable(path)}, line {reader.line_num}", [cell.strip() for cell in row]
+                if any("\0" in cell for cell in cells):
+                    raise UserError(f"{place}: holds a NUL byte, so this is no text file")
+                if any(cells):
+                    yield place, cells
     except UnicodeDecodeError as error:
         raise UserError(f"{printable(path)}: not in UTF-8; save it as CSV in UTF-8") from error
     except csv.Error as error:
