@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,18 +100,19 @@ class Resampled:
     areas: dict[tuple[str, ...], dict[str, np.ndarray]]
     counts: dict[tuple[str, ...], tuple[int, int]]
 
+    def value(self, key: tuple[str, ...], name: str) -> float | None:
+        """A metric; None without both classes."""
+        value = float(self.areas[key][name][0])
+        return None if math.isnan(value) else value
+
 
 def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
     """AUC, pAUC and mAUC of the clips with known truth, and the same of `times` resamples of them.
 
     Each class of each id is resampled with one clip less than it has, which makes the variance of the
     resamples unbiased. The draws follow from the seed and the clips' truth alone: the same clips in the same
-    order, scored by two systems, are resampled alike, so that systems can be compared draw by draw.
-
-    Raises
-    ------
-    UserError
-        If no clip has a known truth or a score is not finite.
+    order, scored by two systems, are resampled alike, so that systems can be compared draw by draw. Without
+    a known truth, or with a score that is not finite, a UserError.
     """
     known = [score for score in scores if score.anomaly is not None]
     if not known:
@@ -121,52 +122,47 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
             raise UserError(
                 f"{score.machine_type} {score.file}: the score is {score.score}, not a finite number"
             )
-    truth, value = (np.array(column) for column in zip(*((s.anomaly, s.score) for s in known), strict=True))
+    truth = np.array([score.anomaly for score in known])
+    value = np.array([score.score for score in known])
     members: dict[tuple[str, ...], list[int]] = {}
     for position, score in enumerate(known):
         for key in ((score.machine_type, score.machine_id), (score.machine_type,), ()):
             members.setdefault(key, []).append(position)
-    ordered = sorted(members, key=lambda key: [part.lower() for part in key])
-    machines, types = ([key for key in ordered if len(key) == length] for length in (2, 1))
+    # ids first, then types, then the average, which are made of each other
+    ordered = sorted(members, key=lambda key: (-len(key), [part.lower() for part in key]))
     random = np.random.default_rng(seed)
     weight = np.ones((1 + times, len(known)), np.int32)
-    for machine in machines:
-        for kind in (0, 1):
-            own = [position for position in members[machine] if truth[position] == kind]
-            if own:
-                share = np.full(len(own), 1 / len(own))
-                weight[1:, own] = random.multinomial(max(1, len(own) - 1), share, times)
-
-    def areas_of(key: tuple[str, ...]) -> dict[str, np.ndarray]:
-        own = members[key]
-        if len(np.unique(truth[own])) < 2:
-            return dict.fromkeys(("auc", "pauc"), np.full(1 + times, np.nan))
-        return {
-            name: weighted_auc(truth[own], value[own], weight[:, own], max_fpr)
-            for name, max_fpr in (("auc", 1.0), ("pauc", MAX_FPR))
-        }
-
-    areas = {machine: areas_of(machine) for machine in machines}
-    for key in types:
-        pooled, ids = areas_of(key), [areas[machine] for machine in machines if machine[:1] == key]
-        areas[key] = {
-            "auc_pooled": pooled["auc"],
-            "pauc_pooled": pooled["pauc"],
-            "auc_id_mean": _over(np.mean, [each["auc"] for each in ids]),
-            "pauc_id_mean": _over(np.mean, [each["pauc"] for each in ids]),
-            "mauc": _over(np.min, [each["auc"] for each in ids]),
-        }
-    areas[()] = {name: _over(np.mean, [areas[key][name] for key in types]) for name in NAMES}
-    anomalous = {key: int(truth[own].sum()) for key, own in members.items()}
-    return Resampled(
-        areas, {key: (len(own) - anomalous[key], anomalous[key]) for key, own in members.items()}
-    )
+    areas: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+    counts = {}
+    for key in ordered:
+        own = np.array(members[key])
+        kinds = own[truth[own] == 0], own[truth[own] == 1]
+        counts[key] = len(kinds[0]), len(kinds[1])
+        for drawn in kinds if len(key) == 2 else ():
+            if len(drawn):
+                share = np.full(len(drawn), 1 / len(drawn))
+                weight[1:, drawn] = random.multinomial(max(1, len(drawn) - 1), share, times)
+        parts = [areas[part] for part in areas if part[:-1] == key and part]
+        if not key:
+            areas[key] = {name: _over(np.mean, name, parts) for name in NAMES}
+            continue
+        area = pauc = np.full(1 + times, np.nan)
+        if all(counts[key]):
+            area = weighted_auc(truth[own], value[own], weight[:, own])
+            pauc = weighted_auc(truth[own], value[own], weight[:, own], MAX_FPR)
+        if len(key) == 2:
+            areas[key] = {"auc": area, "pauc": pauc}
+        else:
+            means = _over(np.mean, "auc", parts), _over(np.mean, "pauc", parts)
+            values = area, pauc, *means, _over(np.min, "auc", parts)
+            areas[key] = dict(zip(NAMES, values, strict=True))
+    return Resampled(areas, counts)
 
 
-def _over(function: Any, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean or minimum of arrays (1 + times,), without those that are NaN; NaN where all are."""
-    known = [array for array in arrays if not np.isnan(array[0])]
-    return function(known, axis=0) if known else arrays[0]
+def _over(function: Callable[..., np.ndarray], name: str, parts: Sequence[dict]) -> np.ndarray:
+    """The mean or minimum of a metric (1 + times,) over ids or types, without those that have none."""
+    arrays = [part[name] for part in parts]
+    return function([a for a in arrays if not np.isnan(a[0])] or arrays, axis=0)
 
 
 def average(systems: Sequence[Resampled]) -> dict[str, Any]:
@@ -174,27 +170,22 @@ def average(systems: Sequence[Resampled]) -> dict[str, Any]:
 
     The intervals are those of that mean over other clips; how much other seeds differ is not in them.
     """
-    first = systems[0]
+    counts = systems[0].counts
     areas = {
         key: {name: np.mean([system.areas[key][name] for system in systems], axis=0) for name in names}
-        for key, names in first.areas.items()
+        for key, names in systems[0].areas.items()
     }
-    mean = Resampled(areas, first.counts)
-
-    def entry(key: tuple[str, ...]) -> dict[str, Any]:
-        values = {name: None if np.isnan(area[0]) else float(area[0]) for name, area in areas[key].items()}
-        if len(next(iter(areas[key].values()))) > 2:
-            values["interval"] = {name: _bounds(mean, key, name) for name in values}
-        return values
-
-    counts = {
-        key: dict(zip(("normal", "anomaly"), count, strict=True)) for key, count in first.counts.items()
-    }
-    return {
-        "ids": [{"type": k[0], "id": k[1], **entry(k), **counts[k]} for k in areas if len(k) == 2],
-        "types": [{"type": k[0], **entry(k)} for k in areas if len(k) == 1],
-        "average": entry(()),
-    }
+    mean = Resampled(areas, counts)
+    levels: dict[int, list[dict[str, Any]]] = {2: [], 1: [], 0: []}
+    for key, names in areas.items():
+        entry: dict[str, Any] = dict(zip(("type", "id"), key, strict=False))
+        entry |= {name: mean.value(key, name) for name in names}
+        if len(next(iter(names.values()))) > 2:
+            entry["interval"] = {name: _bounds(mean, key, name) for name in names}
+        if len(key) == 2:
+            entry |= dict(zip(("normal", "anomaly"), counts[key], strict=True))
+        levels[len(key)].append(entry)
+    return {"ids": levels[2], "types": levels[1], "average": levels[0][0]}
 
 
 def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:

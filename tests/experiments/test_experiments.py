@@ -11,6 +11,7 @@ from conftest import tiny
 
 from osscl_min import checkpoint
 from osscl_min.config import AudioConfig, EvaluateConfig
+from osscl_min.data.reader import open_data
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate
 from osscl_min.experiments import analyses, figures, sweep, variants
@@ -47,8 +48,7 @@ def baseline(out):
 
 @pytest.fixture(scope="module")
 def detector(baseline, data):
-    ((_, detector),) = analyses.detectors({"one": baseline[:1]}, data, ("train", "test"), SCORING)
-    return detector
+    return analyses.Detector(checkpoint.load(baseline[0]), open_data(data, AUDIO), SCORING)
 
 
 def read(out, name):
@@ -122,7 +122,7 @@ def test_development_and_evaluation_sets_are_never_pooled(detector, monkeypatch)
 
 
 def test_scores_are_the_same_embeddings_otherwise(detector):
-    rows = {settings["score"]: scores for settings, scores, _ in analyses.scored_otherwise(detector)}
+    rows = {settings["score"]: scored.rows for settings, scored in analyses.scored_otherwise(detector)}
     test, training = detector.plain, detector.score("train")
     weight = torch.nn.functional.normalize(detector.trained.model.arcface.weight.detach().double())
     cosine = torch.from_numpy(test.embeddings).double() @ weight.T
@@ -277,7 +277,7 @@ def test_filtered_training_shares_the_baseline_and_has_its_figure(out, data):
 def test_a_figure_says_where_it_comes_from(out):
     result = read(out, "noise")
     figure = figures.noise(result)
-    figures._with_origin(figure, sweep.origin(result))
+    figures.add_origin(figure, sweep.origin(result))
     (text,) = (text for text in figure.texts if "Synthetic" in text.get_text())
     below = text.get_window_extent().ymin
     assert all(ax.get_tightbbox().ymax < below for ax in figure.axes)
