@@ -117,45 +117,43 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
     known = [score for score in scores if score.anomaly is not None]
     if not known:
         raise UserError("no clip has a known truth, so nothing can be measured; give labels with --labels")
-    for score in known:
-        if not math.isfinite(score.score):
+    groups: dict[str, dict[str, list[int]]] = {}  # type -> id -> positions
+    for position, clip in enumerate(known):
+        if not math.isfinite(clip.score):
             raise UserError(
-                f"{score.machine_type} {score.file}: the score is {score.score}, not a finite number"
+                f"{clip.machine_type} {clip.file}: the score is {clip.score}, not a finite number"
             )
-    truth = np.array([score.anomaly for score in known])
-    value = np.array([score.score for score in known])
-    members: dict[tuple[str, ...], list[int]] = {}
-    for position, score in enumerate(known):
-        for key in ((score.machine_type, score.machine_id), (score.machine_type,), ()):
-            members.setdefault(key, []).append(position)
-    # ids first, then types, then the average, which are made of each other
-    ordered = sorted(members, key=lambda key: (-len(key), [part.lower() for part in key]))
-    random = np.random.default_rng(seed)
+        groups.setdefault(clip.machine_type, {}).setdefault(clip.machine_id, []).append(position)
+    truth, value = np.array([clip.anomaly for clip in known]), np.array([clip.score for clip in known])
     weight = np.ones((1 + times, len(known)), np.int32)
     areas: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
-    counts = {}
-    for key in ordered:
-        own = np.array(members[key])
-        kinds = own[truth[own] == 0], own[truth[own] == 1]
-        counts[key] = len(kinds[0]), len(kinds[1])
-        for drawn in kinds if len(key) == 2 else ():
-            if len(drawn):
-                share = np.full(len(drawn), 1 / len(drawn))
-                weight[1:, drawn] = random.multinomial(max(1, len(drawn) - 1), share, times)
-        parts = [areas[part] for part in areas if part[:-1] == key and part]
-        if not key:
-            areas[key] = {name: _over(np.mean, name, parts) for name in NAMES}
-            continue
-        area = pauc = np.full(1 + times, np.nan)
-        if all(counts[key]):
-            area = weighted_auc(truth[own], value[own], weight[:, own])
-            pauc = weighted_auc(truth[own], value[own], weight[:, own], MAX_FPR)
-        if len(key) == 2:
-            areas[key] = {"auc": area, "pauc": pauc}
-        else:
-            means = _over(np.mean, "auc", parts), _over(np.mean, "pauc", parts)
-            values = area, pauc, *means, _over(np.min, "auc", parts)
-            areas[key] = dict(zip(NAMES, values, strict=True))
+    counts: dict[tuple[str, ...], tuple[int, int]] = {}
+
+    def both_areas(key: tuple[str, ...], own: np.ndarray) -> dict[str, np.ndarray]:
+        counts[key] = int((truth[own] == 0).sum()), int((truth[own] == 1).sum())
+        if not all(counts[key]):
+            return dict.fromkeys(("auc", "pauc"), np.full(1 + times, np.nan))
+        clips = truth[own], value[own], weight[:, own]
+        return {"auc": weighted_auc(*clips), "pauc": weighted_auc(*clips, MAX_FPR)}
+
+    random, types = np.random.default_rng(seed), []
+    for kind, ids in sorted(groups.items(), key=lambda item: item[0].lower()):
+        parts = []
+        for number, positions in sorted(ids.items(), key=lambda item: item[0].lower()):
+            own = np.array(positions)
+            for drawn in (own[truth[own] == 0], own[truth[own] == 1]):
+                if len(drawn):
+                    share = np.full(len(drawn), 1 / len(drawn))
+                    weight[1:, drawn] = random.multinomial(max(1, len(drawn) - 1), share, times)
+            areas[kind, number] = both_areas((kind, number), own)
+            parts.append(areas[kind, number])
+        pooled = both_areas((kind,), np.concatenate(list(ids.values())))
+        means = _over(np.mean, "auc", parts), _over(np.mean, "pauc", parts)
+        values = (*pooled.values(), *means, _over(np.min, "auc", parts))
+        areas[kind,] = dict(zip(NAMES, values, strict=True))
+        types.append(areas[kind,])
+    areas[()] = {name: _over(np.mean, name, types) for name in NAMES}
+    counts[()] = int((truth == 0).sum()), int((truth == 1).sum())
     return Resampled(areas, counts)
 
 
@@ -206,13 +204,8 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
         {"ids": [{"type", "id", "auc", "pauc", "normal", "anomaly"}],
         "types": [{"type", "auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc"}],
         "average": {the same names}}, fractions; mauc is the lowest AUC of a type's ids. With `bootstrap`,
-        every entry also has "interval": {name: [2.5 %, 97.5 %]}, None where the metric is.
-        A metric that its clips cannot give (only one class) is None and left out of the means.
-
-    Raises
-    ------
-    UserError
-        If there is no clip with truth, or a score is not finite.
+        every entry also has "interval": {name: [2.5 %, 97.5 %]}. A metric that its clips cannot give (only
+        one class) is None, as is its interval, and left out of the means.
     """
     return average([resampled(scores, bootstrap, seed)])
 
@@ -263,11 +256,6 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
         Files anomaly_score_TYPE_id_XX.csv or TYPE_anomaly_score_id_XX.csv with rows `file name,score`.
     labels : Path or str, optional
         eval_data_list.csv, for files whose names tell no truth.
-
-    Raises
-    ------
-    UserError
-        If there is no such file, or a row has another form.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -278,21 +266,18 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
         match = SCORE_FILE.match(path.name)
         if not match:
             continue
-        machine_type, machine_id = (group for group in match.groups() if group)
+        machine = [group for group in match.groups() if group]
         for place, cells in read_rows(path):
             try:
-                name, value = cells[0], float(cells[1])
-                if len(cells) != 2:
-                    raise ValueError
-            except (IndexError, ValueError) as error:
+                name, value = cells
+                score = float(value)
+            except ValueError as error:
                 got = f"got {','.join(cells)!r}"
                 raise UserError(f"{place}: expected `file name,score`, {got}") from error
             stem = Path(name).stem
-            if stem.startswith(("anomaly_", "normal_")):
-                anomaly = int(stem.startswith("anomaly_"))
-            else:
-                anomaly = truth.get((machine_type, stem))
-            scores.append(Score(name, machine_type, machine_id, value, anomaly))
+            known = {"normal_": 0, "anomaly_": 1}.get("".join(stem.partition("_")[:2]))
+            anomaly = truth.get((machine[0], stem)) if known is None else known
+            scores.append(Score(name, *machine, score, anomaly))
     if not scores:
         raise UserError(f"{folder}: no score file in it; expected anomaly_score_TYPE_id_XX.csv")
     return scores
@@ -314,11 +299,7 @@ def write_metrics(metrics: dict[str, Any], out: Path | str) -> None:
     write_json(out / "metrics.json", metrics)
     names = ["type", "id", "normal", "anomaly", "auc", "pauc", *NAMES, "interval"]
     levels = {"id": metrics["ids"], "type": metrics["types"], "average": [metrics["average"]]}
-    rows = [
-        [level, *(entry.get(name) for name in names)]
-        for level, entries in levels.items()
-        for entry in entries
-    ]
+    rows = [[level, *map(entry.get, names)] for level, entries in levels.items() for entry in entries]
     write_csv(out / "metrics.csv", ["level", *names], rows)
 
 

@@ -267,7 +267,7 @@ def difference(
         "seeds": seeds.tolist(),
         "seed_sd": seed_sd,
         "clip_sd": clip_sd,
-        "clear": interval is not None and abs(mean) > half,
+        "clear": bool(interval) and abs(mean) > half,
     }
 
 
@@ -326,20 +326,17 @@ NOTE = (
 FEW = "Too few seeds: t is 12.7 with two, 4.3 with three, 2.8 with five; one seed cannot be compared."
 BOUND = (
     "A drop bounds the reliance on what was taken away from above: it also contains how unfamiliar the "
-    "changed clips are to the detector. No drop bounds it only as far as the interval does."
+    "changed clips are to the detector. The reliance is at most the largest drop within the interval."
 )
-HALVES = "Reliance at most: the largest drop within the interval, in points; - where it has none. " + BOUND
 
 
 def gain_text(gain: Mapping[str, Any] | None) -> str:
     """A difference in points with its interval, starred where that leaves out 0."""
     if gain is None:
         return ""
-    mean = f"{100 * gain['mean']:+.1f}"
-    if gain["interval"] is None:
-        return f"{mean} (one seed: not comparable)"
-    low, high = (100 * bound for bound in gain["interval"])
-    return f"{mean} [{low:+.1f}, {high:+.1f}]" + " *" * gain["clear"]
+    bounds = [f"{100 * bound:+.1f}" for bound in gain["interval"] or ()]
+    interval = f"[{', '.join(bounds)}]" if bounds else "(one seed: not comparable)"
+    return f"{100 * gain['mean']:+.1f} {interval}" + " *" * gain["clear"]
 
 
 MEASURED = {  # heading and digits of the metrics in percent, and of what is measured beside them
@@ -360,8 +357,6 @@ MEASURED = {  # heading and digits of the metrics in percent, and of what is mea
     "neighbour_anomalous": ("neighbour of the same machine, anomalous clips (%)", 1),
     "neighbour_kind": ("neighbour within the machine of the same kind (%)", 1),
 }
-SETTINGS = {"cutoff_hz": "cut-off (Hz)", "low_hz": "from (Hz)", "high_hz": "to (Hz)", "snr_db": "SNR (dB)",
-            "replaced_by": "replaced by"}  # fmt: skip
 
 
 def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,7 +373,7 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
         line = {}
         for key in settings:
             value = row[key]
-            line[SETTINGS.get(key, key)] = f"{value:.0f}" if isinstance(value, float) else value or ""
+            line[key.replace("_", " ")] = f"{value:.0f}" if isinstance(value, float) else value or ""
         for key in (*NAMES, *row["values"]):
             heading, digits = MEASURED[key]
             scale, values = (100, row["each"][key]) if key in NAMES else (1, row["values"][key])
@@ -399,46 +394,22 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
 def records(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The same in full precision, with a line for the average and one for each machine type."""
     for row in result["conditions"]:
-        means = {}
-        for name, values in row["values"].items():
-            known = [value for value in values if value is not None]
-            means[name] = float(np.mean(known)) if known else None
         for entry in (row["metrics"]["average"], *row["metrics"]["types"]):
             name = entry.get("type", "average")
             line = settings_of(row) | {"seeds": " ".join(map(str, row["seeds"])), "type": name}
             line |= {measure: entry[measure] for measure in NAMES}
             for kind in ("difference", "gain"):
                 gain = row.get(kind, {}).get(name) or {}
-                low, high = gain.get("interval") or (None, None)
-                line |= {kind: gain.get("mean"), f"{kind}_low": low, f"{kind}_high": high}
-                line |= {f"{kind}_{key}": gain.get(key) for key in ("seed_sd", "clip_sd", "clear")}
-            yield line | (means if name == "average" else dict.fromkeys(means))
-
-
-def halves(result: Mapping[str, Any], middle: float = 4000.0) -> list[list[str]]:
-    """What taking away either side of the spectrum costs, at the cut-off nearest to `middle` (Hz).
-
-    A table of two rows from a result with filters; empty where no cut-off has both.
-    """
-    gains = {}
-    for row in result["conditions"]:
-        gain = (row.get("difference") or row.get("gain") or {}).get("average")
-        if gain and row.get("cutoff_hz") is not None:
-            gains.setdefault(row["cutoff_hz"], {})[row["filter"]] = gain
-    both = [cutoff for cutoff, sides in gains.items() if len(sides) == 2]
-    if not both:
-        return []
-    cutoff = min(both, key=lambda hertz: abs(hertz - middle))
-    rows = [["taken away", "change of AUC id-mean (points)", "reliance at most (points)"]]
-    for kind, side in (("low-pass", "above"), ("high-pass", "below")):
-        gain = gains[cutoff][kind]
-        bound = f"{100 * max(0.0, -gain['interval'][0]):.1f}" if gain["interval"] else "-"
-        rows.append([f"{side} {cutoff / 1000:g} kHz", gain_text(gain), bound])
-    return rows
+                keys = ("mean", "interval", "seed_sd", "clip_sd", "clear")
+                line |= {f"{kind}_{key}": gain.get(key) for key in keys}
+            for key, values in row["values"].items():
+                known = [value for value in values if value is not None and name == "average"]
+                line[key] = float(np.mean(known)) if known else None
+            yield line
 
 
 def write(result: Mapping[str, Any], out: Path | str) -> None:
-    """Write a result as OUT/NAME.json, .md, .tex and .csv; its halves and band energies beside it."""
+    """Write a result as OUT/NAME.json, .md, .tex and .csv."""
     stem = Path(out) / result["experiment"].replace("-", "_")
     write_json(stem.with_suffix(".json"), result)
     notes = [NOTE]
@@ -448,10 +419,6 @@ def write(result: Mapping[str, Any], out: Path | str) -> None:
         notes.append(BOUND)
     failed = [f"Failed: {run}: {line}" for run, line in result["failed"].items()]
     write_table(stem, table(result), list(records(result)), [*notes, origin(result), *failed])
-    if rows := halves(result):
-        write_table(f"{stem}_halves", rows, notes=[HALVES, origin(result)])
-    if energy := result.get("energy"):
-        write_csv(f"{stem}_energy.csv", list(energy[0]), [list(row.values()) for row in energy])
 
 
 ABOUT = ("file", "machine_type", "machine_id", "subset", "anomaly")
