@@ -18,8 +18,8 @@ from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
 from osscl_min.data.layouts import read_truth
-from osscl_min.runtime import tables
 from osscl_min.runtime.files import UserError, read_rows, write_csv, write_json
+from osscl_min.runtime.tables import percent
 
 MAX_FPR = 0.1  # pAUC's range of false-positive rates (DCASE 2020 Task 2)
 NAMES = ("auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc")
@@ -52,10 +52,7 @@ def measured(clips: Sequence[Labelled]) -> list[Labelled]:
 
 
 def auc(anomaly: np.ndarray, score: np.ndarray, max_fpr: float | None = None) -> float | None:
-    """scikit-learn's area under the ROC curve; with `max_fpr` the McClish-standardised partial one.
-
-    None where one of the two classes is absent.
-    """
+    """scikit-learn's (McClish-standardised partial) area under the ROC curve; None without both classes."""
     if len(np.unique(anomaly)) < 2:
         return None
     return float(roc_auc_score(anomaly, score, max_fpr=max_fpr))
@@ -223,13 +220,12 @@ def _bounds(system: Resampled, key: tuple[str, ...], name: str, level: float = 0
     if np.isnan(area[0]):
         return None
     if name == "mauc":
-        parts = [part for part in system.areas if part[:-1] == key and part != ()]
-        if len(key) == 1:
-            sides = [(_bounds(system, part, "auc"), _bounds(system, part, "auc", 1 - 0.025 / len(parts)))
-                     for part in parts]  # fmt: skip
-            return [min(low[0] for low, _ in sides if low), min(high[1] for _, high in sides if high)]
-        each = [bounds for part in parts if (bounds := _bounds(system, part, name))]
-        return [float(bound) for bound in np.mean(each, axis=0)]
+        parts = [part for part in system.areas if part[:-1] == key and part]
+        known = [part for part in parts if system.value(part, "auc" if key else name) is not None]
+        if not key:
+            return np.mean([_bounds(system, part, name) for part in known], axis=0).tolist()
+        lower = min(_bounds(system, part, "auc")[0] for part in known)
+        return [lower, min(_bounds(system, part, "auc", 1 - 0.025 / len(parts))[1] for part in known)]
     partial = name.startswith("pauc")
     lowest = LOWEST_PAUC if partial else 0.0
     normal, anomalous = system.counts[key]
@@ -241,8 +237,9 @@ def _bounds(system: Resampled, key: tuple[str, ...], name: str, level: float = 0
     inner = (clips * centre + 0.5) / (clips + 1)
     variance = max(draws.var(ddof=1) + 2 * bias**2, inner * (1 - inner) / (2 * clips))
     trials = inner * (1 - inner) / variance
-    middle = (centre + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z * math.sqrt(centre * (1 - centre) / trials + (z / (2 * trials)) ** 2) / (1 + z**2 / trials)
+    grow = z**2 / trials
+    middle = (centre + grow / 2) / (1 + grow)
+    half = z * math.sqrt(centre * (1 - centre) / trials + grow / (4 * trials)) / (1 + grow)
     low, high = min(middle - half, share), max(middle + half, share)
     return [float(lowest + (1 - lowest) * bound) for bound in (low, high)]
 
@@ -308,11 +305,9 @@ def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] 
 
     `metrics` comes from `evaluate_scores`; `more` has further rows, such as another system's average.
     """
-    header = ["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]
-    rows = [(entry["type"], entry) for entry in metrics["types"]] + [("average", metrics["average"]), *more]
-    return [header, *([label, *(percent(entry, name) for name in NAMES)] for label, entry in rows)]
-
-
-def percent(entry: dict[str, Any], name: str) -> str:
-    """A metric of an entry in percent, with its interval where there is one; "-" where there is none."""
-    return tables.percent(entry.get(name), (entry.get("interval") or {}).get(name))
+    rows = [["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]]
+    types = [(entry["type"], entry) for entry in metrics["types"]]
+    for label, entry in (*types, ("average", metrics["average"]), *more):
+        bounds = entry.get("interval") or {}
+        rows.append([label, *(percent(entry.get(name), bounds.get(name)) for name in NAMES)])
+    return rows

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from osscl_min.config import Config, EvaluateConfig
@@ -121,7 +120,7 @@ def run(
     names = {f"{each.variant}, seed {each.seed}": line for each, line in failed.items()}
     if name not in ANALYSES:
         conditions, about = sweep.collect(done)
-        return finish(name, conditions, about, out, config.evaluate.bootstrap, names)
+        return finish(name, conditions, about | {"failed": names}, out, config.evaluate.bootstrap)
     checkpoints = {v: [each.folder / "best.pt" for each in done if each.variant == v] for v in chosen}
     scoring = replace(config.evaluate, precision=config.train.precision)
     return examine(name, checkpoints, data, out, scoring, cutoffs, device, names)
@@ -135,24 +134,19 @@ def examine(
     config: EvaluateConfig,
     cutoffs: Sequence[float] = CUTOFFS,
     device: str = "auto",
-    failed: Mapping[str, str] = MappingProxyType({}),
+    failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Examine trained detectors, variant -> a best.pt for each seed, and write the results; as `run`."""
     conditions, about = analyses.collect(name, checkpoints, data, Path(out), config, device, cutoffs)
-    return finish(name, conditions, about, out, config.bootstrap, failed)
+    return finish(name, conditions, about | {"failed": dict(failed or {})}, out, config.bootstrap)
 
 
 def finish(
-    name: str,
-    conditions: Sequence[sweep.Condition],
-    about: Mapping[str, Any],
-    out: Path | str,
-    times: int,
-    failed: Mapping[str, str],
+    name: str, conditions: Sequence[sweep.Condition], about: Mapping[str, Any], out: Path | str, times: int
 ) -> dict[str, Any]:
-    """Keep the scores, then write the result with its tables and figures."""
+    """Keep the scores, and write the result with its tables and figures."""
     sweep.keep_scores(conditions, Path(out) / f"{name.replace('-', '_')}_scores.csv")
-    result = sweep.summarise(conditions, {"experiment": name, **about, "failed": dict(failed)}, times)
+    result = sweep.summarise(conditions, {"experiment": name, **about}, times)
     sweep.write(result, out)
     figures.write(result, out)
     return result
@@ -163,10 +157,8 @@ def remake(folder: Path | str) -> list[str]:
     names = []
     for path in sorted(Path(folder).glob("*_scores.csv")):
         old = read_json(path.with_name(path.name.replace("_scores.csv", ".json")))
-        result = sweep.summarise(sweep.kept_conditions(old, path), old, old["bootstrap"])
-        sweep.write(result, folder)
-        figures.write(result, folder)
         names.append(old["experiment"])
+        finish(names[-1], sweep.kept_conditions(old, path), old, folder, old["bootstrap"])
     if not names:
         raise UserError(f"{folder}: no kept scores (NAME_scores.csv) in it")
     return names

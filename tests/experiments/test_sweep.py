@@ -158,7 +158,8 @@ def test_results_and_their_remake(swept, tmp_path, monkeypatch):
                            for line in text.splitlines()))  # fmt: skip
     conditions, about = sweep.collect(sweep.finished(runs, failed))
     log.write_text(text)
-    result = variants.finish("components", conditions, about, tmp_path, 50, {"broken, seed 0": "why"})
+    about["failed"] = {"broken, seed 0": "why"}
+    result = variants.finish("components", conditions, about, tmp_path, 50)
     base, other = result["conditions"]
     assert result["synthetic"] and base["seeds"] == [0, 1] and "gain" not in base
     assert base["values"]["peak_memory_gb"][0] is None
