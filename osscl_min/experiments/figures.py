@@ -71,7 +71,8 @@ def differences(result: Result) -> Figure:
         if gain:
             colour = VERMILLION if gain["clear"] else GREY
             parts.append((right, gain["seeds"], colour))
-            right.plot(100 * np.array(gain["interval"] or [np.nan]), [place] * 2, color=colour, linewidth=2)
+            bounds = 100 * np.array(gain["interval"] or (np.nan, np.nan))
+            right.plot(bounds, [place] * 2, color=colour, linewidth=2)
         for ax, values, colour in parts:
             points = 100 * np.array(values, float)
             ax.plot(points, [place] * len(points), "o", color=colour, alpha=0.5, markersize=4)

@@ -374,11 +374,10 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
         for key in settings:
             value = row[key]
             line[key.replace("_", " ")] = f"{value:.0f}" if isinstance(value, float) else value or ""
-        for key in (*NAMES, *row["values"]):
-            heading, digits = MEASURED[key]
-            scale, values = (100, row["each"][key]) if key in NAMES else (1, row["values"][key])
+        for key, (heading, digits) in MEASURED.items():
+            scale, values = (100, row["each"][key]) if key in NAMES else (1, row["values"].get(key, ()))
             known = [scale * value for value in values if value is not None]
-            line[heading] = mean_text(known, digits) if known else "-"
+            line[heading] = mean_text(known, digits) if known else ""
         change = row.get("difference", {})
         line["difference from the first row"] = gain_text(change.get("average"))
         for entry in row["metrics"]["types"]:
