@@ -193,24 +193,24 @@ def energy_shares(detector: Detector) -> list[dict[str, Any]]:
     """Each band's share of the test clips' energy, averaged over a type's normal and its anomalous clips."""
     audio = detector.trained.config.model.audio
     edges = [low for _, low, _ in perturbations.bands(audio, BANDS)] + [audio.f_max]
-    frequency = torch.linspace(0, audio.sample_rate / 2, audio.samples // 2 + 1)
-    cuts = torch.searchsorted(frequency, torch.tensor(edges[1:-1])).tolist()
-    shares: dict[tuple, list[np.ndarray]] = {}  # machine type and truth -> shares of each clip
+    starts = np.searchsorted(np.fft.rfftfreq(audio.samples, 1 / audio.sample_rate), [0, *edges[1:-1]])
+    parts, clips = [], []
     for samples, _, positions in detector.batches("test"):
-        power = torch.fft.rfft(to_wave(samples)).abs().square()
-        power = torch.stack([part.sum(1) for part in power.tensor_split(cuts, 1)], 1)
-        power = power / power.sum(1, keepdim=True).clamp(min=1e-30)
-        for position, share in zip(positions, power.cpu().numpy(), strict=True):
-            clip = detector.data.test.clips[position]
-            shares.setdefault((clip.machine_type, clip.anomaly), []).append(share)
-    means = {key: np.mean(parts, axis=0, dtype=float).tolist() for key, parts in shares.items()}
-    return [
-        {"low_hz": low, "high_hz": high, "type": name,
-         **{kind: means[name, truth][band] if (name, truth) in means else None
-            for truth, kind in enumerate(("normal", "anomalous"))}}
-        for band, (low, high) in enumerate(itertools.pairwise(edges))
-        for name in sorted({name for name, _ in means}, key=str.lower)
-    ]  # fmt: skip
+        power = torch.fft.rfft(to_wave(samples)).abs().double().square().cpu().numpy()
+        parts.append(np.add.reduceat(power, starts, axis=1))
+        clips += [detector.data.test.clips[position] for position in positions]
+    energy = np.concatenate(parts)
+    shares = energy / energy.sum(1, keepdims=True).clip(1e-30)
+    types, truth = (np.array([getattr(c, name) for c in clips]) for name in ("machine_type", "anomaly"))
+    rows = []
+    for band, (low, high) in enumerate(itertools.pairwise(edges)):
+        for name in sorted(set(types.tolist()), key=str.lower):
+            row = {"low_hz": low, "high_hz": high, "type": name}
+            for anomaly, kind in enumerate(("normal", "anomalous")):
+                chosen = shares[(types == name) & (truth == anomaly), band]
+                row[kind] = float(chosen.mean()) if len(chosen) else None
+            rows.append(row)
+    return rows
 
 
 def frequency_responses(trained: Checkpoint, bins: int = 513) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import getitem
@@ -80,7 +80,7 @@ def fingerprint(data: Path | str) -> str:
 
 
 def plan(
-    variants: Mapping[str, Changes], seeds: Sequence[int], config: Config, data: Path | str, out: Path | str
+    variants: Mapping[str, Changes], seeds: Iterable[int], config: Config, data: Path | str, out: Path | str
 ) -> list[Run]:
     """The runs of an experiment.
 

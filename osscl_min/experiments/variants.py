@@ -99,8 +99,6 @@ def run(
     unknown = [variant for variant in only if variant not in table]
     for wrong, message in (
         (checkpoint is None and not seeds, "--seeds needs at least one number"),
-        (len(set(seeds)) < len(seeds), "--seeds holds a number twice"),
-        (min(seeds, default=0) < 0, "--seeds holds a negative number"),
         (not cutoffs, "--cutoffs needs at least one frequency"),
         (not all(0 < cutoff < nyquist for cutoff in cutoffs), f"--cutoffs lie between 0 and {nyquist:g} Hz"),
         (jobs < 1, "--jobs is at least 1"),
@@ -111,10 +109,8 @@ def run(
             raise UserError(message)
     if checkpoint is not None:
         return examine(name, {"given": [Path(checkpoint)]}, data, out, config.evaluate, cutoffs, device)
-    chosen = {
-        variant: table[variant] for variant in table if variant == BASELINE or variant in (only or table)
-    }
-    runs = sweep.plan(chosen, seeds, config, data, out)
+    chosen = {variant: table[variant] for variant in table if variant in (BASELINE, *(only or table))}
+    runs = sweep.plan(chosen, dict.fromkeys(seeds), config, data, out)
     failed = sweep.run_all(runs, data, device=device, jobs=jobs)
     done = sweep.finished(runs, failed)
     names = {f"{each.variant}, seed {each.seed}": line for each, line in failed.items()}
