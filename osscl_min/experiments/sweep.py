@@ -372,8 +372,8 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
     for row in rows:
         line = {}
         for key in settings:
-            value = row[key]
-            line[key.replace("_", " ")] = f"{value:.0f}" if isinstance(value, float) else value or ""
+            value, heading = row[key], key.replace("_hz", " (Hz)").replace("_db", " (dB)").replace("_", " ")
+            line[heading] = f"{value:.0f}" if isinstance(value, float) else value or ""
         for key, (heading, digits) in MEASURED.items():
             scale, values = (100, row["each"][key]) if key in NAMES else (1, row["values"].get(key, ()))
             known = [scale * value for value in values if value is not None]

@@ -255,6 +255,7 @@ def test_a_figure_says_where_it_comes_from(out):
     result = read(out, "noise")
     figure = figures.noise(result)
     figures.add_origin(figure, sweep.origin(result))
+    figure.draw_without_rendering()
     (text,) = (text for text in figure.texts if "Synthetic" in text.get_text())
     below = text.get_window_extent().ymin
     assert all(ax.get_tightbbox().ymax < below for ax in figure.axes)
