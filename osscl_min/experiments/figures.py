@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,11 @@ def curves(
     return figure
 
 
-def by_type(result: Result, line: Callable[[Result], str], place: Callable[[Result], Any]) -> Iterator[Point]:
-    """Points of `curves` with a panel for the average and for each machine type."""
-    for row in result["conditions"]:
+def by_type(result: Result, lines: Iterable[tuple[str, float | None]]) -> Iterator[Point]:
+    """Points of `curves`, by machine type; `lines` has the line and place of every row."""
+    for row, (line, place) in zip(result["conditions"], lines, strict=True):
         for entry in (row["metrics"]["average"], *row["metrics"]["types"]):
-            yield entry.get("type", "average"), line(row), place(row), entry
+            yield entry.get("type", "average"), line, place, entry
 
 
 def high_frequency(result: Path | str | Result, measure: str = "auc_id_mean") -> Figure:
@@ -136,22 +136,22 @@ def high_frequency(result: Path | str | Result, measure: str = "auc_id_mean") ->
     what = "detectors trained and tested on filtered clips" if trained else "filtered test clips"
     names = {"none": "unfiltered", "low-pass": "low-pass: what is below the cut-off stays",
              "high-pass": "high-pass: what is above the cut-off stays"}  # fmt: skip
-    points = by_type(
-        content, lambda row: names[row["filter"]], lambda row: row["cutoff_hz"] and row["cutoff_hz"] / 1000
-    )
+    rows = content["conditions"]
+    lines = [(names[row["filter"]], row["cutoff_hz"] and row["cutoff_hz"] / 1000) for row in rows]
     title = f"AUC ({protocol}) of {what}"
-    return curves(title, content["synthetic"], points, "cut-off (kHz)", measure)
+    return curves(title, content["synthetic"], by_type(content, lines), "cut-off (kHz)", measure)
 
 
 def bands(result: Result) -> Figure:
     """AUC without a band of the log-mel, and the energy that it has, on average and of each machine type."""
-    points = by_type(
-        result,
-        lambda row: {"nothing": "all bands"}.get(row["replaced_by"], f"band set to {row['replaced_by']}"),
-        lambda row: None if row["low_hz"] is None else (row["low_hz"] + row["high_hz"]) / 2000,
-    )
+    lines = []
+    for row in result["conditions"]:
+        if row["low_hz"] is None:
+            lines.append(("all bands", None))
+        else:
+            lines.append((f"band set to {row['replaced_by']}", (row["low_hz"] + row["high_hz"]) / 2000))
     label = "band (kHz); grey: its share of\nnormal clips' energy (%)"
-    figure = curves("AUC id-mean without a band", result["synthetic"], points, label)
+    figure = curves("AUC id-mean without a band", result["synthetic"], by_type(result, lines), label)
     for ax in figure.axes:
         energy = [entry for entry in result["energy"] if entry["type"] == ax.get_title()]
         if energy:

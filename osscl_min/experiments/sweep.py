@@ -167,7 +167,7 @@ class Condition:
 
     settings: dict[str, Any]  # "variant" and what else sets the row apart
     scores: dict[int, list[Score]] = field(default_factory=dict)  # by seed; the same clips in the same order
-    values: dict[str, list[float | None]] = field(default_factory=dict)  # of COLUMNS, one for each seed
+    values: dict[str, list[float | None]] = field(default_factory=dict)  # of MEASURED, one for each seed
 
     def add(self, seed: int, scores: list[Score], values: Mapping[str, float | None]) -> None:
         """Take in what a seed gave."""
