@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +18,8 @@ from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
 from osscl_min.data.layouts import read_truth
-from osscl_min.runtime import tables
 from osscl_min.runtime.files import UserError, read_rows, write_csv, write_json
+from osscl_min.runtime.tables import percent
 
 MAX_FPR = 0.1  # pAUC's range of false-positive rates (DCASE 2020 Task 2)
 NAMES = ("auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc")
@@ -52,10 +52,7 @@ def measured(clips: Sequence[Labelled]) -> list[Labelled]:
 
 
 def auc(anomaly: np.ndarray, score: np.ndarray, max_fpr: float | None = None) -> float | None:
-    """scikit-learn's area under the ROC curve; with `max_fpr` the McClish-standardised partial one.
-
-    None where one of the two classes is absent.
-    """
+    """scikit-learn's (McClish-standardised partial) area under the ROC curve; None without both classes."""
     if len(np.unique(anomaly)) < 2:
         return None
     return float(roc_auc_score(anomaly, score, max_fpr=max_fpr))
@@ -100,73 +97,67 @@ class Resampled:
     areas: dict[tuple[str, ...], dict[str, np.ndarray]]
     counts: dict[tuple[str, ...], tuple[int, int]]
 
+    def value(self, key: tuple[str, ...], name: str) -> float | None:
+        """A metric; None without both classes."""
+        value = float(self.areas[key][name][0])
+        return None if math.isnan(value) else value
+
 
 def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
     """AUC, pAUC and mAUC of the clips with known truth, and the same of `times` resamples of them.
 
     Each class of each id is resampled with one clip less than it has, which makes the variance of the
     resamples unbiased. The draws follow from the seed and the clips' truth alone: the same clips in the same
-    order, scored by two systems, are resampled alike, so that systems can be compared draw by draw.
-
-    Raises
-    ------
-    UserError
-        If no clip has a known truth or a score is not finite.
+    order, scored by two systems, are resampled alike, so that systems can be compared draw by draw. Without
+    a known truth, or with a score that is not finite, a UserError.
     """
     known = [score for score in scores if score.anomaly is not None]
     if not known:
         raise UserError("no clip has a known truth, so nothing can be measured; give labels with --labels")
-    for score in known:
-        if not math.isfinite(score.score):
+    groups: dict[str, dict[str, list[int]]] = {}  # type -> id -> positions
+    for position, clip in enumerate(known):
+        if not math.isfinite(clip.score):
             raise UserError(
-                f"{score.machine_type} {score.file}: the score is {score.score}, not a finite number"
+                f"{clip.machine_type} {clip.file}: the score is {clip.score}, not a finite number"
             )
-    truth, value = (np.array(column) for column in zip(*((s.anomaly, s.score) for s in known), strict=True))
-    members: dict[tuple[str, ...], list[int]] = {}
-    for position, score in enumerate(known):
-        for key in ((score.machine_type, score.machine_id), (score.machine_type,), ()):
-            members.setdefault(key, []).append(position)
-    ordered = sorted(members, key=lambda key: [part.lower() for part in key])
-    machines, types = ([key for key in ordered if len(key) == length] for length in (2, 1))
-    random = np.random.default_rng(seed)
+        groups.setdefault(clip.machine_type, {}).setdefault(clip.machine_id, []).append(position)
+    truth, value = np.array([clip.anomaly for clip in known]), np.array([clip.score for clip in known])
     weight = np.ones((1 + times, len(known)), np.int32)
-    for machine in machines:
-        for kind in (0, 1):
-            own = [position for position in members[machine] if truth[position] == kind]
-            if own:
-                share = np.full(len(own), 1 / len(own))
-                weight[1:, own] = random.multinomial(max(1, len(own) - 1), share, times)
+    areas: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+    counts: dict[tuple[str, ...], tuple[int, int]] = {}
 
-    def areas_of(key: tuple[str, ...]) -> dict[str, np.ndarray]:
-        own = members[key]
-        if len(np.unique(truth[own])) < 2:
+    def both_areas(key: tuple[str, ...], own: np.ndarray) -> dict[str, np.ndarray]:
+        counts[key] = int((truth[own] == 0).sum()), int((truth[own] == 1).sum())
+        if not all(counts[key]):
             return dict.fromkeys(("auc", "pauc"), np.full(1 + times, np.nan))
-        return {
-            name: weighted_auc(truth[own], value[own], weight[:, own], max_fpr)
-            for name, max_fpr in (("auc", 1.0), ("pauc", MAX_FPR))
-        }
+        clips = truth[own], value[own], weight[:, own]
+        return {"auc": weighted_auc(*clips), "pauc": weighted_auc(*clips, MAX_FPR)}
 
-    areas = {machine: areas_of(machine) for machine in machines}
-    for key in types:
-        pooled, ids = areas_of(key), [areas[machine] for machine in machines if machine[:1] == key]
-        areas[key] = {
-            "auc_pooled": pooled["auc"],
-            "pauc_pooled": pooled["pauc"],
-            "auc_id_mean": _over(np.mean, [each["auc"] for each in ids]),
-            "pauc_id_mean": _over(np.mean, [each["pauc"] for each in ids]),
-            "mauc": _over(np.min, [each["auc"] for each in ids]),
-        }
-    areas[()] = {name: _over(np.mean, [areas[key][name] for key in types]) for name in NAMES}
-    anomalous = {key: int(truth[own].sum()) for key, own in members.items()}
-    return Resampled(
-        areas, {key: (len(own) - anomalous[key], anomalous[key]) for key, own in members.items()}
-    )
+    random, types = np.random.default_rng(seed), []
+    for kind, ids in sorted(groups.items(), key=lambda item: item[0].lower()):
+        parts = []
+        for number, positions in sorted(ids.items(), key=lambda item: item[0].lower()):
+            own = np.array(positions)
+            for drawn in (own[truth[own] == 0], own[truth[own] == 1]):
+                if len(drawn):
+                    share = np.full(len(drawn), 1 / len(drawn))
+                    weight[1:, drawn] = random.multinomial(max(1, len(drawn) - 1), share, times)
+            areas[kind, number] = both_areas((kind, number), own)
+            parts.append(areas[kind, number])
+        pooled = both_areas((kind,), np.concatenate(list(ids.values())))
+        means = _over(np.mean, "auc", parts), _over(np.mean, "pauc", parts)
+        values = (*pooled.values(), *means, _over(np.min, "auc", parts))
+        areas[kind,] = dict(zip(NAMES, values, strict=True))
+        types.append(areas[kind,])
+    areas[()] = {name: _over(np.mean, name, types) for name in NAMES}
+    counts[()] = int((truth == 0).sum()), int((truth == 1).sum())
+    return Resampled(areas, counts)
 
 
-def _over(function: Any, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean or minimum of arrays (1 + times,), without those that are NaN; NaN where all are."""
-    known = [array for array in arrays if not np.isnan(array[0])]
-    return function(known, axis=0) if known else arrays[0]
+def _over(function: Callable[..., np.ndarray], name: str, parts: Sequence[dict]) -> np.ndarray:
+    """The mean or minimum of a metric (1 + times,) over ids or types, without those that have none."""
+    arrays = [part[name] for part in parts]
+    return function([a for a in arrays if not np.isnan(a[0])] or arrays, axis=0)
 
 
 def average(systems: Sequence[Resampled]) -> dict[str, Any]:
@@ -174,27 +165,22 @@ def average(systems: Sequence[Resampled]) -> dict[str, Any]:
 
     The intervals are those of that mean over other clips; how much other seeds differ is not in them.
     """
-    first = systems[0]
+    counts = systems[0].counts
     areas = {
         key: {name: np.mean([system.areas[key][name] for system in systems], axis=0) for name in names}
-        for key, names in first.areas.items()
+        for key, names in systems[0].areas.items()
     }
-    mean = Resampled(areas, first.counts)
-
-    def entry(key: tuple[str, ...]) -> dict[str, Any]:
-        values = {name: None if np.isnan(area[0]) else float(area[0]) for name, area in areas[key].items()}
-        if len(next(iter(areas[key].values()))) > 2:
-            values["interval"] = {name: _bounds(mean, key, name) for name in values}
-        return values
-
-    counts = {
-        key: dict(zip(("normal", "anomaly"), count, strict=True)) for key, count in first.counts.items()
-    }
-    return {
-        "ids": [{"type": k[0], "id": k[1], **entry(k), **counts[k]} for k in areas if len(k) == 2],
-        "types": [{"type": k[0], **entry(k)} for k in areas if len(k) == 1],
-        "average": entry(()),
-    }
+    mean = Resampled(areas, counts)
+    levels: dict[int, list[dict[str, Any]]] = {2: [], 1: [], 0: []}
+    for key, names in areas.items():
+        entry: dict[str, Any] = dict(zip(("type", "id"), key, strict=False))
+        entry |= {name: mean.value(key, name) for name in names}
+        if len(next(iter(names.values()))) > 2:
+            entry["interval"] = {name: _bounds(mean, key, name) for name in names}
+        if len(key) == 2:
+            entry |= dict(zip(("normal", "anomaly"), counts[key], strict=True))
+        levels[len(key)].append(entry)
+    return {"ids": levels[2], "types": levels[1], "average": levels[0][0]}
 
 
 def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:
@@ -215,13 +201,8 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
         {"ids": [{"type", "id", "auc", "pauc", "normal", "anomaly"}],
         "types": [{"type", "auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc"}],
         "average": {the same names}}, fractions; mauc is the lowest AUC of a type's ids. With `bootstrap`,
-        every entry also has "interval": {name: [2.5 %, 97.5 %]}, None where the metric is.
-        A metric that its clips cannot give (only one class) is None and left out of the means.
-
-    Raises
-    ------
-    UserError
-        If there is no clip with truth, or a score is not finite.
+        every entry also has "interval": {name: [2.5 %, 97.5 %]}. A metric that its clips cannot give (only
+        one class) is None, as is its interval, and left out of the means.
     """
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: give 0 or more")
@@ -241,13 +222,12 @@ def _bounds(system: Resampled, key: tuple[str, ...], name: str, level: float = 0
     if np.isnan(area[0]):
         return None
     if name == "mauc":
-        parts = [part for part in system.areas if part[:-1] == key and part != ()]
-        if len(key) == 1:
-            sides = [(_bounds(system, part, "auc"), _bounds(system, part, "auc", 1 - 0.025 / len(parts)))
-                     for part in parts]  # fmt: skip
-            return [min(low[0] for low, _ in sides if low), min(high[1] for _, high in sides if high)]
-        each = [bounds for part in parts if (bounds := _bounds(system, part, name))]
-        return [float(bound) for bound in np.mean(each, axis=0)]
+        parts = [part for part in system.areas if part[:-1] == key and part]
+        known = [part for part in parts if system.value(part, "auc" if key else name) is not None]
+        if not key:
+            return np.mean([_bounds(system, part, name) for part in known], axis=0).tolist()
+        lower = min(_bounds(system, part, "auc")[0] for part in known)
+        return [lower, min(_bounds(system, part, "auc", 1 - 0.025 / len(parts))[1] for part in known)]
     partial = name.startswith("pauc")
     lowest = LOWEST_PAUC if partial else 0.0
     normal, anomalous = system.counts[key]
@@ -259,8 +239,9 @@ def _bounds(system: Resampled, key: tuple[str, ...], name: str, level: float = 0
     inner = (clips * centre + 0.5) / (clips + 1)
     variance = max(draws.var(ddof=1) + 2 * bias**2, inner * (1 - inner) / (2 * clips))
     trials = inner * (1 - inner) / variance
-    middle = (centre + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z * math.sqrt(centre * (1 - centre) / trials + (z / (2 * trials)) ** 2) / (1 + z**2 / trials)
+    grow = z**2 / trials
+    middle = (centre + grow / 2) / (1 + grow)
+    half = z * math.sqrt(centre * (1 - centre) / trials + grow / (4 * trials)) / (1 + grow)
     low, high = min(middle - half, share), max(middle + half, share)
     return [float(lowest + (1 - lowest) * bound) for bound in (low, high)]
 
@@ -274,11 +255,6 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
         Files anomaly_score_TYPE_id_XX.csv or TYPE_anomaly_score_id_XX.csv with rows `file name,score`.
     labels : Path or str, optional
         eval_data_list.csv, for files whose names tell no truth.
-
-    Raises
-    ------
-    UserError
-        If there is no such file, or a row has another form.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -289,21 +265,18 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
         match = SCORE_FILE.match(path.name)
         if not match:
             continue
-        machine_type, machine_id = (group for group in match.groups() if group)
+        machine = [group for group in match.groups() if group]
         for place, cells in read_rows(path):
             try:
-                name, value = cells[0], float(cells[1])
-                if len(cells) != 2:
-                    raise ValueError
-            except (IndexError, ValueError) as error:
+                name, value = cells
+                score = float(value)
+            except ValueError as error:
                 got = f"got {','.join(cells)!r}"
                 raise UserError(f"{place}: expected `file name,score`, {got}") from error
             stem = Path(name).stem
-            if stem.startswith(("anomaly_", "normal_")):
-                anomaly = int(stem.startswith("anomaly_"))
-            else:
-                anomaly = truth.get((machine_type, stem))
-            scores.append(Score(name, machine_type, machine_id, value, anomaly))
+            known = {"normal_": 0, "anomaly_": 1}.get("".join(stem.partition("_")[:2]))
+            anomaly = truth.get((machine[0], stem)) if known is None else known
+            scores.append(Score(name, *machine, score, anomaly))
     if not scores:
         raise UserError(f"{folder}: no score file in it; expected anomaly_score_TYPE_id_XX.csv")
     return scores
@@ -325,11 +298,7 @@ def write_metrics(metrics: dict[str, Any], out: Path | str) -> None:
     write_json(out / "metrics.json", metrics)
     names = ["type", "id", "normal", "anomaly", "auc", "pauc", *NAMES, "interval"]
     levels = {"id": metrics["ids"], "type": metrics["types"], "average": [metrics["average"]]}
-    rows = [
-        [level, *(entry.get(name) for name in names)]
-        for level, entries in levels.items()
-        for entry in entries
-    ]
+    rows = [[level, *map(entry.get, names)] for level, entries in levels.items() for entry in entries]
     write_csv(out / "metrics.csv", ["level", *names], rows)
 
 
@@ -338,11 +307,9 @@ def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] 
 
     `metrics` comes from `evaluate_scores`; `more` has further rows, such as another system's average.
     """
-    header = ["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]
-    rows = [(entry["type"], entry) for entry in metrics["types"]] + [("average", metrics["average"]), *more]
-    return [header, *([label, *(percent(entry, name) for name in NAMES)] for label, entry in rows)]
-
-
-def percent(entry: dict[str, Any], name: str) -> str:
-    """A metric of an entry in percent, with its interval where there is one; "-" where there is none."""
-    return tables.percent(entry.get(name), (entry.get("interval") or {}).get(name))
+    rows = [["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]]
+    types = [(entry["type"], entry) for entry in metrics["types"]]
+    for label, entry in (*types, ("average", metrics["average"]), *more):
+        bounds = entry.get("interval") or {}
+        rows.append([label, *(percent(entry.get(name), bounds.get(name)) for name in NAMES)])
+    return rows

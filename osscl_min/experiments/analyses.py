@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from osscl_min import checkpoint
 from osscl_min.checkpoint import Checkpoint
@@ -22,12 +22,12 @@ from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.reader import Data, open_data
 from osscl_min.evaluate import Scored, known_machines, score_clips
 from osscl_min.experiments import perturbations
-from osscl_min.experiments.sweep import Condition
+from osscl_min.experiments.sweep import Condition, facts
 from osscl_min.features import FrontEnd, ZeroPhaseFilter, to_wave
 from osscl_min.losses import anomaly_score
-from osscl_min.metrics import Score, measured
+from osscl_min.metrics import measured
 from osscl_min.runtime.device import choose_device, prepare
-from osscl_min.runtime.files import UserError, provenance, read_json, replacing
+from osscl_min.runtime.files import UserError, read_json, replacing
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
 SNRS = (20.0, 10.0, 0.0, -10.0)  # dB
@@ -75,18 +75,15 @@ class Detector:
             yield samples, target, cut.tolist()
 
 
-# The settings of each condition, the scores of its clips, and further values (`sweep.VALUES`).
-Examined = Iterator[tuple[dict[str, Any], list[Score], dict[str, float | None]]]
+Examined = Iterator[tuple[dict[str, Any], Scored]]  # the settings of each condition and its test clips
 
 
 def filtered(detector: Detector) -> Examined:
     """Test clips low-passed or high-passed; the detector stays as trained."""
-    audio = detector.trained.config.model.audio
-    yield {"filter": "none", "cutoff_hz": None}, detector.plain.rows, {}
-    filters = [(kind, cutoff) for kind in ("low-pass", "high-pass") for cutoff in detector.cutoffs]
-    for kind, cutoff in tqdm(filters, "filtering test clips", unit="filter", disable=None):
-        scored = detector.score(transform=ZeroPhaseFilter(kind, cutoff, audio))
-        yield {"filter": kind, "cutoff_hz": cutoff}, scored.rows, {}
+    yield {"filter": "none", "cutoff_hz": None}, detector.plain
+    for kind, cutoff in itertools.product(("low-pass", "high-pass"), detector.cutoffs):
+        change = ZeroPhaseFilter(kind, cutoff, detector.trained.config.model.audio)
+        yield {"filter": kind, "cutoff_hz": cutoff}, detector.score(transform=change)
 
 
 def occluded(detector: Detector) -> Examined:
@@ -94,23 +91,20 @@ def occluded(detector: Detector) -> Examined:
 
     The wave, which Tgram and TFgram take, stays whole.
     """
-    yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, detector.plain.rows, {}
+    yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, detector.plain
     bands = perturbations.bands(detector.trained.config.model.audio, BANDS)
-    fills = {"silence": None, "training mean": machine_levels(detector)}
-    conditions = [(fill, level, band) for fill, level in fills.items() for band in bands]
-    for fill, level, (rows, low, high) in tqdm(conditions, "occluding bands", unit="band", disable=None):
-        scored = detector.score(occlude=perturbations.replace_band(rows, level))
-        yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, scored.rows, {}
+    for fill, level in (("silence", None), ("training mean", machine_levels(detector))):
+        for rows, low, high in bands:
+            scored = detector.score(occlude=perturbations.replace_band(rows, level))
+            yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, scored
 
 
 def noisy(detector: Detector) -> Examined:
     """Test clips in white, pink and factory-like noise."""
-    audio = detector.trained.config.model.audio
-    yield {"noise": "none", "snr_db": None}, detector.plain.rows, {}
-    conditions = [(kind, snr) for kind in perturbations.NOISES for snr in SNRS]
-    for kind, snr in tqdm(conditions, "adding noise", unit="condition", disable=None):
-        scored = detector.score(transform=perturbations.clip_noise(kind, snr, audio))
-        yield {"noise": kind, "snr_db": snr}, scored.rows, {}
+    yield {"noise": "none", "snr_db": None}, detector.plain
+    for kind, snr in itertools.product(perturbations.NOISES, SNRS):
+        change = perturbations.clip_noise(kind, snr, detector.trained.config.model.audio)
+        yield {"noise": kind, "snr_db": snr}, detector.score(transform=change)
 
 
 def scored_otherwise(detector: Detector) -> Examined:
@@ -122,9 +116,8 @@ def scored_otherwise(detector: Detector) -> Examined:
     labels = torch.from_numpy(test.labels)
     distance = np.empty(len(labels))
     for label in np.unique(test.labels):
-        own = training.embeddings[training.labels == label]
+        own, chosen = training.embeddings[training.labels == label], test.labels == label
         near = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(own)), metric="cosine").fit(own)
-        chosen = test.labels == label
         distance[chosen] = near.kneighbors(test.embeddings[chosen])[0].mean(1)
     for name, values in (
         ("cross-entropy with margin (paper)", test.scores),
@@ -132,12 +125,22 @@ def scored_otherwise(detector: Detector) -> Examined:
         ("1 - cosine to the class weight", 1 - cosine.gather(1, labels[:, None])[:, 0].numpy()),
         (f"mean cosine distance to the {NEIGHBOURS} nearest training clips", distance),
     ):
-        yield {"score": name}, replace(test, scores=values).rows, {}
+        yield {"score": name}, replace(test, scores=values)
 
 
 def embedded(detector: Detector) -> Examined:
-    """How far machines, and normal and anomalous clips, lie apart among the test embeddings."""
-    yield {}, detector.plain.rows, separation(detector.plain)
+    """Test clips as they are, whose `separation` is measured."""
+    yield {}, detector.plain
+
+
+ANALYSES: dict[str, Callable[[Detector], Examined]] = {
+    "high-frequency": filtered,
+    "bands": occluded,
+    "noise": noisy,
+    "scores": scored_otherwise,
+    "embeddings": embedded,
+}
+TRAINING_CLIPS = ("bands", "scores")  # analyses that read them
 
 
 def separation(scored: Scored) -> dict[str, float | None]:
@@ -150,30 +153,27 @@ def separation(scored: Scored) -> dict[str, float | None]:
     points, labels, normal = scored.embeddings, scored.labels, anomaly == 0
 
     def silhouette(chosen: np.ndarray, groups: np.ndarray) -> float | None:
-        count = len(np.unique(groups[chosen]))
-        if not 2 <= count < chosen.sum():
+        if not 2 <= len(np.unique(groups[chosen])) < chosen.sum():
             return None
         return float(silhouette_score(points[chosen], groups[chosen], metric="cosine"))
 
-    def nearest(chosen: np.ndarray) -> np.ndarray:
-        """For each of the chosen clips, the position of the nearest other one among them."""
-        own = np.flatnonzero(chosen)
-        near = NearestNeighbors(n_neighbors=1, metric="cosine").fit(points[own]).kneighbors()[1][:, 0]
-        return own[near]
+    def same_as_nearest(chosen: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Whether the nearest other one of the chosen clips is of the same group, in percent."""
+        near = NearestNeighbors(n_neighbors=1, metric="cosine").fit(points[chosen]).kneighbors()[1][:, 0]
+        return 100.0 * (groups[chosen] == groups[chosen][near])
 
-    def mean(values: Sequence[Any]) -> float | None:
-        values = [value for value in values if value is not None]
-        return float(np.mean(values)) if values else None
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
 
-    same = labels[nearest(np.ones(len(labels), bool))] == labels
+    same = same_as_nearest(np.ones(len(labels), bool), labels)
     machines = [labels == label for label in np.unique(labels) if (labels == label).sum() > 1]
-    kinds = [kind for own in machines for kind in anomaly[nearest(own)] == anomaly[own]]
     return {
         "silhouette_machines": silhouette(normal, labels),
-        "silhouette_anomalies": mean([silhouette(own, anomaly) for own in machines]),
-        "neighbour_normal": mean([100 * value for value in same[normal]]),
-        "neighbour_anomalous": mean([100 * value for value in same[~normal]]),
-        "neighbour_kind": mean([100 * value for value in kinds]),
+        "silhouette_anomalies": mean(silhouette(own, anomaly) for own in machines),
+        "neighbour_normal": mean(same[normal]),
+        "neighbour_anomalous": mean(same[~normal]),
+        "neighbour_kind": mean(value for own in machines for value in same_as_nearest(own, anomaly)),
     }
 
 
@@ -193,26 +193,24 @@ def energy_shares(detector: Detector) -> list[dict[str, Any]]:
     """Each band's share of the test clips' energy, averaged over a type's normal and its anomalous clips."""
     audio = detector.trained.config.model.audio
     edges = [low for _, low, _ in perturbations.bands(audio, BANDS)] + [audio.f_max]
-    frequency = torch.linspace(0, audio.sample_rate / 2, audio.samples // 2 + 1)
-    cuts = torch.searchsorted(frequency, torch.tensor(edges[1:-1])).tolist()
-    shares: dict[str, dict[int, list[torch.Tensor]]] = {}
+    starts = np.searchsorted(np.fft.rfftfreq(audio.samples, 1 / audio.sample_rate), [0, *edges[1:-1]])
+    parts, clips = [], []
     for samples, _, positions in detector.batches("test"):
-        power = torch.fft.rfft(to_wave(samples)).abs().square()
-        power = torch.stack([part.sum(1) for part in power.tensor_split(cuts, 1)], 1)
-        power = (power / power.sum(1, keepdim=True).clamp(min=1e-30)).cpu()
-        for position, share in zip(positions, power, strict=True):
-            clip = detector.data.test.clips[position]
-            shares.setdefault(clip.machine_type, {0: [], 1: []})[clip.anomaly].append(share)
-
-    def mean(parts: Sequence[torch.Tensor], band: int) -> float | None:
-        return float(torch.stack(list(parts))[:, band].double().mean()) if parts else None
-
-    return [
-        {"low_hz": low, "high_hz": high, "type": name,
-         "normal": mean(shares[name][0], band), "anomalous": mean(shares[name][1], band)}
-        for band, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
-        for name in sorted(shares, key=str.lower)
-    ]  # fmt: skip
+        power = torch.fft.rfft(to_wave(samples)).abs().double().square().cpu().numpy()
+        parts.append(np.add.reduceat(power, starts, axis=1))
+        clips += [detector.data.test.clips[position] for position in positions]
+    energy = np.concatenate(parts)
+    shares = energy / energy.sum(1, keepdims=True).clip(1e-30)
+    types, truth = (np.array([getattr(c, name) for c in clips]) for name in ("machine_type", "anomaly"))
+    rows = []
+    for band, (low, high) in enumerate(itertools.pairwise(edges)):
+        for name in sorted(set(types.tolist()), key=str.lower):
+            row = {"low_hz": low, "high_hz": high, "type": name}
+            for anomaly, kind in enumerate(("normal", "anomalous")):
+                chosen = shares[(types == name) & (truth == anomaly), band]
+                row[kind] = float(chosen.mean()) if len(chosen) else None
+            rows.append(row)
+    return rows
 
 
 def frequency_responses(trained: Checkpoint, bins: int = 513) -> dict[str, np.ndarray]:
@@ -231,36 +229,6 @@ def frequency_responses(trained: Checkpoint, bins: int = 513) -> dict[str, np.nd
     return responses
 
 
-ANALYSES: dict[
-    str, tuple[Callable[[Detector], Examined], tuple[str, ...]]
-] = {  # and the splits that it reads
-    "high-frequency": (filtered, ("test",)),
-    "bands": (occluded, ("train", "test")),
-    "noise": (noisy, ("test",)),
-    "scores": (scored_otherwise, ("train", "test")),
-    "embeddings": (embedded, ("test",)),
-}
-
-
-def detectors(
-    checkpoints: Mapping[str, Sequence[Path]],
-    data: Path | str,
-    splits: Sequence[str],
-    config: EvaluateConfig,
-    device: str = "auto",
-    cutoffs: Sequence[float] = CUTOFFS,
-) -> Iterator[tuple[str, Detector]]:
-    """Variant and detector of every checkpoint; the data is opened once."""
-    where = choose_device(device)
-    prepare(where, config.precision)
-    opened = None
-    for variant, paths in checkpoints.items():
-        for path in paths:
-            trained = checkpoint.load(path, where)
-            opened = opened or open_data(data, trained.config.model.audio, splits=splits)
-            yield variant, Detector(trained, opened, config, cutoffs)
-
-
 def collect(
     name: str,
     checkpoints: Mapping[str, Sequence[Path]],
@@ -275,49 +243,45 @@ def collect(
     `checkpoints` maps a variant to a best.pt for each seed. `out` gets arrays for figures: first filters
     before and after training, or embeddings of the first seed.
     """
-    examine, splits = ANALYSES[name]
+    where = choose_device(device)
+    prepare(where, config.precision)
+    splits = ("train", "test") if name in TRAINING_CLIPS else ("test",)
     conditions: dict[tuple, Condition] = {}
-    points: dict[str, np.ndarray] = {}
-    first, commits = None, set()
-    for variant, detector in detectors(checkpoints, data, splits, config, device, cutoffs):
-        first, seed = first or detector, detector.trained.config.train.seed
-        for settings, scores, values in examine(detector):
-            settings = {"variant": variant, **settings}
-            condition = conditions.setdefault(tuple(settings.values()), Condition(settings, {}, {}))
-            condition.scores[seed] = scores
-            for key, value in values.items():
-                condition.values.setdefault(key, []).append(value)
-        written = Path(detector.trained.path).with_name("config.json")
-        if written.is_file():
-            commits.add(read_json(written)["provenance"]["commit"])
-        if name == "embeddings" and f"{variant}/embeddings" not in points:
-            plain = detector.plain
-            anomaly = np.array([clip.anomaly for clip in plain.clips])
-            points |= {f"{variant}/embeddings": plain.embeddings, "labels": plain.labels, "anomaly": anomaly}
-    audio, train = first.trained.config.model.audio, first.trained.config.train
-    facts = {
-        "data": first.data.dataset.root.name,
-        "synthetic": first.data.dataset.synthetic,
-        "preset": first.trained.config.preset,
-        "precision": train.precision,
-        "epochs": train.epochs,
-        "commits": sorted(commits),
-        "provenance": provenance(choose_device(device)),
-    }
-    if name == "high-frequency":
-        facts |= {"filter": "zero-phase Butterworth, run forwards and backwards",
-                  "order": ZeroPhaseFilter.order, "sample_rate": audio.sample_rate}  # fmt: skip
-        best = Path(first.trained.path)
-        for when, path in (("before", best.with_name("initial.pt")), ("after", best)):
-            if path.is_file():
-                gains = frequency_responses(checkpoint.load(path))
-                points |= {f"{part}_{when}": gain for part, gain in gains.items()}
+    arrays: dict[str, np.ndarray] = {}
+    first, written = None, []
+    for variant, path in ((variant, path) for variant, paths in checkpoints.items() for path in paths):
+        trained = checkpoint.load(path, where)
+        opened = first.data if first else open_data(data, trained.config.model.audio, splits=splits)
+        detector = Detector(trained, opened, config, cutoffs)
+        first = first or detector
+        for settings, scored in ANALYSES[name](detector):
+            condition = Condition({"variant": variant, **settings})
+            condition = conditions.setdefault(tuple(condition.settings.values()), condition)
+            values = separation(scored) if name == "embeddings" else {}
+            condition.add(trained.config.train.seed, scored.rows, values)
+        if name == "embeddings":
+            arrays.setdefault(f"{variant}/embeddings", detector.plain.embeddings)
+        if Path(path).with_name("config.json").is_file():
+            written.append(read_json(Path(path).with_name("config.json")))
+    trained, dataset = first.trained, first.data.dataset
+    about = facts(trained.config, dataset.root.name, dataset.synthetic, written, where)
+    stem = name.replace("-", "_")
     if name == "bands":
-        facts["energy"] = energy_shares(first)
+        about["energy"] = energy_shares(first)
     if name == "embeddings":
-        facts["machines"] = [" ".join(machine) for machine in first.trained.classes]
-    if points:
-        stem = name.replace("-", "_") + ("_filters" if name == "high-frequency" else "")
+        about["machines"] = [" ".join(machine) for machine in trained.classes]
+        anomaly = np.array([clip.anomaly for clip in first.plain.clips])
+        arrays |= {"labels": first.plain.labels, "anomaly": anomaly}
+    if name == "high-frequency":
+        stem += "_filters"
+        about |= {"filter": "zero-phase Butterworth, run forwards and backwards",
+                  "order": ZeroPhaseFilter.order,
+                  "sample_rate": trained.config.model.audio.sample_rate}  # fmt: skip
+        for when, path in (("before", Path(trained.path).with_name("initial.pt")), ("after", trained.path)):
+            if Path(path).is_file():
+                responses = frequency_responses(checkpoint.load(path))
+                arrays |= {f"{part}_{when}": gain for part, gain in responses.items()}
+    if arrays:
         with replacing(out / f"{stem}.npz", "wb") as file:
-            np.savez(file, **points)
-    return list(conditions.values()), facts
+            np.savez(file, **arrays)
+    return list(conditions.values()), about

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from osscl_min.runtime.plotting import (
     BLACK,
     BLUE,
     COLOURS,
+    GREEN,
     GREY,
     ORANGE,
+    PURPLE,
     VERMILLION,
     legend,
     legend_below,
@@ -28,63 +31,100 @@ from osscl_min.runtime.plotting import (
     save_all,
 )
 
+Result = Mapping[str, Any]
 
-def write(result: Mapping[str, Any], out: Path | str) -> list[Path]:
+
+def write(result: Result, out: Path | str) -> list[Path]:
     """Draw an experiment's figures into OUT, as PNG and PDF, each with its origin below the title.
 
     Embeddings and first filters are drawn where OUT has their arrays (NAME.npz, NAME_filters.npz).
     """
     out, stem = Path(out), result["experiment"].replace("-", "_")
-    draw = {"high-frequency": high_frequency, "high-frequency-training": high_frequency, "bands": bands,
-            "noise": noise}  # fmt: skip
-    figures = {stem: draw.get(result["experiment"], differences)(result)}
+    draw = {"bands": bands, "noise": noise, "high_frequency": high_frequency}
+    figures = {stem: draw.get(stem.removesuffix("_training"), differences)(result)}
     if (out / f"{stem}.npz").is_file():
         figures[f"{stem}_map"] = maps(result, out / f"{stem}.npz")
     if (out / f"{stem}_filters.npz").is_file():
         figures[f"{stem}_filters"] = first_filters(result, out / f"{stem}_filters.npz")
     for figure in figures.values():
-        _with_origin(figure, origin(result))
+        add_origin(figure, origin(result))
     return save_all(figures, out)
 
 
-def _with_origin(figure: Figure, text: str) -> None:
-    """Small lines below the title, which make it taller so that the layout leaves room for them."""
+def add_origin(figure: Figure, text: str) -> None:
+    """Small lines below the title, which gets empty lines so that the layout leaves room for them."""
     lines = textwrap.wrap(text, int(figure.get_figwidth() * 20))
-    title = figure.suptitle(figure.get_suptitle() + "\n" * len(lines), fontsize=13)
-    figure.draw_without_rendering()
-    low = title.get_window_extent().ymin / figure.bbox.height
-    figure.text(0.5, low, "\n".join(lines), fontsize=7, color=GREY, ha="center", va="bottom", linespacing=1.5)
+    figure.suptitle(figure.get_suptitle() + "\n" * len(lines), fontsize=13)
+    look = {"fontsize": 7, "color": GREY, "ha": "center", "va": "top", "linespacing": 1.5}
+    figure.text(0.5, 1 - 0.33 / figure.get_figheight(), "\n".join(lines), **look)
 
 
-def differences(result: Mapping[str, Any]) -> Figure:
+def differences(result: Result) -> Figure:
     """AUC of every row, a dot per seed, and its difference from the first one with its interval."""
     rows = result["conditions"]
-    names = [row.get("score", row["variant"]) for row in rows]
     title, size = f"Experiment: {result['experiment']}", (5.5, 0.9 + 0.3 * len(rows))
     titles = ("AUC id-mean (%), a dot per seed", "difference from the first row (points)")
     figure, (left, right) = panels(title, result["synthetic"], titles, 2, size, sharey=True)
     for place, row in enumerate(rows):
         gain = (row.get("difference") or row.get("gain") or {}).get("average")
-        parts = [(left, row["each"]["auc_id_mean"], BLUE, None)]
+        parts = [(left, row["each"]["auc_id_mean"], BLUE)]
         if gain:
             colour = VERMILLION if gain["clear"] else GREY
-            parts.append((right, gain["seeds"], colour, gain["interval"]))
-        for ax, values, colour, interval in parts:
+            parts.append((right, gain["seeds"], colour))
+            bounds = 100 * np.array(gain["interval"] or (np.nan, np.nan))
+            right.plot(bounds, [place] * 2, color=colour, linewidth=2)
+        for ax, values, colour in parts:
             points = 100 * np.array(values, float)
             ax.plot(points, [place] * len(points), "o", color=colour, alpha=0.5, markersize=4)
             ax.plot(points.mean(), place, "|", color=BLACK, markersize=14, markeredgewidth=2)
-            if interval:
-                ax.plot(100 * np.array(interval), [place] * 2, color=colour, linewidth=2)
     right.axvline(0, color=BLACK, linewidth=1)
     right.plot([], [], color=VERMILLION, linewidth=2, label="95 % interval (seeds and clips) leaves out 0")
     right.plot([], [], color=GREY, linewidth=2, label="95 % interval contains 0")
-    left.set_yticks(range(len(names)), names)
-    left.set_ylim(len(names) - 0.5, -0.5)
+    left.set_yticks(range(len(rows)), [row.get("score", row["variant"]) for row in rows])
+    left.set_ylim(len(rows) - 0.5, -0.5)
     legend_below(figure, [right])
     return figure
 
 
-def high_frequency(result: Path | str | Mapping[str, Any], measure: str = "auc_id_mean") -> Figure:
+# Panel, line, place on the axis (None for clips as they are) and metrics.
+Point = tuple[str, str, float | None, Mapping[str, Any]]
+
+
+def curves(
+    title: str, synthetic: bool, points: Iterable[Point], label: str, measure: str = "auc_id_mean"
+) -> Figure:
+    """AUC with its intervals over clips against what changes; dashed for clips as they are."""
+    lines: dict[str, dict[str, list[tuple]]] = {}
+    for panel, line, place, entry in points:
+        bounds = (entry.get("interval") or {}).get(measure) or (np.nan, np.nan)
+        values = 100 * np.array([entry[measure], *bounds], float)
+        lines.setdefault(panel, {}).setdefault(line, []).append((place, *values))
+    figure, axes = panels(title, synthetic, list(lines), 4, (2.9, 2.6), sharey=True)
+    for ax, panel in zip(axes, lines.values(), strict=True):
+        colours = itertools.cycle((BLACK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE))
+        for (name, rows), colour in zip(panel.items(), colours, strict=False):
+            for place, value, low, high in rows:
+                if place is None:
+                    ax.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=name)
+                    ax.axhspan(low, high, color=colour, alpha=0.08, linewidth=0)
+            if changed := sorted(row for row in rows if row[0] is not None):
+                place, value, low, high = np.array(changed).T
+                ax.plot(place, value, color=colour, marker=".", label=name)
+                ax.vlines(place, low, high, color=colour, alpha=0.5, linewidth=1)
+        ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
+        ax.set(xlabel=label, ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
+    legend_below(figure, axes)
+    return figure
+
+
+def by_type(result: Result, lines: Iterable[tuple[str, float | None]]) -> Iterator[Point]:
+    """Points of `curves`, by machine type; `lines` has the line and place of every row."""
+    for row, (line, place) in zip(result["conditions"], lines, strict=True):
+        for entry in (row["metrics"]["average"], *row["metrics"]["types"]):
+            yield entry.get("type", "average"), line, place, entry
+
+
+def high_frequency(result: Path | str | Result, measure: str = "auc_id_mean") -> Figure:
     """AUC against the cut-off of low-pass and high-pass filters: on average, and of each machine type.
 
     `result` is high_frequency.json or high_frequency_training.json, or its content; `measure` is
@@ -92,104 +132,54 @@ def high_frequency(result: Path | str | Mapping[str, Any], measure: str = "auc_i
     """
     content = result if isinstance(result, Mapping) else read_json(result)
     protocol = {"auc_id_mean": "mean over ids", "auc_pooled": "ids pooled"}[measure]
-    points: dict[str, dict[str, list]] = {}  # type -> filter -> [cut-off, AUC, its lower and upper bound]
-    for condition in content["conditions"]:
-        for entry in (condition["metrics"]["average"], *condition["metrics"]["types"]):
-            bounds = entry.get("interval", {}).get(measure) or (None, None)
-            filters = points.setdefault(entry.get("type", "average"), {})
-            point = [condition["cutoff_hz"] or 0, entry[measure], *bounds]
-            filters.setdefault(condition["filter"], []).append(point)
     trained = content["experiment"] == "high-frequency-training"
     what = "detectors trained and tested on filtered clips" if trained else "filtered test clips"
+    names = {"none": "unfiltered", "low-pass": "low-pass: what is below the cut-off stays",
+             "high-pass": "high-pass: what is above the cut-off stays"}  # fmt: skip
+    rows = content["conditions"]
+    lines = [(names[row["filter"]], row["cutoff_hz"] and row["cutoff_hz"] / 1000) for row in rows]
     title = f"AUC ({protocol}) of {what}"
-    figure, axes = panels(title, content["synthetic"], list(points), 4, (2.7, 2.5), sharey=True)
-    for ax, filters in zip(axes, points.values(), strict=True):
-        ((_, value, low, high),) = 100 * np.array(filters["none"], float)
-        ax.axhline(value, color=BLACK, linestyle="--", linewidth=1.2, label="unfiltered")
-        ax.axhspan(low, high, color=BLACK, alpha=0.08, linewidth=0)
-        for kind, stays, colour in (("low-pass", "below", BLUE), ("high-pass", "above", VERMILLION)):
-            cutoff, value, low, high = np.array(sorted(filters.get(kind, [])), float).reshape(-1, 4).T
-            label = f"{kind}: what is {stays} the cut-off stays"
-            ax.plot(cutoff / 1000, 100 * value, color=colour, marker=".", label=label)
-            ax.fill_between(cutoff / 1000, 100 * low, 100 * high, color=colour, alpha=0.15, linewidth=0)
-            ax.vlines(cutoff / 1000, 100 * low, 100 * high, color=colour, alpha=0.4, linewidth=1)
-        ax.set_xlim(left=0)
-        ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
-        ax.set(xlabel="cut-off (kHz)", ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
-    legend_below(figure, axes)
+    return curves(title, content["synthetic"], by_type(content, lines), "cut-off (kHz)", measure)
+
+
+def bands(result: Result) -> Figure:
+    """AUC without a band of the log-mel, and the energy that it has, on average and of each machine type."""
+    lines = []
+    for row in result["conditions"]:
+        if row["low_hz"] is None:
+            lines.append(("all bands", None))
+        else:
+            lines.append((f"band set to {row['replaced_by']}", (row["low_hz"] + row["high_hz"]) / 2000))
+    label = "band (kHz); grey: its share of\nnormal clips' energy (%)"
+    figure = curves("AUC id-mean without a band", result["synthetic"], by_type(result, lines), label)
+    for ax in figure.axes:
+        energy = [entry for entry in result["energy"] if entry["type"] == ax.get_title()]
+        if energy:
+            edges = [entry["low_hz"] / 1000 for entry in energy] + [energy[-1]["high_hz"] / 1000]
+            share = 100 * np.array([entry["normal"] for entry in energy], float)
+            ax.stairs(share, edges, fill=True, color=GREY, alpha=0.3)
     return figure
 
 
-def _heat(
-    ax: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], form: str, **look: Any
-) -> None:
-    image = ax.imshow(values, aspect="auto", **look)
-    ax.figure.colorbar(image, ax=ax, pad=0.02)
-    ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
-    ax.set_ylabel("band (Hz)")
-    ax.grid(False)
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            dark = np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)) < 0.45
-            colour = "white" if dark else "black"
-            ax.text(column, row, format(value, form), ha="center", va="center", fontsize=7, color=colour)
-
-
-def bands(result: Mapping[str, Any]) -> Figure:
-    """Change of AUC without a band of the log-mel, and the energy that it has, by machine type."""
-    rows = [row for row in result["conditions"] if row["low_hz"] is not None]
-    types = [entry["type"] for entry in rows[0]["metrics"]["types"]]
-    spans = sorted({(row["low_hz"], row["high_hz"]) for row in rows})
-    labels = [f"{low:.0f} to {high:.0f}" for low, high in spans]
-    fills = list(dict.fromkeys(row["replaced_by"] for row in rows))
-    titles = [f"AUC id-mean, band set to {fill} (points)" for fill in fills]
-    titles.append("share of the energy, normal clips (%)")
-    figure, axes = panels("Bands of the log-mel (Hz)", result["synthetic"], titles, 3, (4.2, 4))
-    changes = {(row["replaced_by"], row["low_hz"]): row.get("difference", {}) for row in rows}
-    columns = ["average", *types]
-    cells = 100 * np.array(
-        [[[(changes[fill, low].get(name) or {}).get("mean") for name in columns] for low, _ in spans]
-         for fill in fills], float,
-    )  # fmt: skip
-    most = max(1.0, float(np.nanmax(np.abs(cells), initial=0)))
-    for ax, values in zip(axes, cells, strict=False):
-        _heat(ax, values, columns, labels, "+.0f", cmap="PuOr", vmin=-most, vmax=most)
-    share = [[entry["normal"] for entry in result["energy"] if entry["type"] == name] for name in types]
-    _heat(axes[2], 100 * np.array(share, float).T, types, labels, ".0f", cmap="Blues", vmin=0, vmax=100)
-    return figure
-
-
-def noise(result: Mapping[str, Any]) -> Figure:
+def noise(result: Result) -> Figure:
     """AUC against the signal-to-noise ratio for each kind of noise, a line per detector."""
     rows = result["conditions"]
     kinds = [kind for kind in dict.fromkeys(row["noise"] for row in rows) if kind != "none"]
-    titles = [f"{kind} noise" + " (simulated)" * (kind == "factory") for kind in kinds]
-    figure, axes = panels("AUC in noise", result["synthetic"], titles, 3, (3.6, 3.1), sharey=True)
-    for number, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
-        own = [row for row in rows if row["variant"] == variant]
-        clean = 100 * own[0]["metrics"]["average"]["auc_id_mean"]
-        colour = (BLUE, ORANGE, *COLOURS[2:])[number % 7]
-        for ax, kind in zip(axes, kinds, strict=True):
-            points = sorted((row["snr_db"], row["metrics"]["average"]) for row in own if row["noise"] == kind)
-            snr = [ratio for ratio, _ in points]
-            value = [100 * entry["auc_id_mean"] for _, entry in points]
-            ax.plot(snr, value, "o-", color=colour, markersize=4, label=variant)
-            bounds = [(entry.get("interval") or {}).get("auc_id_mean") for _, entry in points]
-            if None not in bounds:
-                low, high = 100 * np.array(bounds).T
-                ax.fill_between(snr, low, high, color=colour, alpha=0.15, linewidth=0)
-            ax.axhline(clean, color=colour, linestyle="--", linewidth=1, label=f"{variant}, no noise added")
-    for ax in axes:
-        ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
+    points = (
+        (f"{kind} noise" + " (simulated)" * (kind == "factory"), row["variant"], row["snr_db"],
+         row["metrics"]["average"])
+        for kind in kinds
+        for row in rows
+        if row["noise"] in ("none", kind)
+    )  # fmt: skip
+    title = "AUC id-mean in noise (dashed: no noise added)"
+    figure = curves(title, result["synthetic"], points, "signal-to-noise ratio (dB)")
+    for ax in figure.axes:
         ax.invert_xaxis()
-        ax.set(xlabel="signal-to-noise ratio (dB)")
-    axes[0].set_ylabel("AUC id-mean (%)")
-    legend_below(figure, axes)
     return figure
 
 
-def first_filters(result: Mapping[str, Any], path: Path | str) -> Figure:
+def first_filters(result: Result, path: Path | str) -> Figure:
     """Responses of the first convolutions before and after training.
 
     Rows of a picture are filters, ordered by the frequency of their largest gain; each is relative to its own
@@ -198,54 +188,48 @@ def first_filters(result: Mapping[str, Any], path: Path | str) -> Figure:
     with np.load(path) as file:
         gains = {key: file[key] for key in sorted(file, reverse=True)}
     names = {"tgram": "Tgram, 128 filters of 64 ms", "tfgram": "TFgram, 64 filters of 0.7 ms"}
-    keys = [key for part in names for key in (f"{part}_before", f"{part}_after") if key in gains]
-    titles = [f"{names[key.split('_')[0]]}, {key.split('_')[1]} training" for key in keys]
-    titles.append("mean response of all filters")
-    figure, axes = panels("First convolutions", result["synthetic"], titles, 2, (5, 2.6))
+    titles = [f"{names[key.split('_')[0]]}, {key.split('_')[1]} training" for key in gains]
+    every = [*titles, "mean response of all filters"]
+    figure, axes = panels("First convolutions", result["synthetic"], every, 2, (5, 2.6))
     nyquist = result["sample_rate"] / 2000  # kHz
-    for ax, key in zip(axes, keys, strict=False):
-        gain = gains[key] - gains[key].max(1, keepdims=True)
-        gain = gain[np.argsort(gain.argmax(1), kind="stable")]
-        image = picture(ax, gain, "viridis", (-40, 0), (0, nyquist, 0, len(gain)))
+    for ax, title, (key, gain) in zip(axes, titles, gains.items(), strict=False):
+        relative = gain - gain.max(1, keepdims=True)
+        relative = relative[np.argsort(gain.argmax(1), kind="stable")]
+        image = picture(ax, relative, "viridis", (-40, 0), (0, nyquist, 0, len(gain)))
         ax.set(xlabel="frequency (kHz)", ylabel="filter")
         figure.colorbar(image, ax=ax, label="dB", pad=0.02)
-        mean = 10 * np.log10((10 ** (gains[key] / 10)).mean(0))
-        part, when = key.split("_")
-        look = {"color": BLUE if part == "tgram" else ORANGE, "label": f"{names[part].split(',')[0]}, {when}"}
-        kilohertz = np.linspace(0, nyquist, len(mean))
-        axes[-1].plot(kilohertz, mean, ":" if when == "before" else "-", linewidth=1, **look)
+        mean = 10 * np.log10((10 ** (gain / 10)).mean(0))
+        look = {"color": BLUE if key.startswith("tgram") else ORANGE, "linewidth": 1, "label": title}
+        axes[-1].plot(np.linspace(0, nyquist, len(mean)), mean, ":" if "before" in key else "-", **look)
     axes[-1].set(xlabel="frequency (kHz)", ylabel="power gain (dB)", xlim=(0, nyquist))
     axes[-1].legend(frameon=False, fontsize=8)
     return figure
 
 
-def maps(result: Mapping[str, Any], path: Path | str) -> Figure:
+def maps(result: Result, path: Path | str) -> Figure:
     """t-SNE of each variant's test embeddings: colour and shape are the machine, crosses its anomalies."""
     with np.load(path) as file:
         points = {key.rpartition("/")[0]: file[key] for key in file if key.endswith("/embeddings")}
-        labels, anomaly = file["labels"], file["anomaly"]
+        machines, anomalous = np.array(result["machines"])[file["labels"]], file["anomaly"] == 1
     title = "Test embeddings, t-SNE, first seed"
     figure, axes = panels(title, result["synthetic"], list(points), 2, (5.5, 5.2))
-    machines = result["machines"]
-    types = list(dict.fromkeys(machine.split()[0] for machine in machines))
     for ax, embeddings in zip(axes, points.values(), strict=True):
-        place = in_two_dimensions(embeddings)
-        for label in np.unique(labels):
-            kind, _, number = machines[label].partition(" ")
-            colour = COLOURS[types.index(kind) % 7]
-            within = [machine for machine in machines if machine.split()[0] == kind].index(machines[label])
-            own = labels == label
-            ax.scatter(*place[own & (anomaly == 0)].T, 20, colour, marker="os^Dvph<>*"[within % 10],
-                       linewidths=0, label=f"{kind} {number}")  # fmt: skip
-            ax.scatter(*place[own & (anomaly == 1)].T, 22, colour, marker="x", linewidths=1)
-        ax.set(xticks=[], yticks=[])
-    axes[0].scatter([], [], 22, GREY, marker="x", label="anomalous")
+        draw_map(ax, embeddings, machines, anomalous)
     legend(figure, axes[:1], "right center", fontsize=7)
     return figure
 
 
-def in_two_dimensions(embeddings: np.ndarray, seed: int = 0) -> np.ndarray:
-    """t-SNE of cosine distances: (n, D) -> (n, 2)."""
+def draw_map(
+    ax: Axes, embeddings: np.ndarray, names: np.ndarray, anomalous: np.ndarray, seed: int = 0
+) -> None:
+    """t-SNE by cosine distance of embeddings (n, D): a look for each of `names`, crosses for anomalies."""
     perplexity = min(30, (len(embeddings) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed)
-    return tsne.fit_transform(embeddings)
+    place = tsne.fit_transform(embeddings)
+    for number, name in enumerate(sorted(set(names), key=str.lower)):
+        colour, marker = COLOURS[number % 7], "os^Dvph<>*"[number // 7 % 10]
+        own = names == name
+        ax.scatter(*place[own & ~anomalous].T, 26, colour, marker=marker, linewidths=0, label=name)
+        ax.scatter(*place[own & anomalous].T, 28, colour, marker="x", linewidths=1.3)
+    ax.scatter([], [], 28, GREY, marker="x", label="anomalous")
+    ax.set(xticks=[], yticks=[])

@@ -6,7 +6,6 @@ scores that FOLDER keeps (NAME.json and NAME_scores.csv).
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,51 +86,19 @@ def run(
 ) -> dict[str, Any]:
     """Run an experiment: train its variants over some seeds, compare or examine them, write the results.
 
-    Finished runs of the same settings and data are reused; a failed run does not stop the others.
-
-    Parameters
-    ----------
-    name : str
-        As in `variants`.
-    data : Path or str
-    out : Path or str
-        Gets runs/ (a folder per run, shared by all experiments in `out`), and with _ for - in NAME the
-        tables NAME.csv, NAME.md, NAME.tex, the figures NAME.png, NAME.pdf, NAME.json, and NAME_scores.csv,
-        from which `remake` makes the others again.
-    config : Config
-        What the variants differ from.
-    seeds : sequence of int
-    only : sequence of str
-        Variants beside the baseline; all without.
-    checkpoint : Path or str, optional
-        A trained detector to examine instead of those of `seeds`; nothing is trained then.
-    cutoffs : sequence of float, optional
-        Hz, of the filters of high-frequency and high-frequency-training; `analyses.CUTOFFS` without.
-    device : str
-    jobs : int
-        Runs at a time.
-
-    Returns
-    -------
-    dict
-        The content of NAME.json, see `sweep.summarise`; "failed" maps runs to their errors.
-
-    Raises
-    ------
-    UserError
-        If a name or a number cannot be used, another process works in `out`, or no baseline run is done.
+    Finished runs of the same settings and data are reused; a failed run does not stop the others. `name` is
+    as in `variants`; `only` leaves out variants beside the baseline; `checkpoint`, a trained detector, is
+    examined instead of those of `seeds`; `cutoffs` (Hz) are those of the filters. `out` gets runs/, a folder
+    per run that all experiments share, and NAME.csv, .md, .tex, .png, .pdf, .json and NAME_scores.csv, from
+    which `remake` makes the others again. Returns the content of NAME.json, see `sweep.summarise`; its
+    "failed" maps runs to their errors.
     """
-    if "RANK" in os.environ:
-        raise UserError("ablate starts its own training processes: call it without torchrun, see --jobs")
     cutoffs = CUTOFFS if cutoffs is None else tuple(dict.fromkeys(cutoffs))
     table = variants(name, config, cutoffs)
     nyquist = config.model.audio.sample_rate / 2
-    seed_values = sorted(set(seeds))
     unknown = [variant for variant in only if variant not in table]
     for wrong, message in (
         (checkpoint is None and not seeds, "--seeds needs at least one number"),
-        (len(seed_values) < len(seeds), "--seeds holds a number twice"),
-        (min(seeds, default=0) < 0, "--seeds holds a negative number"),
         (not cutoffs, "--cutoffs needs at least one frequency"),
         (not all(0 < cutoff < nyquist for cutoff in cutoffs), f"--cutoffs lie between 0 and {nyquist:g} Hz"),
         (jobs < 1, "--jobs is at least 1"),
@@ -142,21 +109,15 @@ def run(
             raise UserError(message)
     if checkpoint is not None:
         return examine(name, {"given": [Path(checkpoint)]}, data, out, config.evaluate, cutoffs, device)
-    table = {
-        variant: changes for variant, changes in table.items() if not only or variant in {BASELINE, *only}
-    }
-    runs = sweep.plan(table, seeds, config, data, out)
+    chosen = {variant: table[variant] for variant in table if variant in (BASELINE, *(only or table))}
+    runs = sweep.plan(chosen, dict.fromkeys(seeds), config, data, out)
     failed = sweep.run_all(runs, data, device=device, jobs=jobs)
+    done = sweep.finished(runs, failed)
     names = {f"{each.variant}, seed {each.seed}": line for each, line in failed.items()}
     if name not in ANALYSES:
-        conditions, facts = sweep.collect(runs, failed)
-        return finish(name, conditions, facts | {"failed": names}, out, config.evaluate.bootstrap)
-    checkpoints: dict[str, list[Path]] = {}
-    for each in runs:
-        if each not in failed:
-            checkpoints.setdefault(each.variant, []).append(each.folder / "best.pt")
-    if BASELINE not in checkpoints:
-        raise UserError(f"{name}: no run of {BASELINE} is done: {next(iter(failed.values()))}")
+        conditions, about = sweep.collect(done)
+        return finish(name, conditions, about | {"failed": names}, out, config.evaluate.bootstrap)
+    checkpoints = {v: [each.folder / "best.pt" for each in done if each.variant == v] for v in chosen}
     scoring = replace(config.evaluate, precision=config.train.precision)
     return examine(name, checkpoints, data, out, scoring, cutoffs, device, names)
 
@@ -172,18 +133,16 @@ def examine(
     failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Examine trained detectors, variant -> a best.pt for each seed, and write the results; as `run`."""
-    conditions, facts = analyses.collect(name, checkpoints, data, Path(out), config, device, cutoffs)
-    return finish(name, conditions, facts | {"failed": dict(failed or {})}, out, config.bootstrap)
+    conditions, about = analyses.collect(name, checkpoints, data, Path(out), config, device, cutoffs)
+    return finish(name, conditions, about | {"failed": dict(failed or {})}, out, config.bootstrap)
 
 
 def finish(
-    name: str, conditions: Sequence[sweep.Condition], facts: Mapping[str, Any], out: Path | str, times: int
+    name: str, conditions: Sequence[sweep.Condition], about: Mapping[str, Any], out: Path | str, times: int
 ) -> dict[str, Any]:
-    """Keep the scores, then make the result, its tables and its figures from what is kept."""
-    path = Path(out) / f"{name.replace('-', '_')}_scores.csv"
-    sweep.keep_scores(conditions, path)
-    kept = sweep.kept_scores(conditions, path)
-    result = sweep.summarise(kept, {"experiment": name, **facts}, times)
+    """Keep the scores, and write the result with its tables and figures."""
+    sweep.keep_scores(conditions, Path(out) / f"{name.replace('-', '_')}_scores.csv")
+    result = sweep.summarise(conditions, {"experiment": name, **about}, times)
     sweep.write(result, out)
     figures.write(result, out)
     return result
@@ -194,13 +153,8 @@ def remake(folder: Path | str) -> list[str]:
     names = []
     for path in sorted(Path(folder).glob("*_scores.csv")):
         old = read_json(path.with_name(path.name.replace("_scores.csv", ".json")))
-        facts = {key: value for key, value in old.items() if key not in ("conditions", "clips", "bootstrap")}
-        conditions = [
-            sweep.Condition(sweep.settings_of(row), dict.fromkeys(row["seeds"], []), row["values"])
-            for row in old["conditions"]
-        ]
-        finish(old["experiment"], sweep.kept_scores(conditions, path), facts, folder, old["bootstrap"])
         names.append(old["experiment"])
+        finish(names[-1], sweep.kept_conditions(old, path), old, folder, old["bootstrap"])
     if not names:
         raise UserError(f"{folder}: no kept scores (NAME_scores.csv) in it")
     return names

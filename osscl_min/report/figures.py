@@ -13,7 +13,7 @@ from sklearn.metrics import roc_curve
 from osscl_min import checkpoint
 from osscl_min.data.clips import Clip
 from osscl_min.data.reader import Reader, open_data
-from osscl_min.experiments.figures import high_frequency, in_two_dimensions
+from osscl_min.experiments.figures import draw_map, high_frequency
 from osscl_min.features import LogMel, mel_ticks, to_wave
 from osscl_min.metrics import MAX_FPR, auc
 from osscl_min.report.results import clip_scores, read_metrics
@@ -201,21 +201,9 @@ def embedding_map(evaluation: Path, seed: int = 0) -> Figure:
         embeddings = file["embeddings"][chosen]
     types = np.array([rows[position]["machine_type"] for position in chosen])
     anomalous = np.array([rows[position]["anomaly"] == "1" for position in chosen])
-    place = in_two_dimensions(embeddings, seed)
     title = f"Embeddings of {len(chosen)} test clips, t-SNE"
     figure, (ax,) = plot.panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
-    for number, name in enumerate(sorted(set(types), key=str.lower)):
-        look = {
-            "c": plot.COLOURS[number % 7],
-            "marker": "os^Dv"[number // 7 % 5],
-            "linewidths": 0,
-            "label": name,
-        }
-        ax.scatter(*place[(types == name) & ~anomalous].T, 26, **look)
-        crosses = {"c": look["c"], "marker": "x", "linewidths": 1.3}
-        ax.scatter(*place[(types == name) & anomalous].T, 28, **crosses)
-    ax.scatter([], [], 28, plot.GREY, marker="x", label="anomalous")
-    ax.set(xticks=[], yticks=[])
+    draw_map(ax, embeddings, types, anomalous, seed)
     ax.spines[:].set_visible(False)
     plot.legend(figure, [ax], "right center", title="machine type")
     return figure
