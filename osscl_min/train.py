@@ -386,7 +386,10 @@ def read_log(run: Path | str) -> list[dict[str, float]]:
     """The entries of a run's log.jsonl, one per epoch."""
     path = Path(run) / "log.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("not one entry per epoch")
+        return entries
     except (OSError, ValueError) as error:
         raise UserError(f"{printable(path)}: not a readable log ({error})") from error
 

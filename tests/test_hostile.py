@@ -291,7 +291,7 @@ RANGES = {
         --model.audio.cutoff -1 nan | --model.scale 0 -1 inf nan | --model.margin -1 nan 10
         --model.embedding 0 -1 | --evaluate.batch-size 0 -1 | --evaluate.bootstrap -1
         --engine.checkpoint-seconds nan -1 | --engine.log-steps 0 -1 | --device cuda cuda:7 tpu cpu:x
-        --seeds a 1,,2 -1 0,0""",
+        --seeds a 1,,2 -1""",
     EVALUATE: "--bootstrap -1 | --batch-size 0 -3 | --device cuda",
     SCORE: """
         --batch-size 0 -1 | --window-step 0 -1 nan | --false-alarm-rate 0 1 nan -0.1 | --machine rocket
@@ -314,7 +314,6 @@ for command, options in RANGES.items():
                 status=(2, 3),
             )
 case("ablate:seeds-without-any", "ablate scores --data data --out new --seeds")
-case("ablate:seeds-twice", "ablate scores --data data --out new --preset quick --seeds 0 0")
 case(
     "ablate:too-few-epochs",
     "ablate training --data data --out new --preset quick --train.epochs 1",

@@ -160,7 +160,7 @@ def test_a_damaged_run_folder_is_named(data, uninterrupted, tmp_path, damage, me
 
 
 def test_the_preset_in_use_is_said_on_the_benchmarks_data(data, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(train, "label_table", lambda clips, *_: BENCHMARK)
+    monkeypatch.setattr(train, "label_table", lambda clips, benchmark: BENCHMARK)
     monkeypatch.setattr(train, "peak_memory_mb", lambda: None)  # not every system tells
     config = replace(TINY, train=replace(TINY.train, epochs=1))
     line = "preset quick: not the paper's experiment on this data; --preset paper is"

@@ -153,7 +153,8 @@ def _work(task: Mapping[str, Any]) -> None:
 
 def read_clip_scores(evaluation: Path | str) -> list[Score]:
     """The clips of an evaluation's scores.csv."""
-    return [_score(row, row["score"]) for row in read_csv(Path(evaluation) / "scores.csv")]
+    columns = ("file", "machine_type", "machine_id", "subset", "anomaly", "score")
+    return [_score(row, row["score"]) for row in read_csv(Path(evaluation) / "scores.csv", columns)]
 
 
 def _score(row: Mapping[str, str], score: str) -> Score:

@@ -184,12 +184,27 @@ def write_text(path: Path | str, text: str) -> None:
         file.write(text)
 
 
-def read_json(path: Path | str) -> Any:
-    """The content of a JSON file; a UserError if it cannot be read."""
+class _Record(dict):
+    """A JSON object that names its file where an entry is missing."""
+
+    def __init__(self, entries: dict[str, Any], path: Path | str):
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key: str) -> None:
+        raise UserError(f"{printable(self.path)}: damaged, no entry {key!r} in it")
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """The object in a JSON file; an unreadable file, other content or a missing entry is a UserError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_hook=lambda entries: _Record(entries, path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{printable(path)}: not a readable JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{printable(path)}: damaged, not an object")
+    return content
 
 
 def write_json(path: Path | str, content: Any) -> None:
