@@ -142,7 +142,7 @@ def test_refuses_what_it_did_not_write(tmp_path, trouble):
             root.mkdir()
             (root / "synthetic.json").write_text("{" if trouble == "broken record" else "[" * 100_000)
     before = snapshot(root)
-    with pytest.raises(UserError, match="folder|not a readable JSON file") as caught:
+    with pytest.raises(UserError, match="folder|not a readable JSON file|File exists") as caught:
         write(root, small)
     assert snapshot(root) == before and "\n" not in str(caught.value)
 
