@@ -57,7 +57,7 @@ class FolderReader(Reader):
             self.samples[position] = samples if fits else None
             return remarks
 
-        usable = _use(dataset, clips, on_threads(check, range(len(clips)), "reading clips"))
+        usable = dataset.decoded(clips, on_threads(check, range(len(clips)), "reading clips"))
         self.clips = [clips[position] for position in usable]
         self.samples = [self.samples[position] for position in usable]
 
@@ -71,7 +71,7 @@ class StoreReader(Reader):
 
     def __init__(self, store: Path, split: str, dataset: Dataset, lines: Sequence[Line], length: int):
         clips, lines = dataset.split(split), [line for line in lines if line["clip"]["split"] == split]
-        self.rows = _use(dataset, clips, [line["problem"] or line["remarks"] for line in lines])
+        self.rows = dataset.decoded(clips, [line["problem"] or line["remarks"] for line in lines])
         self.clips, self.length = [clips[row] for row in self.rows], length
         array, shape = store / ARRAY.format(split), (len(clips), length)
         self.samples = np.memmap(array, SAMPLE, "r", shape=shape) if self.clips else np.empty(shape, SAMPLE)
@@ -90,19 +90,6 @@ class ConcatReader(Reader):
     def row(self, position: int) -> np.ndarray:
         own = len(self.first)
         return self.first.row(position) if position < own else self.second.row(position - own)
-
-
-def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[str]]) -> list[int]:
-    """Note each clip's remarks, or its problem (str), in the data set; returns positions of usable clips."""
-    unusable = set()
-    for clip, result in zip(clips, results, strict=True):
-        if isinstance(result, list):
-            dataset.remarks.update(result)
-        else:
-            dataset.problems[dataset.name(clip.path)] = result
-            unusable.add(clip)
-    dataset.clips = [clip for clip in dataset.clips if clip not in unusable]
-    return [position for position, clip in enumerate(clips) if clip not in unusable]
 
 
 @dataclass
@@ -128,42 +115,18 @@ def open_data(
 ) -> Data:
     """Open a data set: sound files, each of which is decoded once to check it, or their packed store.
 
-    Both give the same clips, in the same order, and the same samples.
-
-    Parameters
-    ----------
-    path : Path or str
-        A data folder (any layout that `clips.scan` knows), a manifest (.csv) or a packed store.
-    audio : AudioConfig
-        Rate (Hz) and length (samples) of the model's input.
-    splits : sequence of {"train", "test"}
-        The splits to make readers for.
-    channel : int, optional
-        Channel to take from files with several, counted from 0. By default the layout's own choice (0 for
-        MIMII, else the mean of all). A store has one already.
-    strict : bool
-        Stop if any file is not usable.
-
-    Raises
-    ------
-    UserError
-        If nothing is usable or, when `strict`, anything is not; if a store is not finished, is damaged or
-        holds clips of another rate, length or channel.
-
-    Examples
-    --------
-    >>> data = open_data("data", config.model.audio, splits=["train"])  # doctest: +SKIP
-    >>> print(data.report())  # doctest: +SKIP
-    >>> table = label_table(data.train.clips)  # doctest: +SKIP
-    >>> wave = torch.from_numpy(data.train.read([5, 0, 7])).float() / 32768  # doctest: +SKIP
+    Both give the same clips, in the same order, and the same samples. `path` is a data folder, a manifest
+    (.csv) or a packed store; `splits` are those to make readers for. `channel` is taken from files with
+    several, counted from 0; by default the layout's own. A UserError if nothing is usable or, when `strict`,
+    anything is not; if a store is not finished, damaged, or of another rate, length or channel.
     """
     if not is_store(path):
         dataset = scan(path, channel)
         readers = {split: FolderReader(dataset, dataset.split(split), audio) for split in splits}
     else:
         header, dataset, lines = read_store(path)
-        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds}
-        settings |= {} if channel is None else {"channel": channel}
+        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds, "channel": channel}
+        settings = {name: value for name, value in settings.items() if value is not None}
         if any(header[name] != value for name, value in settings.items()):
             options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
             raise UserError(
@@ -189,9 +152,7 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
     added = open_data(others, audio, splits=["train"], strict=strict)
     if simulated:
         for holder in (added.train, added.dataset):
-            holder.clips = [
-                replace(clip, machine_type=f"{SIMULATED} {clip.machine_type}") for clip in holder.clips
-            ]
+            holder.clips = [replace(c, machine_type=f"{SIMULATED} {c.machine_type}") for c in holder.clips]
     same = {clip.machine for clip in own.train.clips} & {clip.machine for clip in added.train.clips}
     if same:
         raise UserError(
@@ -204,6 +165,5 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
         clips=own.dataset.clips + added.dataset.clips,
         problems=own.dataset.problems | problems,
         remarks=own.dataset.remarks + added.dataset.remarks,
-        notes=own.dataset.notes + added.dataset.notes,
     )
     return Data(dataset, ConcatReader(own.train, added.train))

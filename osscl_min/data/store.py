@@ -18,6 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ from osscl_min.data.clips import Clip, Dataset, scan
 from osscl_min.runtime.files import UserError, locked, printable, replacing
 
 INDEX, ARRAY, SPLITS = "index.jsonl", "{}.int16", ("train", "test")
-FORMAT = 2  # of the index
+FORMAT = 3  # of the index
+KEPT = ("channel", "layout", "synthetic", "problems", "remarks")  # of the data set, in the header
 SAMPLE = np.dtype("<i2")
 FULL_DISK = 5  # exit status, as of `download`
 AGAIN = "run the same `pack` again"
@@ -65,9 +67,9 @@ def read_store(store: Path | str) -> tuple[Line, Dataset, list[Line]]:
     header, lines, problem = _read_index(store)
     if problem:
         raise UserError(problem)
-    root, kept = Path(header["root"]), ("problems", "notes", "synthetic", "layout", "channel")
+    root, kept = Path(header["root"]), {name: header[name] for name in KEPT}
     clips = [Clip(**line["clip"] | {"path": root / line["file"]}) for line in lines]
-    return header, Dataset(root, clips, **{name: header[name] for name in kept}), lines
+    return header, Dataset(root, clips, **kept | {"remarks": Counter(kept["remarks"])}), lines
 
 
 def write_index(store: Path, header: Line, lines: Sequence[Line]) -> None:
@@ -102,13 +104,9 @@ def pack(
         "format": FORMAT,
         "sample_rate": audio.sample_rate,
         "seconds": audio.seconds,
-        "channel": dataset.channel,
-        "layout": dataset.layout,
-        "synthetic": dataset.synthetic,
         "data": str(Path(data).absolute()),
         "root": str(dataset.root.absolute()),
-        "problems": dict(dataset.problems),
-        "notes": dataset.notes,
+        **{name: copy(getattr(dataset, name)) for name in KEPT},
         "files": {split: _list_digest(dataset, split) for split in SPLITS},
     }
     try:
@@ -191,13 +189,12 @@ def _pack(
     final = [lines[file] | {"clip": asdict(clip) | {"path": file}} for file, (clip, *_) in clips.items()]
     write_index(store, header, final)
 
-    usable = Counter(line["clip"]["split"] for line in final if not line["problem"])
-    dataset.problems |= {line["file"]: line["problem"] for line in final if line["problem"]}
-    dataset.remarks.update(remark for line in final for remark in line["remarks"])
+    dataset.decoded(dataset.clips, [line["problem"] or line["remarks"] for line in final])
     report = [f"{file}: {text}; packed again" for file, text in differences.items() if verify]
     report += filter(None, [dataset.report()])
     report.append(
-        f"{printable(store)}: {usable['train']} training and {usable['test']} test clips of "
+        f"{printable(store)}: {len(dataset.split('train'))} training and "
+        f"{len(dataset.split('test'))} test clips of "
         f"{audio.seconds:g} s at {audio.sample_rate} Hz, {sum(arrays.values()) / 1e6:.0f} MB; "
         f"files: {len(tasks)} decoded, {len(clips) - len(tasks)} kept, "
         f"{len(old_lines.keys() - clips.keys())} removed"

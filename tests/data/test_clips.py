@@ -82,7 +82,7 @@ def test_truth_is_read_beside_the_data_without_renaming(start, data):
 def test_truth_that_matches_nothing_is_counted(data):
     (data / "eval_data_list.csv").write_text(TRUTH.replace("id_01", "id_09").replace("fan\n", "fan\n" * 2))
     report = scan(data).report().splitlines()
-    assert report == ["1 row of truth without a test clip", "1 test clip without a known truth"]
+    assert report == ["1 clip in test without a known truth", "1 row of truth without a test clip"]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,10 @@ def test_label_table_of_other_machines_is_their_own(data):
             "none of 2 files can be used; fan/a.wav: .* plain: TYPE/ID/any_name.wav",
         ),
         (["a.wav"], "a.wav: does not fit the layout plain: TYPE/ID/any_name.wav"),
-        (["fan/00/a.mp3", "fan/00/b.mp3", "fan/00/c.ogg"], "2 .mp3 files, 1 .ogg file, but no .wav.*ffmpeg"),
+        (
+            ["fan/00/a.mp3", "fan/00/b.mp3", "fan/00/c.ogg"],
+            "3 files such as fan/00/a.mp3, but no .wav.*ffmpeg",
+        ),
     ],
 )
 def test_a_folder_without_clips_names_the_layout_that_nearly_fits(names, message, tmp_path):
@@ -258,9 +261,9 @@ def test_what_was_done_is_counted(data):
     write(data / "fan/train/normal_id_02_00000099.wav", np.stack([tone(), tone()], 1))
     _, dataset, _ = problems(data)
     assert dataset.report().splitlines() == [
+        "1 clip in test without a known truth",
         "1 file cropped to 2 s",
         "2 files with several channels, averaged",
-        "1 test clip without a known truth",
     ]
 
 

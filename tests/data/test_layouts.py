@@ -1,6 +1,6 @@
 """Every layout of a data set leads to the same clips."""
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -65,8 +65,8 @@ def test_mimii_channel_zero_is_the_default_and_another_can_be_chosen(tmp_path):
 def test_mimii_keeps_half_of_the_normal_clips_for_training():
     names = [PurePosixPath(f"fan/id_00/normal/{n:08d}.wav") for n in range(4)]
     names += [PurePosixPath(f"fan/id_00/abnormal/{n:08d}.wav") for n in range(9)]
-    found = recognise(names).read(names, {})
-    assert [found[name]["split"] for name in names[:4]] == ["test", "test", "train", "train"]
+    clips = recognise(names).read(Path(), names, {})
+    assert [clips[Path(name)].split for name in names[:4]] == ["test", "test", "train", "train"]
 
 
 @pytest.mark.parametrize(

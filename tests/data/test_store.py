@@ -231,7 +231,7 @@ def edit(store, old, new):
         (lambda s: edit(s, '"machine_id": "02"', '"machine_id": 2'), "index.jsonl is damaged"),
         (lambda s: edit(s, '"channels": 1', '"channels": null'), "index.jsonl is damaged"),
         (
-            lambda s: edit(s, '"seconds": 1.0, "channel"', '"seconds": "1", "channel"'),
+            lambda s: edit(s, '"seconds": 1.0, "data"', '"seconds": "1", "data"'),
             "index.jsonl is damaged",
         ),
         (lambda s: edit(s, '"layout": "DCASE 2020"', '"layout": 5'), "index.jsonl is damaged"),
@@ -303,7 +303,7 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
     opened = open_data(tmp_path / "store", half)
     assert (opened.dataset.layout, opened.dataset.channel) == ("MIMII", 0)
     assert opened.train.clips[0].domain == "6_dB" and opened.train.read([0]).shape == (1, 8_000)
-    assert opened.dataset.remarks["with several channels, channel 0 taken"] == 6
+    assert opened.dataset.remarks["file with several channels, channel 0 taken"] == 6
     write_sound(tmp_path / "elsewhere/a.wav", noise(1))
     write_sound(tmp_path / "list/b.wav", noise(2))
     (tmp_path / "list/manifest.csv").write_text(
