@@ -78,10 +78,8 @@ def download(
 ) -> str:
     """Fetch what is missing of the data set into DIRECTORY/TYPE/{train,test}; returns the inventory.
 
-    An interrupted run resumes: what was unpacked before and is still there is not fetched again. `jobs` files
-    are fetched at a time, and one file's error does not stop the others. `mirror` replaces
-    https://zenodo.org, also in the addresses inside the records; `trust_mirror` takes its checksums instead
-    of the published `MD5`, for a copy whose zips were packed again.
+    An interrupted run resumes. One file's error does not stop the others. `mirror` replaces HOST, also inside
+    the records; `trust_mirror` takes its checksums instead of the published `MD5`, for zips packed again.
     """
     for given, known in ((parts, PARTS), (types, TYPES)):
         if not given or set(given) - set(known):
@@ -131,19 +129,21 @@ def inventory(root: Path, parts: Names, types: Names) -> str:
     except UserError as error:
         return f"downloaded, but no inventory: {error}"
     counts = Counter((clip.machine, clip.split) for clip in clips)
-    truth = read_truth(root / TRUTH_FILE) if (root / TRUTH_FILE).is_file() and "eval-test" in parts else {}
-    expected = Counter((machine_type, stem[3:5]) for machine_type, stem in truth)
+    expected = Counter()
+    if os.path.isfile(root / TRUTH_FILE) and "eval-test" in parts:
+        expected.update((machine_type, stem[3:5]) for machine_type, stem in read_truth(root / TRUTH_FILE))
 
     def compare(count: int, known: int) -> str:
         return "as expected" if count == known else f"DIFFERS, {known} expected"
 
     lines = [f"{'type':<12} id  {'train':>6} {'test':>6}"]
-    for machine in (machine for machine in BENCHMARK if machine[0] in types):
+    for machine in BENCHMARK:
         train, test, known = counts[machine, "train"], counts[machine, "test"], expected[machine]
         remark = compare(test, known) if known else "not checked"
-        if not train and set(parts) >= {"dev", "eval-train"}:
+        if not train and {"dev", "eval-train"} <= set(parts):
             remark = "DIFFERS, no train clips"
-        lines.append(f"{machine[0]:<12} {machine[1]}  {train:>6} {test:>6}  {remark}")
+        if machine[0] in types:
+            lines.append(f"{machine[0]:<12} {machine[1]}  {train:>6} {test:>6}  {remark}")
     if "dev" in parts and set(types) == set(TYPES):
         test = sum(clip.split == "test" and clip.subset == "development" for clip in clips)
         lines.append(f"development test: {test} clips, {compare(test, DEVELOPMENT_TEST)}")
@@ -178,20 +178,13 @@ def _record(
     kept: Path, number: int, names: Names, host: str, md5: dict[str, str]
 ) -> dict[str, tuple[int, str, str]]:
     """Ask a record for its files: name -> size (bytes), checksum, url."""
-    url, file = f"{host}/api/records/{number}", f"tmp{number}.json"
+    url, file, files = f"{host}/api/records/{number}", f"tmp{number}.json", {}
     _fetch(kept, file, url)
     try:
         listed = {entry["key"]: entry for entry in read_json(kept / file)["files"]}
-        files = {
-            name: (
-                int(listed[name]["size"]),
-                str(listed[name]["checksum"]),
-                listed[name]["links"]["self"].replace(HOST, host, 1),
-            )
-            for name in names
-        }
-        if any(size < 0 for size, *_ in files.values()):
-            raise ValueError
+        for name in names:
+            entry, address = listed[name], listed[name]["links"]["self"].replace(HOST, host, 1)
+            files[name] = int(entry["size"]), str(entry["checksum"]), address
     except (UserError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{url}: not a record with the files {', '.join(names)}", NETWORK) from error
     for name, (_, checksum, address) in files.items():
@@ -248,17 +241,18 @@ def _explain(error: Exception, root: Path, url: str) -> UserError:
     match error:
         case UserError():
             return error
-        case requests.RequestException():
-            answer = error.response
+        case requests.RequestException(response=answer):
             reason = type(error).__name__ if answer is None else f"{answer.status_code} {answer.reason}"
-            return UserError(f"{url}: cannot be fetched ({reason}); check the network, {AGAIN}", NETWORK)
+            status, text = NETWORK, f"{url}: cannot be fetched ({reason}); check the network, {AGAIN}"
         case zipfile.BadZipFile() | zlib.error() | EOFError() | RuntimeError() | UnicodeError():
-            return UserError(f"{url}: a corrupt zip ({error}), though its checksum is right", CORRUPT)
+            status, text = CORRUPT, f"{url}: a corrupt zip ({error}), though its checksum is right"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return UserError(f"{printable(root)}: the disk is full; free some space, {AGAIN}", FULL)
+            status, text = FULL, f"{printable(root)}: the disk is full; free some space, {AGAIN}"
         case OSError():
             name = printable(error.filename or root)
-            return UserError(f"{name}: cannot be written ({error.strerror})", UNWRITABLE)
+            status, text = UNWRITABLE, f"{name}: cannot be written ({error.strerror})"
         case ValueError():  # pooch's word for it
-            return UserError(f"{url}: wrong checksum, also when fetched again; not kept; {AGAIN}", CHECKSUM)
-    raise error
+            status, text = CHECKSUM, f"{url}: wrong checksum, also when fetched again; not kept; {AGAIN}"
+        case _:
+            raise error
+    return UserError(text, status)
