@@ -277,7 +277,7 @@ def test_reader_gives_the_rows_asked_for(data, keep):
     (data / "fan/train/normal_id_00_00000000.wav").write_text("broken")
     dataset = scan(data)
     reader = FolderReader(dataset, dataset.split("train"), AUDIO, keep)
-    assert all(row is None for row in reader.samples) == (keep == 0) and len(reader) == 3
+    assert all(map(callable, reader.rows)) == (keep == 0) and len(reader) == 3
     batch = np.zeros((3, 32_000), np.int16)
     assert reader.read([2, 0, 2], out=batch) is batch
     for row, position in zip(batch, [2, 0, 2], strict=True):
