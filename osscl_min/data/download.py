@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from osscl_min.data.clips import BENCHMARK, scan
 from osscl_min.data.layouts import TRUTH_FILE, read_truth
+from osscl_min.data.store import FULL_DISK, check_space
 from osscl_min.runtime.files import UserError, printable, read_json, write_json
 
-NETWORK, CHECKSUM, FULL, CORRUPT, UNWRITABLE = 3, 4, 5, 6, 7
+NETWORK, CHECKSUM, FULL, CORRUPT, UNWRITABLE = 3, 4, FULL_DISK, 6, 7
 Names = Collection[str]
 HOST = "https://zenodo.org"
 PARTS = {  # part -> Zenodo record, file
@@ -96,7 +97,7 @@ def download(
             names = [name for name in dict.fromkeys(map(pattern.format, types)) if not _is_there(root, name)]
             files |= _record(kept, number, names, host, md5) if names else {}
         needed = sum(size * (SPACE - (kept / name).exists()) for name, (size, *_) in files.items())
-        _check_space(root, needed)
+        check_space(root, needed)
     except OSError as error:
         raise _explain(error, root, f"{host}/api/records/{number}") from error
 
@@ -197,12 +198,6 @@ def _record(
     return files
 
 
-def _check_space(root: Path, needed: float) -> None:
-    if needed > (free := shutil.disk_usage(root).free):
-        sizes = f"{needed / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free"
-        raise UserError(f"{printable(root)}: {sizes}; make room", FULL)
-
-
 def _place(root: Path, name: str) -> dict[str, int]:
     """Move what a verified file holds to its place, clips when all are unpacked: path -> size (bytes)."""
     source = root / KEPT / name
@@ -222,7 +217,7 @@ def _place(root: Path, name: str) -> dict[str, int]:
             if unpacked > LARGEST_RATIO * packed:
                 sizes = f"its clips would take {unpacked / 1e6:.3g} MB, the zip {packed / 1e6:.3g} MB"
                 raise UserError(f"{source}: not unpacked, {sizes}", CORRUPT)
-            _check_space(root, unpacked)
+            check_space(root, unpacked)
             for place, item in places.items():
                 (part / place).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(item) as member, open(part / place, "wb") as file:

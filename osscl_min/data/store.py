@@ -55,6 +55,13 @@ def on_threads(
     return thread_map(function, items, max_workers=jobs or os.cpu_count(), **bar)
 
 
+def check_space(folder: Path, needed: float) -> None:
+    """Whether a disk has room for `needed` bytes; a UserError if not."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        sizes = f"{needed / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free"
+        raise UserError(f"{printable(folder)}: {sizes}; make room", FULL_DISK)
+
+
 def is_store(path: Path | str) -> bool:
     """Whether a folder holds a store, finished or not."""
     return os.path.isfile(Path(path) / INDEX)
@@ -157,9 +164,7 @@ def _pack(
     differences = {file: text for file, text in results if text}
     tasks = [file for file in rows if file not in lines or file in differences]
 
-    if (needed := len(tasks) * size) > (free := shutil.disk_usage(store).free):
-        sizes = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
-        raise UserError(f"{printable(store)}: {sizes}; make room", FULL_DISK)
+    check_space(store, len(tasks) * size)
     if tasks:
         _write_index(store, header, (line for file, line in lines.items() if file not in differences))
     for split in SPLITS:

@@ -206,7 +206,7 @@ def test_a_write_error_is_one_line_and_the_next_call_resumes(data, tmp_path):
 
 def test_a_full_disk_is_told_before(data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100_000))
-    with pytest.raises(UserError, match="0.0005.* GB needed, 0.0001 GB free; make room") as caught:
+    with pytest.raises(UserError, match="0.0005.* GB needed and 0.0001 GB free; make room") as caught:
         pack(data, tmp_path / "store", AUDIO)
     assert caught.value.exit_status == 5
 
