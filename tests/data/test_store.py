@@ -84,16 +84,19 @@ def test_the_index_describes_every_file(data, tmp_path):
         assert line["sha256"] == hashlib.sha256((data / line["file"]).read_bytes()).hexdigest()
         assert clip.path == data / line["file"] and clip.machine_type == "fan"
     files = [line["file"].split("/")[-1] for line in lines]
-    long = lines[files.index("normal_id_02_00000004.flac")]
-    assert (long["sound"]["seconds"], long["sound"]["encoding"]) == (1.5, "PCM_16")
-    assert long["remarks"] == ["cropped to 1 s"]
+    bad, long = (files.index(f"normal_id_02_0000000{name}") for name in ("7.wav", "4.flac"))
+    assert "not a readable sound file" in lines[bad]["problem"] == lines[bad]["sound"]
+    sound = lines[long]["sound"]
+    assert (sound["seconds"], sound["encoding"], lines[long]["remarks"]) == (
+        1.5,
+        "PCM_16",
+        ["cropped to 1 s"],
+    )
     rows = np.fromfile(tmp_path / "store" / "train.int16", "<i2").reshape(-1, 16_000)
     assert len(rows) == 12  # one is empty
-    row = rows[files.index("normal_id_02_00000004.flac") - 4]  # after the test clips
+    row = rows[long - 4]  # after the test clips
     np.testing.assert_array_equal(row, noise(50, 1.5)[:16_000, 0])
-    assert long["content"] == hashlib.sha256(row).hexdigest()
-    bad = lines[files.index("normal_id_02_00000007.wav")]
-    assert "not a readable sound file" in bad["problem"] and bad["sound"] == bad["problem"]
+    assert lines[long]["content"] == hashlib.sha256(row).hexdigest()
 
 
 def test_a_split_whose_files_changed_is_packed_again(data, tmp_path):
@@ -186,16 +189,9 @@ def test_an_interrupted_pack_resumes_and_checks_what_it_has(data, tmp_path, monk
     same(data, store)
 
 
-def test_one_packing_at_a_time(data, tmp_path):
-    with locked(tmp_path / "store", "packing"):
-        with pytest.raises(UserError, match="another process is packing here"):
-            pack(data, tmp_path / "store", AUDIO)
-    pack(data, tmp_path / "store", AUDIO)
-
-
 def test_a_write_error_is_one_line_and_the_next_call_resumes(data, tmp_path):
-    limit = ["bash", "-c", 'ulimit -f 128; exec "$@"', "limit"]
-    command = [*limit, *COMMAND, "pack", data, tmp_path / "store", "--seconds", "1", "--jobs", "1"]
+    command = ["bash", "-c", 'ulimit -f 128; exec "$@"', "limit", *COMMAND, "pack"]
+    command += [data, tmp_path / "store", "--seconds", "1", "--jobs", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"{tmp_path / 'store'}: cannot be written: File too large; run the same" in result.stderr
@@ -249,13 +245,11 @@ def test_a_damaged_store_is_one_line_and_repaired_by_packing(damage, message, da
 
 
 def test_a_store_of_an_older_version_is_to_be_packed_again(data, tmp_path):
-    store = tmp_path / "store"
-    store.mkdir()
-    (store / "index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
-    with pytest.raises(UserError, match="another version; remove it and pack again"):
-        open_data(store, AUDIO)
-    with pytest.raises(UserError, match="another version; remove it and pack again"):
-        pack(data, store, AUDIO)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
+    for function, *arguments in ((open_data,), (pack, data)):
+        with pytest.raises(UserError, match="another version; remove it and pack again"):
+            function(*arguments, tmp_path / "store", AUDIO)
 
 
 def test_a_store_of_something_else_is_refused(data, tmp_path):
@@ -281,6 +275,8 @@ def test_a_store_of_something_else_is_refused(data, tmp_path):
         "store is the store of other data; choose another folder": (pack, tmp_path / "other", store, AUDIO),
         "give at least 1": (partial(pack, jobs=0), data, store, AUDIO),
     }
+    with locked(store, "packing"), pytest.raises(UserError, match="another process is packing here"):
+        pack(data, store, AUDIO)
     for message, (function, *arguments) in refusals.items():
         with pytest.raises(UserError, match=message):
             function(*arguments)
