@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 
-from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, read_csv, read_rows
+from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, read_rows
 
 TRUTH_FILE = "eval_data_list.csv"  # the published ground truth of the evaluation set of DCASE 2020
 GROUND_TRUTH = re.compile(r"ground_truth_(.+?)_section_.*\.csv")  # of DCASE 2021-2025
@@ -188,22 +188,26 @@ def read_manifest(path: Path) -> dict[Path, Clip | str]:
     the manifest's folder; split is train or test; anomaly is 0, 1 or empty (unknown; training clips are
     normal).
     """
+    rows = read_rows(path)
     aliases = {"type": "machine_type", "id": "machine_id", "file": "path"}
+    _, header = next(rows, ("", []))
+    header = [name.lower().replace(" ", "_") for name in header]
+    header = [aliases.get(name, name) for name in header]
+    if missing := [name for name in COLUMNS if name not in header]:
+        needed = f"the first line must be {','.join(COLUMNS)}"
+        raise UserError(f"{printable(path)}: no column {', '.join(missing)}; {needed}")
     clips: dict[Path, Clip | str] = {}
-    for cells in read_csv(path):
-        row = {name.lower().replace(" ", "_"): cell for name, cell in cells.items()}
-        row = {aliases.get(name, name): cell for name, cell in row.items()}
-        if missing := [name for name in COLUMNS if name not in row]:
-            needed = f"the first line must be {','.join(COLUMNS)}"
-            raise UserError(f"{printable(path)}: no column {', '.join(missing)}; {needed}")
+    for place, cells in rows:
+        if len(cells) != len(header):
+            raise UserError(f"{place}: {len(cells)} cells, but the header has {len(header)}")
+        row = dict(zip(header, cells, strict=True))
         name, machine_type, machine_id, split, anomaly = (row[column] for column in COLUMNS)
-        place, file = f"{printable(path)}, {name or row}", path.parent / name
         if split not in ("train", "test") or anomaly not in ("0", "1", ""):
             raise UserError(f"{place}: expected split train or test and anomaly 0, 1 or empty, got {row}")
         if not (name and machine_type and machine_id):
             raise UserError(f"{place}: path, machine_type and machine_id must not be empty")
-        if file in clips:
-            raise UserError(f"{place} is named a second time")
+        if (file := path.parent / name) in clips:
+            raise UserError(f"{place}: {name} is named a second time")
         more = {column: row[column] for column in MORE_COLUMNS if row.get(column)}
         truth = int(anomaly) if anomaly else None
         clip = _checked(Clip(file, machine_type, machine_id, split, truth, **more))
