@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import scipy.signal
@@ -41,16 +41,15 @@ def open_sound(path: Path | str) -> Iterator[soundfile.SoundFile]:
             if declared and int(declared[1]) < 0x7FFFFFFF:  # larger: a header that never got its length
                 raise UserError(f"truncated: {declared[2]} of {declared[1]} bytes of sound")
             yield file
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"not a readable sound file ({error.error_string.rstrip('.')})") from error
-    except OSError as error:
-        raise UserError(f"not a readable sound file ({error.strerror or error})") from error
-    except (RuntimeError, UnicodeError) as error:
-        raise UserError(f"not a readable sound file ({error})") from error
+    except (OSError, RuntimeError, UnicodeError) as error:  # soundfile's errors are RuntimeErrors
+        reason = getattr(error, "error_string", "").rstrip(".") or getattr(error, "strerror", "") or error
+        raise UserError(f"not a readable sound file ({reason})") from error
 
 
 def _blocks(file: soundfile.SoundFile, frames: int, dtype: str) -> Iterator[np.ndarray]:
     """The next `frames` samples of all channels, as blocks (n, channels)."""
+    if not frames:
+        raise UserError("empty")
     done = 0
     while done < frames:
         size = min(max(1, BLOCK // file.channels), frames - done)
@@ -74,11 +73,10 @@ def decode(
 ) -> tuple[np.ndarray, list[str]]:
     """Read a sound file as the model takes it: (audio.samples,) int16, mono; 32768 is full scale.
 
-    Other rates are resampled, longer files cropped to their beginning (only that part is read), shorter ones
-    repeated. `channel` is taken from a file with several, whose mean is the default. `start` (seconds) reads
-    the clip that starts there as if it were a file of its own. Also returns what was done, as phrases for
-    `Dataset.remarks`. A file that is truncated, empty, silent, shorter than one second or holds NaN is a
-    UserError.
+    Other rates are resampled, longer files cropped (only the beginning is read), shorter ones repeated.
+    `channel` is taken from a file with several, whose mean is the default. `start` (seconds) reads the clip
+    that starts there as if it were a file of its own. Also returns what was done, as phrases for
+    `Dataset.remarks`. A file that is truncated, silent, shorter than one second or holds NaN is a UserError.
     """
     remarks = []
     with open_sound(path) as file:
@@ -86,9 +84,7 @@ def decode(
         if start is not None:
             first = file.seek(min(round(start * rate), frames))
             frames = min(math.ceil(audio.seconds * rate), frames - first)
-        if not frames:
-            raise UserError("empty")
-        if frames < rate:
+        if 0 < frames < rate:
             raise UserError(f"shorter than one second ({frames / rate:.2f} s)")
         if channels > 1 and channel is not None and not 0 <= channel < channels:
             raise UserError(f"has no channel {channel}, only 0 to {channels - 1}")
@@ -115,8 +111,7 @@ def decode(
     if silent:
         raise UserError("silent")
     if channels > 1:
-        taken = "averaged" if mean else f"channel {channel} taken"
-        remarks.append(f"with several channels, {taken}")
+        remarks.append(f"with several channels, {'averaged' if mean else f'channel {channel} taken'}")
     samples = np.concatenate(parts)[:needed]
     if rate != audio.sample_rate:
         samples = scipy.signal.resample_poly(samples, up, down)
@@ -135,27 +130,13 @@ def decode(
     return np.ascontiguousarray(samples), remarks
 
 
-class Sound(TypedDict):
-    """What one file holds, all channels together."""
-
-    seconds: float
-    sample_rate: int  # Hz
-    channels: int
-    encoding: str  # "PCM_16", ...
-    level: float | None  # root mean square, dB of full scale; None for digital silence
-    clipped: int  # samples at full scale
-    silent: bool  # one value throughout
-    content: str  # digest of rate and samples: equal for equal sounds in any container
-
-
-def measure(path: Path | str) -> Sound | str:
-    """Read a whole file, block by block; a text says why it cannot be measured."""
+def measure(path: Path | str) -> dict[str, Any] | str:
+    """What a whole file holds, all channels together, read block by block; a text says why it cannot be
+    measured."""
     digest, clipped, power, low, high = hashlib.sha256(), 0, 0.0, np.inf, -np.inf
     try:
         with open_sound(path) as file:
             rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype
-            if not frames:
-                return "empty"
             digest.update(f"{rate} {channels}".encode())
             for block in _blocks(file, frames, "float32"):
                 digest.update(block.astype("<f4", copy=False))
@@ -167,11 +148,13 @@ def measure(path: Path | str) -> Sound | str:
         return str(error)
     return {
         "seconds": frames / rate,
-        "sample_rate": rate,
+        "sample_rate": rate,  # Hz
         "channels": channels,
-        "encoding": encoding,
-        "level": round(10 * math.log10(power), 2) if power > 0 else None,
-        "clipped": clipped,
-        "silent": bool(low == high),
-        "content": digest.hexdigest()[:16],
+        "encoding": encoding,  # "PCM_16", ...
+        "level": round(10 * math.log10(power), 2)
+        if power > 0
+        else None,  # root mean square, dB of full scale
+        "clipped": clipped,  # samples at full scale
+        "silent": bool(low == high),  # one value throughout
+        "content": digest.hexdigest()[:16],  # of rate and samples: equal for equal sounds in any container
     }

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from osscl_min.data.clips import BENCHMARK, scan
 from osscl_min.data.layouts import TRUTH_FILE, read_truth
+from osscl_min.data.store import FULL_DISK, check_space
 from osscl_min.runtime.files import UserError, printable, read_json, write_json
 
-NETWORK, CHECKSUM, FULL, CORRUPT, UNWRITABLE = 3, 4, 5, 6, 7
+NETWORK, CHECKSUM, FULL, CORRUPT, UNWRITABLE = 3, 4, FULL_DISK, 6, 7
 Names = Collection[str]
 HOST = "https://zenodo.org"
 PARTS = {  # part -> Zenodo record, file
@@ -78,10 +79,8 @@ def download(
 ) -> str:
     """Fetch what is missing of the data set into DIRECTORY/TYPE/{train,test}; returns the inventory.
 
-    An interrupted run resumes: what was unpacked before and is still there is not fetched again. `jobs` files
-    are fetched at a time, and one file's error does not stop the others. `mirror` replaces
-    https://zenodo.org, also in the addresses inside the records; `trust_mirror` takes its checksums instead
-    of the published `MD5`, for a copy whose zips were packed again.
+    An interrupted run resumes. One file's error does not stop the others. `mirror` replaces HOST, also inside
+    the records; `trust_mirror` takes its checksums instead of the published `MD5`, for zips packed again.
     """
     for given, known in ((parts, PARTS), (types, TYPES)):
         if not given or set(given) - set(known):
@@ -100,7 +99,7 @@ def download(
             names = [name for name in dict.fromkeys(map(pattern.format, types)) if not _is_there(root, name)]
             files |= _record(kept, number, names, host, md5) if names else {}
         needed = sum(size * (SPACE - (kept / name).exists()) for name, (size, *_) in files.items())
-        _check_space(root, needed)
+        check_space(root, needed)
     except OSError as error:
         raise _explain(error, root, f"{host}/api/records/{number}") from error
 
@@ -133,19 +132,21 @@ def inventory(root: Path, parts: Names, types: Names) -> str:
     except UserError as error:
         return f"downloaded, but no inventory: {error}"
     counts = Counter((clip.machine, clip.split) for clip in clips)
-    truth = read_truth(root / TRUTH_FILE) if (root / TRUTH_FILE).is_file() and "eval-test" in parts else {}
-    expected = Counter((machine_type, stem[3:5]) for machine_type, stem in truth)
+    expected = Counter()
+    if os.path.isfile(root / TRUTH_FILE) and "eval-test" in parts:
+        expected.update((machine_type, stem[3:5]) for machine_type, stem in read_truth(root / TRUTH_FILE))
 
     def compare(count: int, known: int) -> str:
         return "as expected" if count == known else f"DIFFERS, {known} expected"
 
     lines = [f"{'type':<12} id  {'train':>6} {'test':>6}"]
-    for machine in (machine for machine in BENCHMARK if machine[0] in types):
+    for machine in BENCHMARK:
         train, test, known = counts[machine, "train"], counts[machine, "test"], expected[machine]
         remark = compare(test, known) if known else "not checked"
-        if not train and set(parts) >= {"dev", "eval-train"}:
+        if not train and {"dev", "eval-train"} <= set(parts):
             remark = "DIFFERS, no train clips"
-        lines.append(f"{machine[0]:<12} {machine[1]}  {train:>6} {test:>6}  {remark}")
+        if machine[0] in types:
+            lines.append(f"{machine[0]:<12} {machine[1]}  {train:>6} {test:>6}  {remark}")
     if "dev" in parts and set(types) == set(TYPES):
         test = sum(clip.split == "test" and clip.subset == "development" for clip in clips)
         lines.append(f"development test: {test} clips, {compare(test, DEVELOPMENT_TEST)}")
@@ -180,20 +181,13 @@ def _record(
     kept: Path, number: int, names: Names, host: str, md5: dict[str, str]
 ) -> dict[str, tuple[int, str, str]]:
     """Ask a record for its files: name -> size (bytes), checksum, url."""
-    url, file = f"{host}/api/records/{number}", f"tmp{number}.json"
+    url, file, files = f"{host}/api/records/{number}", f"tmp{number}.json", {}
     _fetch(kept, file, url)
     try:
         listed = {entry["key"]: entry for entry in read_json(kept / file)["files"]}
-        files = {
-            name: (
-                int(listed[name]["size"]),
-                str(listed[name]["checksum"]),
-                listed[name]["links"]["self"].replace(HOST, host, 1),
-            )
-            for name in names
-        }
-        if any(size < 0 for size, *_ in files.values()):
-            raise ValueError
+        for name in names:
+            entry, address = listed[name], listed[name]["links"]["self"].replace(HOST, host, 1)
+            files[name] = int(entry["size"]), str(entry["checksum"]), address
     except (UserError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{url}: not a record with the files {', '.join(names)}", NETWORK) from error
     for name, (_, checksum, address) in files.items():
@@ -204,12 +198,6 @@ def _record(
                 CHECKSUM,
             )
     return files
-
-
-def _check_space(root: Path, needed: float) -> None:
-    if needed > (free := shutil.disk_usage(root).free):
-        sizes = f"{needed / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free"
-        raise UserError(f"{printable(root)}: {sizes}; make room", FULL)
 
 
 def _place(root: Path, name: str) -> dict[str, int]:
@@ -231,7 +219,7 @@ def _place(root: Path, name: str) -> dict[str, int]:
             if unpacked > LARGEST_RATIO * packed:
                 sizes = f"its clips would take {unpacked / 1e6:.3g} MB, the zip {packed / 1e6:.3g} MB"
                 raise UserError(f"{source}: not unpacked, {sizes}", CORRUPT)
-            _check_space(root, unpacked)
+            check_space(root, unpacked)
             for place, item in places.items():
                 (part / place).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(item) as member, open(part / place, "wb") as file:
@@ -250,17 +238,18 @@ def _explain(error: Exception, root: Path, url: str) -> UserError:
     match error:
         case UserError():
             return error
-        case requests.RequestException():
-            answer = error.response
+        case requests.RequestException(response=answer):
             reason = type(error).__name__ if answer is None else f"{answer.status_code} {answer.reason}"
-            return UserError(f"{url}: cannot be fetched ({reason}); check the network, {AGAIN}", NETWORK)
+            status, text = NETWORK, f"{url}: cannot be fetched ({reason}); check the network, {AGAIN}"
         case zipfile.BadZipFile() | zlib.error() | EOFError() | RuntimeError() | UnicodeError():
-            return UserError(f"{url}: a corrupt zip ({error}), though its checksum is right", CORRUPT)
+            status, text = CORRUPT, f"{url}: a corrupt zip ({error}), though its checksum is right"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return UserError(f"{printable(root)}: the disk is full; free some space, {AGAIN}", FULL)
+            status, text = FULL, f"{printable(root)}: the disk is full; free some space, {AGAIN}"
         case OSError():
             name = printable(error.filename or root)
-            return UserError(f"{name}: cannot be written ({error.strerror})", UNWRITABLE)
+            status, text = UNWRITABLE, f"{name}: cannot be written ({error.strerror})"
         case ValueError():  # pooch's word for it
-            return UserError(f"{url}: wrong checksum, also when fetched again; not kept; {AGAIN}", CHECKSUM)
-    raise error
+            status, text = CHECKSUM, f"{url}: wrong checksum, also when fetched again; not kept; {AGAIN}"
+        case _:
+            raise error
+    return UserError(text, status)

@@ -1,6 +1,6 @@
 """Layouts of data sets: what the path of a file says about its clip. No sound file is opened here.
 
-To add a layout, write its class and put an instance into LAYOUTS; nothing else depends on which there are.
+To add a layout, put it into LAYOUTS; nothing else depends on which there are.
 """
 
 from __future__ import annotations
@@ -9,100 +9,83 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
 
 from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, read_rows
 
 TRUTH_FILE = "eval_data_list.csv"  # the published ground truth of the evaluation set of DCASE 2020
+GROUND_TRUTH = re.compile(r"ground_truth_(.+?)_section_.*\.csv")  # of DCASE 2021-2025
 COLUMNS = ("path", "machine_type", "machine_id", "split", "anomaly")  # of a manifest
-ANOMALY_IN_TRAINING = "an anomalous clip in train; training uses normal clips alone"
+MORE_COLUMNS = ("subset", "domain", "attributes")
 Truth = dict[tuple[str, str], int]  # (machine type, file stem) -> 1 anomalous, 0 normal
-Fields = dict[str, Any]  # of `clips.Clip`, without its path
 
 
+@dataclass(frozen=True)
+class Clip:
+    """One sound file."""
+
+    path: Path
+    machine_type: str
+    machine_id: str  # "00"
+    split: str  # "train" or "test"
+    anomaly: int | None  # 0 normal, 1 anomalous, None unlabelled
+    subset: str = "development"  # "evaluation" where the truth comes from, or waits for, a table
+    domain: str = ""  # "source" or "target" (DCASE 2021-2025), the signal-to-noise ratio (MIMII)
+    attributes: str = ""  # what else the name says: "vel_6_loc_A"
+
+    @property
+    def machine(self) -> tuple[str, str]:
+        """(machine type, machine id): the identity that the classifier learns."""
+        return self.machine_type, self.machine_id
+
+
+def _checked(clip: Clip) -> Clip | str:
+    """Training clips are normal; an anomalous one is refused."""
+    if clip.split == "test":
+        return clip
+    refusal = "an anomalous clip in train; training uses normal clips alone"
+    return refusal if clip.anomaly else replace(clip, anomaly=0)
+
+
+@dataclass(frozen=True)
 class Layout:
-    """One way to lay out a data set: its paths, its split rule and its reader of truth."""
+    """One way to lay out a data set."""
 
     name: str
-    pattern: re.Pattern  # of paths without suffix; groups: type, id, state [, split, domain, attributes]
-    file_pattern: re.Pattern  # of file names that look like this layout, for error messages
     expected: str  # an example
+    file_pattern: str  # of file names that look like this layout, for error messages
+    # Of paths without suffix; groups: type, id, state, split, domain, attributes. Where names differ only
+    # in a trailing "_", the first that matches counts. A split that is not train is test; none is train.
+    pattern: str
     channel: int | None = None  # to take from files with several; None averages them
-    unlabelled = "evaluation"  # subset of test clips whose path does not tell their truth
-    distinctive = True  # whether the path of a single file is evidence of the layout
+    unlabelled: str = "evaluation"  # subset of test clips whose path does not tell their truth
+    distinctive: bool = True  # whether the path of a single file is evidence of the layout
 
-    def match(self, path: PurePath) -> dict[str, str | None] | None:
-        """The groups of `pattern`; None where the path does not fit."""
-        match = self.pattern.fullmatch(path.with_suffix("").as_posix())
-        return match and match.groupdict()
+    def match(self, path: PurePath) -> dict[str, str] | None:
+        """The groups of `pattern`, "" where one is missing; None where the path does not fit."""
+        match = re.fullmatch(self.pattern, path.with_suffix("").as_posix())
+        if not match:
+            return None
+        groups = dict.fromkeys(("type", "id", "state", "split", "domain", "attributes"), "")
+        for name, value in match.groupdict("").items():
+            groups[name.rstrip("_")] = groups[name.rstrip("_")] or value
+        return groups
 
-    def split(self, groups: dict[str, str | None], anomaly: int | None) -> str:
-        """ "train" or "test"."""
-        return groups.get("split") or "train"
+    def read(self, root: Path, names: Iterable[PurePath], truth: Truth) -> dict[Path, Clip | str]:
+        """For every sound file its clip, or the reason why it is none."""
+        return {root / name: self._clip(root, name, truth) for name in names}
 
-    def truth(self, root: Path, files: Iterable[PurePosixPath]) -> Truth:
-        """The truth that the data set's own tables give."""
-        return read_truth(root / TRUTH_FILE) if os.path.isfile(root / TRUTH_FILE) else {}
-
-    def read(self, names: Iterable[PurePosixPath], truth: Truth) -> dict[PurePosixPath, Fields | str]:
-        """For every sound file the fields of its clip, or the reason why it is none."""
-        return {name: self._clip(name, truth) for name in names}
-
-    def _clip(self, name: PurePosixPath, truth: Truth) -> Fields | str:
+    def _clip(self, root: Path, name: PurePath, truth: Truth) -> Clip | str:
         groups = self.match(name)
         if groups is None:
             return f"does not fit the layout {self.name}: {self.expected}"
-        anomaly = None if groups["state"] is None else int(groups["state"] != "normal")
-        split, subset = self.split(groups, anomaly), "development"
-        if split == "train":
-            if anomaly:
-                return ANOMALY_IN_TRAINING
-            anomaly = 0
-        elif anomaly is None:
+        split = "train" if groups["split"] in ("", "train") else "test"
+        anomaly, subset = int(groups["state"] != "normal") if groups["state"] else None, "development"
+        if split == "test" and anomaly is None:
             anomaly, subset = truth.get((groups["type"], name.stem)), self.unlabelled
-        return {
-            "machine_type": groups["type"],
-            "machine_id": groups["id"],
-            "split": split,
-            "anomaly": anomaly,
-            "subset": subset,
-            "domain": groups.get("domain") or "",
-            "attributes": groups.get("attributes") or "",
-        }
-
-
-class Dcase2020(Layout):
-    name = "DCASE 2020"
-    pattern = re.compile(
-        r"(?P<type>[^/]+)/(?P<split>train|test)/(?:(?P<state>normal|anomaly)_)?id_(?P<id>\d+)_\d+"
-    )
-    file_pattern = re.compile(r"(?:(?:normal|anomaly)_)?id_\d+_\d+")
-    expected = "TYPE/train/normal_id_00_00000000.wav"
-
-
-class Dcase2021(Layout):
-    """The section is the machine id; the folder decides about training or test."""
-
-    name = "DCASE 2021-2025"
-    pattern = re.compile(
-        r"(?:.*/)?(?P<type>[^/]+)/(?:source_|target_)?(?P<split>train|test)/section_(?P<id>\d+)"
-        r"(?:_(?P<domain>source|target))?(?:_(?:train|test))?(?:_(?P<state>normal|anomaly))?_\d+"
-        r"(?:_(?P<attributes>.*))?"
-    )
-    file_pattern = re.compile(r"section_\d+_.*")
-    expected = "TYPE/train/section_00_source_train_normal_0000.wav"
-
-    def truth(self, root: Path, files: Iterable[PurePosixPath]) -> Truth:
-        """Also ground_truth_TYPE_section_03_source_test.csv, with rows `file,0 or 1`."""
-        truth = super().truth(root, files)
-        for name in files:
-            if match := re.fullmatch(r"ground_truth_(.+?)_section_.*\.csv", name.name):
-                for place, cells in read_rows(root / name):
-                    if len(cells) != 2 or cells[1] not in ("0", "1"):
-                        raise UserError(f"{place}: expected `file,0 or 1`, got {','.join(cells)!r}")
-                    truth[match[1], Path(cells[0]).stem] = int(cells[1])
-        return truth
+        more = groups["domain"], groups["attributes"]
+        return _checked(Clip(root / name, groups["type"], groups["id"], split, anomaly, subset, *more))
 
 
 class Mimii(Layout):
@@ -111,58 +94,55 @@ class Mimii(Layout):
     first recordings in the order of their numbers, the same at every signal-to-noise ratio.
     """
 
-    name = "MIMII"
-    pattern = re.compile(
-        r"(?:.*/)??(?:(?P<domain>-?\d+_?dB)_[^/]+/)?(?P<type>[^/]+)/id_(?P<id>\d+)/"
-        r"(?P<state>normal|abnormal)/\d+"
-    )
-    file_pattern = re.compile(r"\d+")
-    expected = "6_dB_fan/fan/id_00/normal/00000000.wav"
-    channel = 0  # microphone 0 of 8 is the usual choice
-
-    def split(self, groups: dict[str, str | None], anomaly: int | None) -> str:
-        return "test" if anomaly else "train"
-
-    def read(self, names: Iterable[PurePosixPath], truth: Truth) -> dict[PurePosixPath, Fields | str]:
-        clips = super().read(names, truth)
-        usable = [(name, clip) for name, clip in clips.items() if isinstance(clip, dict)]
+    def read(self, root: Path, names: Iterable[PurePath], truth: Truth) -> dict[Path, Clip | str]:
+        clips = super().read(root, names, truth)
         recordings = defaultdict(lambda: (set(), set()))  # machine -> normal, abnormal
-        for name, clip in usable:
-            recordings[clip["machine_type"], clip["machine_id"]][clip["anomaly"]].add(name.stem)
+        usable = [clip for clip in clips.values() if isinstance(clip, Clip)]
+        for clip in usable:
+            recordings[clip.machine][clip.anomaly].add(clip.path.stem)
         held_out = {
             machine: sorted(normal)[: min(len(abnormal), len(normal) // 2)]
             for machine, (normal, abnormal) in recordings.items()
         }
-        for name, clip in usable:
-            if name.stem in held_out[clip["machine_type"], clip["machine_id"]]:
-                clip["split"] = "test"
-        return clips
+        tested = (clip for clip in usable if clip.path.stem in held_out[clip.machine])
+        return clips | {clip.path: replace(clip, split="test") for clip in tested}
 
 
-class Plain(Layout):
-    """A folder per machine type and machine, with any file names that are not those of another layout."""
-
-    _SPLITS = r"(?:train|test|source_test|target_test|supplemental)"
-    name = "plain"
-    pattern = re.compile(
+_SPLITS = r"(?:train|test|source_test|target_test|supplemental)"
+LAYOUTS = (  # where several fit equally often, the first is taken
+    Layout(
+        "DCASE 2020",
+        "TYPE/train/normal_id_00_00000000.wav",
+        r"(?:(?:normal|anomaly)_)?id_\d+_\d+",
+        r"(?P<type>[^/]+)/(?P<split>train|test)/(?:(?P<state>normal|anomaly)_)?id_(?P<id>\d+)_\d+",
+    ),
+    Layout(  # the section is the machine id; the folder decides about training or test
+        "DCASE 2021-2025",
+        "TYPE/train/section_00_source_train_normal_0000.wav",
+        r"section_\d+_.*",
+        r"(?:.*/)?(?P<type>[^/]+)/(?:source_|target_)?(?P<split>train|test)/section_(?P<id>\d+)"
+        r"(?:_(?P<domain>source|target))?(?:_(?:train|test))?(?:_(?P<state>normal|anomaly))?_\d+"
+        r"(?:_(?P<attributes>.*))?",
+    ),
+    Mimii(
+        "MIMII",
+        "6_dB_fan/fan/id_00/normal/00000000.wav",
+        r"\d+",
+        r"(?:.*/)??(?:(?P<domain>-?\d+_?dB)_[^/]+/)?(?P<type>[^/]+)/id_(?P<id>\d+)/"
+        r"(?P<state>normal|(?P<split>abnormal))/\d+",
+        channel=0,  # microphone 0 of 8 is the usual choice
+    ),
+    Layout(  # a folder per machine type and machine, with any file names that are not those of another layout
+        "plain",
+        "TYPE/ID/any_name.wav, or test/TYPE/ID/anomaly/any_name.wav",
+        r".*",
         rf"(?:(?P<split>train|test)/)?(?!{_SPLITS}/)(?P<type>[^/]+)/(?!{_SPLITS}/)(?P<id>[^/]+)/"
-        r"(?:(?P<inner>train|test)/)?(?:(?P<folder>normal|anomaly|abnormal)/)?"
-        r"(?!(?:(?:normal|anomaly)_)?id_\d+_\d+$)(?!section_\d+_)(?:(?P<state>normal|anomaly|abnormal)_)?[^/]+"
-    )
-    file_pattern = re.compile(r".*")
-    expected = "TYPE/ID/any_name.wav, or test/TYPE/ID/anomaly/any_name.wav"
-    unlabelled = "development"
-    distinctive = False
-
-    def match(self, path: PurePath) -> dict[str, str | None] | None:
-        groups = super().match(path)
-        if groups:
-            groups["split"] = groups["split"] or groups["inner"]
-            groups["state"] = groups["folder"] or groups["state"]
-        return groups
-
-
-LAYOUTS = (Dcase2020(), Dcase2021(), Mimii(), Plain())  # where several fit equally often, the first is taken
+        r"(?:(?P<split_>train|test)/)?(?:(?P<state>normal|anomaly|abnormal)/)?"
+        r"(?!(?:(?:normal|anomaly)_)?id_\d+_\d+$)(?!section_\d+_)(?:(?P<state_>normal|anomaly|abnormal)_)?[^/]+",
+        unlabelled="development",
+        distinctive=False,
+    ),
+)
 
 
 def recognise(names: Iterable[PurePosixPath]) -> Layout:
@@ -170,13 +150,13 @@ def recognise(names: Iterable[PurePosixPath]) -> Layout:
     names = list(names)
 
     def fit(layout: Layout) -> tuple[int, int]:
-        resembling = sum(bool(layout.file_pattern.fullmatch(name.stem)) for name in names)
+        resembling = sum(bool(re.fullmatch(layout.file_pattern, name.stem)) for name in names)
         return sum(layout.match(name) is not None for name in names), resembling
 
     return max(LAYOUTS, key=fit)
 
 
-def readings(path: PurePath) -> Iterator[tuple[Layout, dict[str, str | None]]]:
+def readings(path: PurePath) -> Iterator[tuple[Layout, dict[str, str]]]:
     """What the end of one file's path may mean without its data set: layouts, with the groups of their
     pattern, in the order of LAYOUTS. Which is right depends on whether such a machine exists."""
     for layout in LAYOUTS:
@@ -186,27 +166,29 @@ def readings(path: PurePath) -> Iterator[tuple[Layout, dict[str, str | None]]]:
 
 
 def read_truth(path: Path | str) -> Truth:
-    """Read eval_data_list.csv: a row with the machine type, then rows `file,original name,0 or 1`."""
+    """Read eval_data_list.csv: a row with the machine type, then rows `file,original name,0 or 1`; or a
+    ground_truth_TYPE_section_*.csv: rows `file,0 or 1`."""
     truth: Truth = {}
-    machine_type = ""
+    named = GROUND_TRUTH.fullmatch(Path(path).name)
+    machine_type, row = (named[1], "file,0 or 1") if named else ("", "file,original name,0 or 1")
     for place, cells in read_rows(path):
-        if not any(cells[1:]) and not cells[0].lower().endswith(SOUND_SUFFIXES):
+        if not named and not any(cells[1:]) and not cells[0].lower().endswith(SOUND_SUFFIXES):
             machine_type = cells[0]
-        elif len(cells) == 3 and cells[2] in ("0", "1") and machine_type:
-            truth[machine_type, Path(cells[0]).stem] = int(cells[2])
+        elif len(cells) == row.count(",") + 1 and cells[-1] in ("0", "1") and machine_type:
+            truth[machine_type, Path(cells[0]).stem] = int(cells[-1])
         else:
-            raise UserError(f"{place}: expected `file,original name,0 or 1`, got {','.join(cells)!r}")
+            raise UserError(f"{place}: expected `{row}`, got {','.join(cells)!r}")
     if not truth:
-        raise UserError(f"{printable(path)}: no row `file,original name,0 or 1` in it")
+        raise UserError(f"{printable(path)}: no row `{row}` in it")
     return truth
 
 
-def read_manifest(path: Path) -> dict[Path, Fields | str]:
-    """Read a table of clips, a CSV file: for every file the fields of its clip, or the reason why it is none.
+def read_manifest(path: Path) -> dict[Path, Clip | str]:
+    """Read a table of clips, a CSV file: for every file its clip, or the reason why it is none.
 
-    COLUMNS may also be called file, type and id. Paths are absolute or relative to the manifest's folder;
-    split is train or test; anomaly is 0, 1 or empty (unknown; training clips are normal). Further columns
-    may be subset, domain and attributes.
+    COLUMNS may also be called file, type and id; MORE_COLUMNS may follow. Paths are absolute or relative to
+    the manifest's folder; split is train or test; anomaly is 0, 1 or empty (unknown; training clips are
+    normal).
     """
     rows = read_rows(path)
     aliases = {"type": "machine_type", "id": "machine_id", "file": "path"}
@@ -216,31 +198,20 @@ def read_manifest(path: Path) -> dict[Path, Fields | str]:
     if missing := [name for name in COLUMNS if name not in header]:
         needed = f"the first line must be {','.join(COLUMNS)}"
         raise UserError(f"{printable(path)}: no column {', '.join(missing)}; {needed}")
-    clips: dict[Path, Fields | str] = {}
+    clips: dict[Path, Clip | str] = {}
     for place, cells in rows:
         if len(cells) != len(header):
             raise UserError(f"{place}: {len(cells)} cells, but the header has {len(header)}")
         row = dict(zip(header, cells, strict=True))
-        if row["split"] not in ("train", "test") or row["anomaly"] not in ("0", "1", ""):
+        name, machine_type, machine_id, split, anomaly = (row[column] for column in COLUMNS)
+        if split not in ("train", "test") or anomaly not in ("0", "1", ""):
             raise UserError(f"{place}: expected split train or test and anomaly 0, 1 or empty, got {row}")
-        if not (row["path"] and row["machine_type"] and row["machine_id"]):
+        if not (name and machine_type and machine_id):
             raise UserError(f"{place}: path, machine_type and machine_id must not be empty")
-        file = path.parent / row["path"]
-        if file in clips:
-            raise UserError(f"{place}: {row['path']} is named a second time")
-        training = row["split"] == "train"
-        if training and row["anomaly"] == "1":
-            clips[file] = ANOMALY_IN_TRAINING
-        elif not os.path.isfile(file):
-            clips[file] = "no such file"
-        else:
-            clips[file] = {
-                "machine_type": row["machine_type"],
-                "machine_id": row["machine_id"],
-                "split": row["split"],
-                "anomaly": 0 if training else int(row["anomaly"]) if row["anomaly"] else None,
-                "subset": row.get("subset") or "development",
-                "domain": row.get("domain", ""),
-                "attributes": row.get("attributes", ""),
-            }
+        if (file := path.parent / name) in clips:
+            raise UserError(f"{place}: {name} is named a second time")
+        more = {column: row[column] for column in MORE_COLUMNS if row.get(column)}
+        truth = int(anomaly) if anomaly else None
+        clip = _checked(Clip(file, machine_type, machine_id, split, truth, **more))
+        clips[file] = clip if os.path.isfile(file) else "no such file"
     return clips

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,24 +19,21 @@ SIMULATED = "simulated"
 
 
 class Reader:
-    """Batches of samples of clips, wherever they come from."""
+    """Batches of samples of usable clips, wherever they come from; `read` counts positions in `clips`."""
 
-    clips: list[Clip]  # the usable ones; `read` counts positions in this list
-    length: int  # samples per clip
+    def __init__(self, clips: list[Clip], rows: list[np.ndarray | Callable[[], np.ndarray]], length: int):
+        self.clips, self.rows, self.length = clips, rows, length  # `length`: samples per clip
 
     def __len__(self) -> int:
         return len(self.clips)
-
-    def row(self, position: int) -> np.ndarray:
-        """Samples of one clip: (length,) int16."""
-        raise NotImplementedError
 
     def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Samples of the clips at `positions`: (len(positions), length) int16, into `out` if given."""
         if out is None:
             out = np.empty((len(positions), self.length), np.int16)
         for place in np.argsort(positions):  # in the order of the disk
-            out[place] = self.row(int(positions[place]))
+            row = self.rows[positions[place]]
+            out[place] = row() if callable(row) else row
         return out
 
 
@@ -45,25 +42,18 @@ class FolderReader(Reader):
     from the data set's clips to its problems. Of more than `keep` bytes, clips are decoded when read."""
 
     def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
-        self.audio, self.length, self.channel = audio, audio.samples, dataset.channel
-        fits = len(clips) * audio.samples * SAMPLE.itemsize <= keep
-        self.samples: list[np.ndarray | None] = [None] * len(clips)
+        channel, fits = dataset.channel, len(clips) * audio.samples * SAMPLE.itemsize <= keep
 
-        def check(position: int) -> str | list[str]:
+        def check(clip: Clip) -> tuple[np.ndarray | Callable[[], np.ndarray] | None, str | list[str]]:
             try:
-                samples, remarks = decode(clips[position].path, audio, dataset.channel)
+                samples, remarks = decode(clip.path, audio, channel)
             except UserError as error:
-                return str(error)
-            self.samples[position] = samples if fits else None
-            return remarks
+                return None, str(error)
+            return samples if fits else lambda: decode(clip.path, audio, channel)[0], remarks
 
-        usable = _use(dataset, clips, on_threads(check, range(len(clips)), "reading clips"))
-        self.clips = [clips[position] for position in usable]
-        self.samples = [self.samples[position] for position in usable]
-
-    def row(self, position: int) -> np.ndarray:
-        kept = self.samples[position]
-        return decode(self.clips[position].path, self.audio, self.channel)[0] if kept is None else kept
+        results = on_threads(check, clips, "reading clips")
+        usable = dataset.decoded(clips, [result for _, result in results])
+        super().__init__([clips[k] for k in usable], [results[k][0] for k in usable], audio.samples)
 
 
 class StoreReader(Reader):
@@ -71,38 +61,10 @@ class StoreReader(Reader):
 
     def __init__(self, store: Path, split: str, dataset: Dataset, lines: Sequence[Line], length: int):
         clips, lines = dataset.split(split), [line for line in lines if line["clip"]["split"] == split]
-        self.rows = _use(dataset, clips, [line["problem"] or line["remarks"] for line in lines])
-        self.clips, self.length = [clips[row] for row in self.rows], length
-        array, shape = store / ARRAY.format(split), (len(clips), length)
-        self.samples = np.memmap(array, SAMPLE, "r", shape=shape) if self.clips else np.empty(shape, SAMPLE)
-
-    def row(self, position: int) -> np.ndarray:
-        return self.samples[self.rows[position]]
-
-
-class ConcatReader(Reader):
-    """Two readers as one: positions count through the clips of the first, then of the second."""
-
-    def __init__(self, first: Reader, second: Reader):
-        self.first, self.second = first, second
-        self.clips, self.length = first.clips + second.clips, first.length
-
-    def row(self, position: int) -> np.ndarray:
-        own = len(self.first)
-        return self.first.row(position) if position < own else self.second.row(position - own)
-
-
-def _use(dataset: Dataset, clips: Sequence[Clip], results: Sequence[str | list[str]]) -> list[int]:
-    """Note each clip's remarks, or its problem (str), in the data set; returns positions of usable clips."""
-    unusable = set()
-    for clip, result in zip(clips, results, strict=True):
-        if isinstance(result, list):
-            dataset.remarks.update(result)
-        else:
-            dataset.problems[dataset.name(clip.path)] = result
-            unusable.add(clip)
-    dataset.clips = [clip for clip in dataset.clips if clip not in unusable]
-    return [position for position, clip in enumerate(clips) if clip not in unusable]
+        usable = dataset.decoded(clips, [line["problem"] or line["remarks"] for line in lines])
+        shape = len(clips), length
+        samples = np.memmap(store / ARRAY.format(split), SAMPLE, "r", shape=shape) if usable else None
+        super().__init__([clips[k] for k in usable], [samples[k] for k in usable], length)
 
 
 @dataclass
@@ -128,42 +90,18 @@ def open_data(
 ) -> Data:
     """Open a data set: sound files, each of which is decoded once to check it, or their packed store.
 
-    Both give the same clips, in the same order, and the same samples.
-
-    Parameters
-    ----------
-    path : Path or str
-        A data folder (any layout that `clips.scan` knows), a manifest (.csv) or a packed store.
-    audio : AudioConfig
-        Rate (Hz) and length (samples) of the model's input.
-    splits : sequence of {"train", "test"}
-        The splits to make readers for.
-    channel : int, optional
-        Channel to take from files with several, counted from 0. By default the layout's own choice (0 for
-        MIMII, else the mean of all). A store has one already.
-    strict : bool
-        Stop if any file is not usable.
-
-    Raises
-    ------
-    UserError
-        If nothing is usable or, when `strict`, anything is not; if a store is not finished, is damaged or
-        holds clips of another rate, length or channel.
-
-    Examples
-    --------
-    >>> data = open_data("data", config.model.audio, splits=["train"])  # doctest: +SKIP
-    >>> print(data.report())  # doctest: +SKIP
-    >>> table = label_table(data.train.clips)  # doctest: +SKIP
-    >>> wave = torch.from_numpy(data.train.read([5, 0, 7])).float() / 32768  # doctest: +SKIP
+    Both give the same clips, in the same order, and the same samples. `path` is a data folder, a manifest
+    (.csv) or a packed store; `splits` are those to make readers for. `channel` is taken from files with
+    several, counted from 0; by default the layout's own. A UserError if nothing is usable or, when `strict`,
+    anything is not; if a store is not finished, damaged, or of another rate, length or channel.
     """
     if not is_store(path):
         dataset = scan(path, channel)
         readers = {split: FolderReader(dataset, dataset.split(split), audio) for split in splits}
     else:
         header, dataset, lines = read_store(path)
-        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds}
-        settings |= {} if channel is None else {"channel": channel}
+        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds, "channel": channel}
+        settings = {name: value for name, value in settings.items() if value is not None}
         if any(header[name] != value for name, value in settings.items()):
             options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
             raise UserError(
@@ -189,9 +127,7 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
     added = open_data(others, audio, splits=["train"], strict=strict)
     if simulated:
         for holder in (added.train, added.dataset):
-            holder.clips = [
-                replace(clip, machine_type=f"{SIMULATED} {clip.machine_type}") for clip in holder.clips
-            ]
+            holder.clips = [replace(c, machine_type=f"{SIMULATED} {c.machine_type}") for c in holder.clips]
     same = {clip.machine for clip in own.train.clips} & {clip.machine for clip in added.train.clips}
     if same:
         raise UserError(
@@ -204,6 +140,6 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
         clips=own.dataset.clips + added.dataset.clips,
         problems=own.dataset.problems | problems,
         remarks=own.dataset.remarks + added.dataset.remarks,
-        notes=own.dataset.notes + added.dataset.notes,
     )
-    return Data(dataset, ConcatReader(own.train, added.train))
+    first, second = own.train, added.train
+    return Data(dataset, Reader(first.clips + second.clips, first.rows + second.rows, first.length))

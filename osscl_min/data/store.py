@@ -16,8 +16,9 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,13 @@ from osscl_min.data.clips import Clip, Dataset, scan
 from osscl_min.runtime.files import UserError, locked, printable, replacing
 
 INDEX, ARRAY, SPLITS = "index.jsonl", "{}.int16", ("train", "test")
-FORMAT = 2  # of the index
+FORMAT = 3  # of the index
+# In the header: what the rows are, and what else is known of the data set.
+SETTINGS, KEPT = (
+    ("sample_rate", "seconds", "channel"),
+    ("layout", "channel", "synthetic", "problems", "remarks"),
+)
+NAMES = ("file", "sha256", "sound", "problem", "remarks", "content")  # of a line
 SAMPLE = np.dtype("<i2")
 FULL_DISK = 5  # exit status, as of `download`
 AGAIN = "run the same `pack` again"
@@ -48,6 +55,13 @@ def on_threads(
     return thread_map(function, items, max_workers=jobs or os.cpu_count(), **bar)
 
 
+def check_space(folder: Path, needed: float) -> None:
+    """Whether a disk has room for `needed` bytes; a UserError if not."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        sizes = f"{needed / 1e9:.3g} GB needed and {free / 1e9:.3g} GB free"
+        raise UserError(f"{printable(folder)}: {sizes}; make room", FULL_DISK)
+
+
 def is_store(path: Path | str) -> bool:
     """Whether a folder holds a store, finished or not."""
     return os.path.isfile(Path(path) / INDEX)
@@ -61,20 +75,14 @@ def describe(header: Line) -> str:
 
 def read_store(store: Path | str) -> tuple[Line, Dataset, list[Line]]:
     """The header of a finished store, its data set as `clips.scan` saw it, and the line of each clip."""
-    store = Path(store)
-    header, lines, problem = _read_index(store)
+    header, lines, problem = _read_index(Path(store))
     if problem:
         raise UserError(problem)
-    root, kept = Path(header["root"]), ("problems", "notes", "synthetic", "layout", "channel")
-    clips = [Clip(**line["clip"] | {"path": root / line["file"]}) for line in lines]
-    return header, Dataset(root, clips, **{name: header[name] for name in kept}), lines
-
-
-def write_index(store: Path, header: Line, lines: Sequence[Line]) -> None:
-    """Finish a store whose arrays are written; lines in the order of the data set."""
-    content = "".join(json.dumps(line) + "\n" for line in lines)
-    with replacing(store / INDEX) as file:
-        file.write(json.dumps(header | {"digest": _digest(header, content.encode())}) + "\n" + content)
+    root = Path(header["root"])
+    clips = [Clip(**line["clip"] | {"path": root / file}) for file, line in lines.items()]
+    dataset = Dataset(root, clips, **{name: header[name] for name in KEPT})
+    dataset.remarks = Counter(dataset.remarks)
+    return header, dataset, list(lines.values())
 
 
 def pack(
@@ -98,24 +106,20 @@ def pack(
     if is_store(data):
         raise UserError(f"{printable(data)} is a packed store itself; give the folder it was made from")
     dataset = scan(data, channel)
-    header = {
-        "format": FORMAT,
-        "sample_rate": audio.sample_rate,
-        "seconds": audio.seconds,
-        "channel": dataset.channel,
-        "layout": dataset.layout,
-        "synthetic": dataset.synthetic,
-        "data": str(Path(data).absolute()),
-        "root": str(dataset.root.absolute()),
-        "problems": dict(dataset.problems),
-        "notes": dataset.notes,
-        "files": {split: _list_digest(dataset, split) for split in SPLITS},
-    }
     try:
         if dataset.layout != "manifest" and store.resolve().is_relative_to(dataset.root.resolve()):
             raise UserError(f"{name} lies in the data folder; choose a place outside")
         if store.is_dir() and not is_store(store) and {path.name for path in store.iterdir()} - {".lock"}:
             raise UserError(f"{name} is not empty and no packed store; choose another folder")
+        header = {
+            "format": FORMAT,
+            "sample_rate": audio.sample_rate,
+            "seconds": audio.seconds,
+            "data": str(Path(data).absolute()),
+            "root": str(dataset.root.absolute()),
+            **{name: copy(getattr(dataset, name)) for name in KEPT},
+            "files": {split: _list_digest(dataset, split) for split in SPLITS},
+        }
         with locked(store, "packing"):
             return _pack(dataset, store, header, audio, verify, jobs)
     except OSError as error:
@@ -127,26 +131,28 @@ def pack(
 def _pack(
     dataset: Dataset, store: Path, header: Line, audio: AudioConfig, verify: bool, jobs: int | None
 ) -> str:
-    size, clips, counts = audio.samples * SAMPLE.itemsize, {}, Counter()  # bytes per row
+    size, rows, counts = audio.samples * SAMPLE.itemsize, {}, Counter()  # bytes per row
     for clip in dataset.clips:
-        place = store / ARRAY.format(clip.split), counts[clip.split] * size
-        clips[dataset.name(clip.path)] = clip, *place
-        counts[clip.split] += 1
-    old, lines, _ = _read_index(store)
+        array = store / ARRAY.format(clip.split)
+        rows[dataset.name(clip.path)] = clip, array, counts[array] * size
+        counts[array] += 1
+    old, old_lines, _ = _read_index(store)
     other = "choose another folder or remove it"
-    if old and any(old.get(name) != header[name] for name in ("format", "sample_rate", "seconds", "channel")):
-        holds = describe(old) if old.get("format") == FORMAT else "what another version packed"
-        raise UserError(f"{printable(store)} holds {holds}, not {describe(header)}; {other}")
-    old_lines = {line["file"]: line for line in lines}
-    if old_lines and not clips.keys() & old_lines.keys():
+    if old and any(old[name] != header[name] for name in SETTINGS):
+        raise UserError(f"{printable(store)} holds {describe(old)}, not {describe(header)}; {other}")
+    if old_lines and not rows.keys() & old_lines.keys():
         raise UserError(f"{printable(store)} is the store of other data; {other}")
-    same = [split for split in SPLITS if old and old["files"][split] == header["files"][split]]
-    lines = {file: line for file, line in old_lines.items() if file in clips and clips[file][0].split in same}
-    for split in set(SPLITS) - set(same):
+    changed = [split for split in SPLITS if not old or old["files"][split] != header["files"][split]]
+    for split in changed:
         (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
+    lines = {
+        file: old_lines[file]
+        for file, (clip, *_) in rows.items()
+        if file in old_lines and clip.split not in changed
+    }
 
     def difference(file: str) -> str:
-        clip, array, offset = clips[file]
+        clip, array, offset = rows[file]
         if verify and _hash(clip.path) != lines[file]["sha256"]:
             return "other content, though size and time are the same"
         damaged = not lines[file]["problem"] and _hash(array, offset, size) != lines[file]["content"]
@@ -156,83 +162,84 @@ def _pack(
     checks = list(lines) if verify or "digest" not in old else []
     results = zip(checks, on_threads(difference, checks, "checking", jobs), strict=True)
     differences = {file: text for file, text in results if text}
-    tasks = [file for file in clips if file not in lines or file in differences]
+    tasks = [file for file in rows if file not in lines or file in differences]
 
-    arrays = {store / ARRAY.format(split): counts[split] * size for split in SPLITS}
-    needed = sum(max(0, total - _size(array)) for array, total in arrays.items())
-    if needed > (free := shutil.disk_usage(store).free):
-        sizes = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
-        raise UserError(f"{printable(store)}: {sizes}; make room", FULL_DISK)
+    check_space(store, len(tasks) * size)
     if tasks:
-        kept = [line for file, line in lines.items() if file not in differences]
-        with replacing(store / INDEX) as file:
-            file.writelines(json.dumps(line) + "\n" for line in (header, *kept))
+        _write_index(store, header, (line for file, line in lines.items() if file not in differences))
+    for split in SPLITS:
+        (store / ARRAY.format(split)).touch()
     lock = threading.Lock()
 
     def work(file: str) -> Line:
-        clip, array, offset = clips[file]
+        clip, array, offset = rows[file]
         line = {"file": file, "sha256": _hash(clip.path), "sound": measure(clip.path)}
+        line |= {"problem": "", "remarks": [], "content": ""}
         try:
-            samples, remarks = decode(clip.path, audio, dataset.channel)
-            samples = samples.astype(SAMPLE, copy=False)
-            _write(array, offset, samples)
-            line |= {"problem": "", "remarks": remarks, "content": hashlib.sha256(samples).hexdigest()}
+            samples, line["remarks"] = decode(clip.path, audio, dataset.channel)
+            row = samples.astype(SAMPLE, copy=False)
+            line["content"] = hashlib.sha256(row).hexdigest()
+            with open(array, "r+b") as target:  # not mapped: a full disk is then an error and not a signal
+                target.seek(offset)
+                target.write(row)
         except UserError as error:
-            line |= {"problem": str(error), "remarks": [], "content": ""}
+            line["problem"] = str(error)
         with lock, open(store / INDEX, "a", encoding="utf-8") as index:
             index.write(json.dumps(line) + "\n")
         return line
 
     lines |= zip(tasks, on_threads(work, tasks, "packing", jobs), strict=True)
-    for array, total in arrays.items():
-        with open(array, "ab") as file:
-            file.truncate(total)
+    for split in SPLITS:
+        with open(array := store / ARRAY.format(split), "ab") as file:
+            file.truncate(counts[array] * size)
             os.fsync(file.fileno())
-    final = [lines[file] | {"clip": asdict(clip) | {"path": file}} for file, (clip, *_) in clips.items()]
-    write_index(store, header, final)
+    final = [lines[file] | {"clip": asdict(clip) | {"path": file}} for file, (clip, *_) in rows.items()]
+    _write_index(store, header, final, finished=True)
 
-    usable = Counter(line["clip"]["split"] for line in final if not line["problem"])
-    dataset.problems |= {line["file"]: line["problem"] for line in final if line["problem"]}
-    dataset.remarks.update(remark for line in final for remark in line["remarks"])
+    dataset.decoded(dataset.clips, [line["problem"] or line["remarks"] for line in final])
     report = [f"{file}: {text}; packed again" for file, text in differences.items() if verify]
     report += filter(None, [dataset.report()])
     report.append(
-        f"{printable(store)}: {usable['train']} training and {usable['test']} test clips of "
-        f"{audio.seconds:g} s at {audio.sample_rate} Hz, {sum(arrays.values()) / 1e6:.0f} MB; "
-        f"files: {len(tasks)} decoded, {len(clips) - len(tasks)} kept, "
-        f"{len(old_lines.keys() - clips.keys())} removed"
+        f"{printable(store)}: {len(dataset.split('train'))} training and {len(dataset.split('test'))} test "
+        f"clips of {audio.seconds:g} s at {audio.sample_rate} Hz, {len(rows) * size / 1e6:.0f} MB; "
+        f"files: {len(tasks)} decoded, {len(rows) - len(tasks)} kept, "
+        f"{len(old_lines.keys() - rows.keys())} removed"
     )
     return "\n".join(report)
 
 
-def _read_index(store: Path) -> tuple[Line, list[Line], str]:
-    """Header, intact lines, and why this is no finished store; ({}, [], why) where it is damaged."""
-    name, damaged = printable(store), ({}, [], f"{printable(store / INDEX)} is damaged; {AGAIN}")
-    lines: list[Line] = []
-    names = "file", "sha256", "sound", "problem", "remarks", "content"
+def _write_index(store: Path, header: Line, lines: Iterable[Line], finished: bool = False) -> None:
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    if finished:
+        header = header | {"digest": _digest(header, content.encode())}
+    with replacing(store / INDEX) as file:
+        file.write(json.dumps(header) + "\n" + content)
+
+
+def _read_index(store: Path) -> tuple[Line, dict[str, Line], str]:
+    """Header, intact lines by file, and why this is no finished store; ({}, {}, why) where it is damaged."""
+    lines: dict[str, Line] = {}
     try:
         first, _, content = (store / INDEX).read_bytes().partition(b"\n")
         header = json.loads(first)
         if header["format"] != FORMAT:
-            return header, [], f"{name} was packed by another version; remove it and pack again"
+            raise UserError(f"{printable(store)} was packed by another version; remove it and pack again")
+        if "digest" in header and header["digest"] != _digest(header, content):
+            raise ValueError
         describe(header), header["files"]["train"], header["files"]["test"]
-        if "digest" not in header:
-            with suppress(ValueError, LookupError, TypeError):  # the last line may be half there
-                for line in map(json.loads, content.splitlines()):
-                    lines.append({name: line[name] for name in names})
-            return header, lines, f"{name}: its packing was not finished; {AGAIN}, it resumes"
-        if header["digest"] != _digest(header, content):
-            return damaged
-        lines = [json.loads(line) for line in content.splitlines()]
+        with suppress(ValueError, LookupError, TypeError):  # the last line may be half there
+            for line in map(json.loads, content.splitlines()):
+                lines[line["file"]] = line | {name: line[name] for name in NAMES}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return damaged
-    counts = Counter(line["clip"]["split"] for line in lines)
+        return {}, {}, f"{printable(store / INDEX)} is damaged; {AGAIN}"
+    if "digest" not in header:
+        return header, lines, f"{printable(store)}: its packing was not finished; {AGAIN}, it resumes"
+    counts = Counter(line["clip"]["split"] for line in lines.values())
     for split in SPLITS:
-        array = store / ARRAY.format(split)
-        expected = counts[split] * round(header["seconds"] * header["sample_rate"]) * SAMPLE.itemsize
-        if _size(array) != expected:
-            problem = f"{printable(array)} is damaged: {_size(array)} bytes, not {expected}; {AGAIN}"
-            return {}, [], problem
+        array, size = store / ARRAY.format(split), round(header["seconds"] * header["sample_rate"]) * 2
+        has, expected = array.stat().st_size if array.is_file() else 0, counts[split] * size
+        if has != expected:
+            return {}, {}, f"{printable(array)} is damaged: {has} bytes, not {expected}; {AGAIN}"
     return header, lines, ""
 
 
@@ -258,14 +265,3 @@ def _hash(path: Path, offset: int = 0, size: int = -1) -> str:
             return read.hexdigest()
     except OSError:
         return ""
-
-
-def _write(array: Path, offset: int, samples: np.ndarray) -> None:
-    """Written, not mapped: a full disk is then an error and not a signal."""
-    with open(os.open(array, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
-        file.seek(offset)
-        file.write(samples)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -8,8 +8,10 @@ learns; they say nothing about real machines.
 
 import os
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 from scipy import signal
@@ -17,6 +19,7 @@ from scipy.io import wavfile
 from tqdm import tqdm
 
 from osscl_min.runtime.files import UserError, printable, read_json, replacing, write_json
+from osscl_min.runtime.settings import Settings
 
 IDS = {
     "fan": ("00", "02", "04", "06"),
@@ -55,41 +58,31 @@ RECIPE = 1  # raise it when the sound of a clip changes: a folder of an older re
 NOTE = "Synthetic: simulated machines made by osscl_min.data.synth, no recordings. Not the DCASE 2020 data."
 
 
-_COUNT = 1, 1_000_000
-RANGES = dict(seconds=(1, 3600), sample_rate=(16_000, 1_000_000), ids_per_type=(1, 4), snr_db=(-300, 300),
-              train_clips=_COUNT, test_normal=_COUNT, test_anomaly=_COUNT, seed=(0, 2**63))  # fmt: skip
+Count = Annotated[int, "[1, 1000000]"]
 
 
 @dataclass(frozen=True)
-class SynthConfig:
+class SynthConfig(Settings):
     """What the simulated data set holds. Counts are clips per machine id."""
 
-    seconds: float = 2.0  # length of a clip, at least 1
-    sample_rate: int = 16000  # Hz, at least 16000
-    ids_per_type: int = 3  # the first 1 to 4 of IDS (ToyConveyor has three)
-    train_clips: int = 24
-    test_normal: int = 10
-    test_anomaly: int = 10
-    snr_db: float = 6.0  # power of a normal machine over that of the background, dB
-    seed: int = 0  # draws the machines and the clips
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"synth: {name} is {getattr(self, name)}, not in {low} to {high}")
+    seconds: Annotated[float, "[1, 3600]"] = 2.0  # length of a clip, at least 1
+    sample_rate: Annotated[int, "[16000, 1000000]"] = 16000  # Hz, at least 16000
+    ids_per_type: Annotated[int, "[1, 4]"] = 3  # the first 1 to 4 of IDS (ToyConveyor has three)
+    train_clips: Count = 24
+    test_normal: Count = 10
+    test_anomaly: Count = 10
+    snr_db: Annotated[float, "[-300, 300]"] = 6.0  # power of a normal machine over that of the background, dB
+    seed: Annotated[int, "[0, 1e18]"] = 0  # draws the machines and the clips
 
 
 def clip_generator(seed: int, *name: str | int) -> np.random.Generator:
-    """Return a clip's own generator; its name: type, id, "train" or "test", "normal" or "anomaly", index."""
+    """A clip's own generator; its name: type, id, "train" or "test", "normal" or "anomaly", index."""
     return np.random.default_rng([seed, *"/".join(map(str, name)).encode()])
 
 
 def machine_parameters(machine_type: str, machine_id: str, seed: int) -> SimpleNamespace:
-    """Return the fixed physical parameters of one machine, named as in PARAMETERS.
-
-    A Latin hypercube over the ids of the type: each id has a cell of its own in every parameter, so that two
-    machines of a type are alike but never the same.
-    """
+    """The fixed parameters of one machine, named as in PARAMETERS; a Latin hypercube over the type's ids, so
+    that two machines of a type are alike but never the same."""
     if machine_type not in IDS or machine_id not in IDS[machine_type]:
         raise UserError(f"no simulated machine {machine_type!r} id {machine_id!r}; there are {IDS}")
     rng, ids = clip_generator(seed, machine_type), IDS[machine_type]
@@ -109,8 +102,11 @@ def _unit(x: np.ndarray) -> np.ndarray:
 class _Clip:
     """One recording: its clock, its random generator and its small natural variation."""
 
-    def __init__(self, rng: np.random.Generator, config: SynthConfig, anomaly: str | None):
+    def __init__(
+        self, rng: np.random.Generator, config: SynthConfig, anomaly: str | None, machine: SimpleNamespace
+    ):
         self.rng, self.rate, self.anomaly = rng, config.sample_rate, anomaly
+        self.modes = machine.mode_1, machine.mode_2, machine.mode_3
         self.samples = round(config.seconds * config.sample_rate)
         self.time = np.arange(self.samples) / self.rate
         self.load = rng.uniform(-1, 1)
@@ -145,8 +141,9 @@ class _Clip:
         return train
 
     def resonate(self, x: np.ndarray, *modes: float, q: float = 12.0, direct: float = 0.0) -> np.ndarray:
-        """Pass a sound through resonances (Hz) of a body, side by side, plus a `direct` share."""
-        return sum((signal.lfilter(*signal.iirpeak(f, q, self.rate), x) for f in modes), direct * x)
+        """A sound through resonances (Hz), the machine's by default, plus a `direct` share; unit RMS."""
+        modes = modes or self.modes
+        return _unit(sum((signal.lfilter(*signal.iirpeak(f, q, self.rate), x) for f in modes), direct * x))
 
 
 def _harmonics(angle: np.ndarray, *amplitudes: float) -> np.ndarray:
@@ -164,7 +161,7 @@ def _fan(clip: _Clip, p: SimpleNamespace) -> Sound:
     shaft = clip.angle(p.speed)
     blades = _harmonics(p.blades * shaft, 1.0, 0.6, 0.4, 0.25, 0.15)
     air = clip.noise(100, 7000) * (1 + 0.5 * np.sin(p.blades * shaft))
-    body = _unit(clip.resonate(air, p.mode_1, p.mode_2, p.mode_3, direct=0.1))
+    body = clip.resonate(air, direct=0.1)
     return _unit(blades + 0.4 * _harmonics(shaft, 1.0, 0.5)) + (1.0 + 0.2 * clip.load) * body, shaft
 
 
@@ -174,7 +171,7 @@ def _pump(clip: _Clip, p: SimpleNamespace) -> Sound:
     vanes = _harmonics(p.vanes * shaft, 1.0, 0.5, 0.35, 0.2) + 0.5 * _harmonics(shaft, 1.0, 0.6)
     bubbles = (clip.rng.random(clip.samples) < 0.03) * clip.rng.exponential(1.0, clip.samples)
     bubbles *= 1 + 0.6 * np.sin(p.vanes * shaft)  # pressure is lowest behind a vane
-    casing = _unit(clip.resonate(bubbles, p.mode_1, p.mode_2, p.mode_3, direct=0.1))
+    casing = clip.resonate(bubbles, direct=0.1)
     return _unit(vanes) + (1.0 + 0.2 * clip.load) * casing, shaft
 
 
@@ -186,9 +183,8 @@ def _slider(clip: _Clip, p: SimpleNamespace) -> Sound:
     drive = clip.angle(p.speed, motion)
     teeth = _harmonics(p.teeth * drive, 1.0, 0.5, 0.3) + 0.6 * _harmonics(drive, 1.0, 0.6, 0.4)
     stops = np.diff(motion > 0, append=False) * (position > 0.5)
-    modes = (p.mode_1, p.mode_2, p.mode_3)
-    body = _unit(clip.resonate(clip.noise(150, 7000) * motion, *modes, direct=0.1))
-    ends = _unit(clip.resonate(stops, *modes))
+    body = clip.resonate(clip.noise(150, 7000) * motion, direct=0.1)
+    ends = clip.resonate(stops)
     return _unit(teeth * motion) + (0.8 + 0.2 * clip.load) * body + 0.4 * ends, drive
 
 
@@ -198,7 +194,7 @@ def _toy_car(clip: _Clip, p: SimpleNamespace) -> Sound:
     wheel = shaft / p.gear_ratio
     mesh = _harmonics(p.teeth * shaft + 0.8 * np.sin(wheel), 1.0, 0.6, 0.35) * (1 + 0.4 * np.sin(wheel))
     brushes = clip.knocks(6 * shaft) + 0.3 * clip.noise(300, 7500)
-    body = _unit(clip.resonate(brushes, p.mode_1, p.mode_2, p.mode_3, direct=0.1))
+    body = clip.resonate(brushes, direct=0.1)
     return _unit(mesh + 0.4 * _harmonics(shaft, 1.0, 0.7, 0.5)) + (1.0 + 0.2 * clip.load) * body, shaft
 
 
@@ -209,7 +205,7 @@ def _toy_conveyor(clip: _Clip, p: SimpleNamespace) -> Sound:
     mesh = _harmonics(p.teeth * shaft, 1.0, 0.6, 0.3) * (1 + 0.4 * np.sin(roller))
     rumble = clip.noise(50, 350) * (1 + 0.5 * np.sin(roller))
     rollers = clip.knocks(3 * roller, scatter=0.005) + 0.02 * clip.rng.standard_normal(clip.samples)
-    frame = _unit(clip.resonate(rollers, p.mode_1, p.mode_2, p.mode_3, direct=0.05))
+    frame = clip.resonate(rollers, direct=0.05)
     return _unit(mesh) + 0.8 * _unit(rumble) + (1.0 + 0.2 * clip.load) * frame, shaft
 
 
@@ -217,9 +213,9 @@ def _valve(clip: _Clip, p: SimpleNamespace) -> Sound:
     """Solenoid valve: a click to open and one to close, ringing in body and room, with flow in between."""
     lift = clip.cycle(p.period) % 1 < p.open_share
     click = np.abs(np.diff(lift, prepend=lift[0])) * clip.rng.uniform(0.8, 1.2, clip.samples)
-    body = _unit(clip.resonate(click, p.mode_1, p.mode_2, p.mode_3))
-    room = _unit(clip.resonate(click, p.room, 2.1 * p.room, q=40))
-    flow = _unit(clip.resonate(clip.noise(300, 7000) * lift, p.mode_2, p.mode_3, q=4))
+    body = clip.resonate(click)
+    room = clip.resonate(click, p.room, 2.1 * p.room, q=40)
+    flow = clip.resonate(clip.noise(300, 7000) * lift, p.mode_2, p.mode_3, q=4)
     mains = clip.angle(100.0, lift)  # the coil pulls twice in each period of 50 Hz
     coil = _unit(np.sin(mains) * lift)
     return body + 0.5 * room + (0.6 + 0.1 * clip.load) * flow + 0.3 * coil, mains
@@ -233,7 +229,7 @@ def _damage(clip: _Clip, sound: np.ndarray, drive: np.ndarray) -> np.ndarray:
     severity, draw = clip.rng.uniform(0.8, 1.3), clip.rng.uniform
     if clip.anomaly == "bearing":  # a ball passes a pit: impulses at no whole multiple of the speed
         pit = clip.knocks(drive * draw(3.05, 3.6)) * (1 + 0.5 * np.sin(drive))
-        return sound + 0.8 * severity * _unit(clip.resonate(pit, draw(2200, 5000), q=6))
+        return sound + 0.8 * severity * clip.resonate(pit, draw(2200, 5000), q=6)
     if clip.anomaly == "imbalance":  # once a turn: a force with its harmonics, and all else modulated
         swing = _unit(_harmonics(drive, *np.linspace(1.0, 0.3, 10)))
         return sound * (1 + 0.6 * severity * np.sin(drive)) + 0.9 * severity * swing
@@ -241,7 +237,7 @@ def _damage(clip: _Clip, sound: np.ndarray, drive: np.ndarray) -> np.ndarray:
         return sound + 0.7 * severity * _unit(clip.noise(draw(1500, 3000), 7600))
     if clip.anomaly == "rattle":  # a loose part, struck about once a turn, rings at frequencies of its own
         knocks, part = clip.knocks(drive * draw(0.6, 1.0), scatter=0.005), draw(700, 2500)
-        return sound + severity * _unit(clip.resonate(knocks, part, 1.6 * part, 2.7 * part, q=15))
+        return sound + severity * clip.resonate(knocks, part, 1.6 * part, 2.7 * part, q=15)
     if clip.anomaly == "missing_stroke":  # it moves at each second or third command, else hums and grinds
         every = clip.rng.integers(2, 4)
         stuck = clip.stroke % every != clip.rng.integers(every)
@@ -265,15 +261,12 @@ def machine_clip(
     config: SynthConfig,
     anomaly: str | None = None,
 ) -> np.ndarray:
-    """Simulate one recording of a machine of IDS: float64 in [-1, 1], shape (round(seconds * sample_rate),).
-
-    `rng` draws what differs from clip to clip; the machine's own parameters follow from `config.seed`.
-    `anomaly` is a fault of ANOMALIES[machine_type], or None for a normal clip.
-    """
+    """One recording of a machine: float64 in [-1, 1], (round(seconds * sample_rate),). `rng` draws what
+    differs between clips; `anomaly` is a fault of ANOMALIES[machine_type], or None for a normal clip."""
     p = machine_parameters(machine_type, machine_id, config.seed)
     if anomaly is not None and anomaly not in ANOMALIES[machine_type]:
         raise UserError(f"a {machine_type} has no fault {anomaly!r}; it has {ANOMALIES[machine_type]}")
-    clip = _Clip(rng, config, anomaly)
+    clip = _Clip(rng, config, anomaly, p)
     sound, drive = MACHINES[machine_type](clip, p)
     machine = _damage(clip, _unit(sound), drive)
     wave = _unit(machine + 10 ** (-config.snr_db / 20) * _unit(_background(clip)))
@@ -283,25 +276,23 @@ def machine_clip(
 
 def _plan(config: SynthConfig) -> dict[str, tuple[tuple[str | int, ...], str | None]]:
     """Map each file to be written to the name of its generator and to its fault."""
-    splits = ("train", "normal", config.train_clips), ("test", "normal", config.test_normal)
+    normal = ("train", "normal", config.train_clips), ("test", "normal", config.test_normal)
+    kinds = *normal, ("test", "anomaly", config.test_anomaly)
     plan = {}
     for machine_type, ids in IDS.items():
-        faults = ANOMALIES[machine_type]
-        for machine_id in ids[: config.ids_per_type]:
-            for split, kind, count in (*splits, ("test", "anomaly", config.test_anomaly)):
-                for k in range(count):
-                    file = f"{machine_type}/{split}/{kind}_id_{machine_id}_{k:08d}.wav"
-                    fault = faults[k % len(faults)] if kind == "anomaly" else None
-                    plan[file] = (machine_type, machine_id, split, kind, k), fault
+        for machine_id, (split, kind, count) in product(ids[: config.ids_per_type], kinds):
+            faults = ANOMALIES[machine_type] if kind == "anomaly" else (None,)
+            for k in range(count):
+                file = f"{machine_type}/{split}/{kind}_id_{machine_id}_{k:08d}.wav"
+                plan[file] = (machine_type, machine_id, split, kind, k), faults[k % len(faults)]
     return plan
 
 
 def write_dataset(root: Path, config: SynthConfig) -> Path:
     """Write the simulated data set as 16-bit mono wav files in the DCASE 2020 layout; returns `root`.
 
-    synthetic.json comes first: the configuration, the machines' parameters and the fault of each anomalous
-    clip. It marks the folder as this data set's: the next call adds the clips that are missing, another
-    configuration or a folder with other files is refused, and nothing is ever overwritten.
+    synthetic.json, which comes first, marks the folder: the next call adds the missing clips. Another
+    configuration or a folder with other files is refused; nothing is ever overwritten.
     """
     root, plan = Path(root), _plan(config)
     name, recipe = printable(root), root / "synthetic.json"
@@ -313,12 +304,12 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
         "machines": {f"{t}/id_{i}": vars(machine_parameters(t, i, config.seed)) for t, i in machines},
         "anomalies": {file: fault for file, (_, fault) in plan.items() if fault},
     }
-    if os.path.exists(root) and not os.path.isdir(root):
-        raise UserError(f"{name} is a file: name a folder for the simulated clips")
     if os.path.exists(recipe):
         if read_json(recipe) != record:
             raise UserError(f"{name}/synthetic.json describes other clips: use a new folder")
-    elif others := [file for file in (os.listdir(root) if root.exists() else ()) if not file.startswith(".")]:
+    elif others := [
+        file for file in (os.listdir(root) if os.path.isdir(root) else ()) if not file.startswith(".")
+    ]:
         raise UserError(f"{name} holds other files, such as {printable(min(others))}: use a new folder")
     else:
         write_json(recipe, record)

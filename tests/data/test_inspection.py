@@ -58,11 +58,8 @@ def test_everything_is_counted(folder):
 
 def test_duplicates_are_found_by_content_whatever_the_container(folder):
     result = inspection.inspect(folder)
-    same = [
-        "fan/test/anomaly_id_00_00000007.wav",
-        "fan/test/normal_id_00_00000007.flac",
-        "fan/train/normal_id_00_00000001.wav",
-    ]
+    same = [f"fan/test/{name}_id_00_00000007" for name in ("anomaly", "normal")]
+    same = [same[0] + ".wav", same[1] + ".flac", "fan/train/normal_id_00_00000001.wav"]
     for kind in ("duplicates", "across", "conflicts"):
         assert [sorted(files) for files in result[kind]] == [same]
     text = inspection.remarks(result)

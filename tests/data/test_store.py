@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -83,16 +84,19 @@ def test_the_index_describes_every_file(data, tmp_path):
         assert line["sha256"] == hashlib.sha256((data / line["file"]).read_bytes()).hexdigest()
         assert clip.path == data / line["file"] and clip.machine_type == "fan"
     files = [line["file"].split("/")[-1] for line in lines]
-    long = lines[files.index("normal_id_02_00000004.flac")]
-    assert (long["sound"]["seconds"], long["sound"]["encoding"]) == (1.5, "PCM_16")
-    assert long["remarks"] == ["cropped to 1 s"]
+    bad, long = (files.index(f"normal_id_02_0000000{name}") for name in ("7.wav", "4.flac"))
+    assert "not a readable sound file" in lines[bad]["problem"] == lines[bad]["sound"]
+    sound = lines[long]["sound"]
+    assert (sound["seconds"], sound["encoding"], lines[long]["remarks"]) == (
+        1.5,
+        "PCM_16",
+        ["cropped to 1 s"],
+    )
     rows = np.fromfile(tmp_path / "store" / "train.int16", "<i2").reshape(-1, 16_000)
     assert len(rows) == 12  # one is empty
-    row = rows[files.index("normal_id_02_00000004.flac") - 4]  # after the test clips
+    row = rows[long - 4]  # after the test clips
     np.testing.assert_array_equal(row, noise(50, 1.5)[:16_000, 0])
-    assert long["content"] == hashlib.sha256(row).hexdigest()
-    bad = lines[files.index("normal_id_02_00000007.wav")]
-    assert "not a readable sound file" in bad["problem"] and bad["sound"] == bad["problem"]
+    assert lines[long]["content"] == hashlib.sha256(row).hexdigest()
 
 
 def test_a_split_whose_files_changed_is_packed_again(data, tmp_path):
@@ -185,21 +189,12 @@ def test_an_interrupted_pack_resumes_and_checks_what_it_has(data, tmp_path, monk
     same(data, store)
 
 
-def test_one_packing_at_a_time(data, tmp_path):
-    with locked(tmp_path / "store", "packing"):
-        with pytest.raises(UserError, match="another process is packing here"):
-            pack(data, tmp_path / "store", AUDIO)
-    pack(data, tmp_path / "store", AUDIO)
-
-
 def test_a_write_error_is_one_line_and_the_next_call_resumes(data, tmp_path):
-    limit = ["bash", "-c", 'ulimit -f 128; exec "$@"', "limit"]
-    command = [*limit, *COMMAND, "pack", data, tmp_path / "store", "--seconds", "1", "--jobs", "1"]
+    command = ["bash", "-c", 'ulimit -f 128; exec "$@"', "limit", *COMMAND, "pack"]
+    command += [data, tmp_path / "store", "--seconds", "1", "--jobs", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith(
-        f"osscl: {tmp_path / 'store'}: cannot be written: File too large; run the same"
-    )
+    assert f"{tmp_path / 'store'}: cannot be written: File too large; run the same" in result.stderr
     assert "kept, 0 removed" in (text := pack(data, tmp_path / "store", AUDIO))
     assert " 0 kept" not in text
     same(data, tmp_path / "store")
@@ -207,7 +202,7 @@ def test_a_write_error_is_one_line_and_the_next_call_resumes(data, tmp_path):
 
 def test_a_full_disk_is_told_before(data, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100_000))
-    with pytest.raises(UserError, match="0.0005.* GB needed, 0.0001 GB free; make room") as caught:
+    with pytest.raises(UserError, match="0.0005.* GB needed and 0.0001 GB free; make room") as caught:
         pack(data, tmp_path / "store", AUDIO)
     assert caught.value.exit_status == 5
 
@@ -219,22 +214,22 @@ def edit(store, old, new):
     index.write_text(content.replace(old, new))
 
 
+INDEX = "index.jsonl is damaged"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda s: os.truncate(s / "train.int16", 90_000), "train.int16 is damaged: 90000 bytes, not 384000"),
         (lambda s: (s / "test.int16").unlink(), "test.int16 is damaged: 0 bytes, not 128000"),
-        (lambda s: os.truncate(s / "index.jsonl", 3000), "index.jsonl is damaged"),
-        (lambda s: (s / "index.jsonl").write_text("{}\n"), "index.jsonl is damaged"),
-        (lambda s: (s / "index.jsonl").write_text("[" * 100_000), "index.jsonl is damaged"),
-        (lambda s: (s / "index.jsonl").write_bytes(b"\xff\x00\n"), "index.jsonl is damaged"),
-        (lambda s: edit(s, '"machine_id": "02"', '"machine_id": 2'), "index.jsonl is damaged"),
-        (lambda s: edit(s, '"channels": 1', '"channels": null'), "index.jsonl is damaged"),
-        (
-            lambda s: edit(s, '"seconds": 1.0, "channel"', '"seconds": "1", "channel"'),
-            "index.jsonl is damaged",
-        ),
-        (lambda s: edit(s, '"layout": "DCASE 2020"', '"layout": 5'), "index.jsonl is damaged"),
+        (lambda s: os.truncate(s / "index.jsonl", 3000), INDEX),
+        (lambda s: (s / "index.jsonl").write_text("{}\n"), INDEX),
+        (lambda s: (s / "index.jsonl").write_text("[" * 100_000), INDEX),
+        (lambda s: (s / "index.jsonl").write_bytes(b"\xff\x00\n"), INDEX),
+        (lambda s: edit(s, '"machine_id": "02"', '"machine_id": 2'), INDEX),
+        (lambda s: edit(s, '"channels": 1', '"channels": null'), INDEX),
+        (lambda s: edit(s, '"seconds": 1.0, "data"', '"seconds": "1", "data"'), INDEX),
+        (lambda s: edit(s, '"layout": "DCASE 2020"', '"layout": 5'), INDEX),
         (lambda s: edit(s, '"digest"', '"other"'), "its packing was not finished"),
     ],
 )
@@ -250,44 +245,41 @@ def test_a_damaged_store_is_one_line_and_repaired_by_packing(damage, message, da
 
 
 def test_a_store_of_an_older_version_is_to_be_packed_again(data, tmp_path):
-    store = tmp_path / "store"
-    store.mkdir()
-    (store / "index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
-    with pytest.raises(UserError, match="another version; remove it and pack again"):
-        open_data(store, AUDIO)
-    with pytest.raises(
-        UserError, match="holds what another version packed, not .* choose another folder or remove"
-    ):
-        pack(data, store, AUDIO)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
+    for function, *arguments in ((open_data,), (pack, data)):
+        with pytest.raises(UserError, match="another version; remove it and pack again"):
+            function(*arguments, tmp_path / "store", AUDIO)
 
 
 def test_a_store_of_something_else_is_refused(data, tmp_path):
     store = tmp_path / "store"
     pack(data, store, AUDIO)
     before = state(store)
-    message = (
-        f"store holds clips of 1 s at 16000 Hz, the mean of all channels; make another store: "
-        f"python -m osscl_min pack {data} OTHER --sample-rate 16000 --seconds 2$"
-    )
-    with pytest.raises(UserError, match=message):
-        open_data(store, AudioConfig(seconds=2.0))
-    with pytest.raises(UserError, match="OTHER --sample-rate 16000 --seconds 1 --channel 1$"):
-        open_data(store, AUDIO, channel=1)
-    with pytest.raises(UserError, match="store holds clips of 1 s .*, not clips of 2 s at 16000"):
-        pack(data, store, AudioConfig(seconds=2.0))
-    with pytest.raises(UserError, match="not clips of 1 s at 16000 Hz, channel 1; choose another folder"):
-        pack(data, store, AUDIO, channel=1)
-    with pytest.raises(UserError, match="is a packed store itself"):
-        pack(store, tmp_path / "again", AUDIO)
-    with pytest.raises(UserError, match="lies in the data folder"):
-        pack(data, data / "store", AUDIO)
-    with pytest.raises(UserError, match="is not empty and no packed store"):
-        pack(data, tmp_path, AUDIO)
     write_sound(tmp_path / "other/pump/train/normal_id_00_00000000.wav", noise(1))
-    with pytest.raises(UserError, match="store is the store of other data; choose another folder"):
-        pack(tmp_path / "other", store, AUDIO)
-    with pytest.raises(UserError, match="give at least 1"):
-        pack(data, store, AUDIO, jobs=0)
+    two, holds = AudioConfig(seconds=2.0), "store holds clips of 1 s at 16000 Hz, the mean of all channels"
+    options = "OTHER --sample-rate 16000 --seconds"
+    refusals = {
+        f"{holds}; make another store: python -m osscl_min pack {data} {options} 2$": (open_data, store, two),
+        f"{options} 1 --channel 1$": (partial(open_data, channel=1), store, AUDIO),
+        f"{holds}, not clips of 2 s at 16000": (pack, data, store, two),
+        "not clips of 1 s at 16000 Hz, channel 1; choose another": (
+            partial(pack, channel=1),
+            data,
+            store,
+            AUDIO,
+        ),
+        "is a packed store itself": (pack, store, tmp_path / "again", AUDIO),
+        "lies in the data folder": (pack, data, data / "store", AUDIO),
+        "is not empty and no packed store": (pack, data, tmp_path, AUDIO),
+        "store is the store of other data; choose another folder": (pack, tmp_path / "other", store, AUDIO),
+        "give at least 1": (partial(pack, jobs=0), data, store, AUDIO),
+    }
+    with locked(store, "packing"), pytest.raises(UserError, match="another process is packing here"):
+        pack(data, store, AUDIO)
+    for message, (function, *arguments) in refusals.items():
+        with pytest.raises(UserError, match=message):
+            function(*arguments)
     assert state(store) == before
 
 
@@ -303,7 +295,7 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
     opened = open_data(tmp_path / "store", half)
     assert (opened.dataset.layout, opened.dataset.channel) == ("MIMII", 0)
     assert opened.train.clips[0].domain == "6_dB" and opened.train.read([0]).shape == (1, 8_000)
-    assert opened.dataset.remarks["with several channels, channel 0 taken"] == 6
+    assert opened.dataset.remarks["file with several channels, channel 0 taken"] == 6
     write_sound(tmp_path / "elsewhere/a.wav", noise(1))
     write_sound(tmp_path / "list/b.wav", noise(2))
     (tmp_path / "list/manifest.csv").write_text(
