@@ -179,7 +179,7 @@ def test_label_table_of_other_machines_is_their_own(data):
         ([], r"no usable clips; expected TYPE/train/.* or TYPE/ID/any_name.wav"),
         (["fan/training/normal_id_00_00000000.wav"], "the layout DCASE 2020: TYPE/train/normal_id_00"),
         (["fan/00/section_00_source_train_normal_0000.wav"], "the layout DCASE 2021-2025: TYPE/train"),
-        (["fan/a.wav", "fan/b.wav"], "none of 2 files can be used; fan/a.wav: .* plain: TYPE/ID/any_name"),
+        (["fan/a.wav", "fan/b.wav"], "none of 2 files can be used .fan/a.wav: .* plain: TYPE/ID/any_name"),
         (["a.wav"], "a.wav: does not fit the layout plain: TYPE/ID/any_name.wav"),
         (
             ["fan/00/a.mp3", "fan/00/b.mp3", "fan/00/c.ogg"],
