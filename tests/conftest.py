@@ -39,6 +39,14 @@ def pytest_addoption(parser):
     parser.addoption("--golden", action="store_true", help="write tests/golden/surface.txt anew")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The slow tests of kernels try every case and take about an hour: they run where they are asked for."""
+    for item in items:
+        if item.path.parent.name in ("kernels", "cpu") and item.get_closest_marker("slow"):
+            item.add_marker("exhaustive")
+
+
 def pytest_report_header(config):
     mode = "compiled for " + torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
     return (
