@@ -92,7 +92,9 @@ def assert_within_budget(out, wave, folded, exact, precision, **options):
     truth = tfgram_infer_ref(wave.double(), exact, **options)
     assert truth.abs().max() > 0
     assert out.isfinite().all()
-    assert error(out, truth) <= 2 * error(plain(wave, folded, precision, **options), truth) + FLOOR
+    # on a CPU PyTorch has no tf32 to compare with: each factor loses its last 13 bits, 2^-10 of it
+    floor = 2**-9 if precision == "tf32" and DEVICE == "cpu" else FLOOR
+    assert error(out, truth) <= 2 * error(plain(wave, folded, precision, **options), truth) + floor
 
 
 @pytest.mark.parametrize("samples", [16000, 777])
