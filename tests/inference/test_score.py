@@ -108,7 +108,9 @@ def test_a_long_recording_is_compared_with_recordings_as_long(tiny_run, tmp_path
     _, summary, rows = run(tiny_run, [tmp_path / "new"], calibrate_with=normals, **options)
     for row in rows.values():
         assert row["calibration"] == "5 normal recordings of fan id 00"
-        assert row["p_value"] == (1 + sum(normal >= row["score"] - 1e-7)) / 6  # windows of other batches
+        # windows of other batches differ in their last bits
+        lowest, highest = ((1 + sum(normal >= row["score"] + shift)) / 6 for shift in (1e-5, -1e-5))
+        assert lowest <= row["p_value"] <= highest
         assert row["threshold"] == pytest.approx(normal.max(), rel=1e-6)
         assert row["anomaly"] == int(row["score"] > row["threshold"])
         assert row["window_p_value"] <= row["p_value"]
