@@ -62,7 +62,7 @@ def test_the_report_of_a_run(reported):
         (lambda run: (run / "evaluation" / "evaluation.json").write_text("{}"), "damaged"),
         (lambda run: (run / "evaluation" / "metrics.json").write_text("[1]"), "damaged"),
         (lambda run: (run / "evaluation" / "metrics.json").write_text("{"), "not a readable JSON file"),
-        (lambda run: (run / "evaluation" / "scores.csv").write_text("a,b\n1,2\n"), "damaged"),
+        (lambda run: (run / "evaluation" / "scores.csv").write_text("a,b\n1,2\n"), "no column"),
         (lambda run: (run / "evaluation" / "embeddings.npz").write_bytes(b"x"), "damaged"),
         (lambda run: (run / "log.jsonl").write_text("{}\n"), "damaged"),
         (lambda run: (run / "best.pt").write_bytes(b""), "not a readable checkpoint"),
