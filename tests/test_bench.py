@@ -61,6 +61,7 @@ def test_each_case_writes_its_table(name, options, identity, measured, data, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # bfloat16 without its instructions takes many minutes
 def test_the_model_case_takes_every_ways_best_batch(tmp_path):
     table = bench("model", tmp_path, seconds=1.0, sizes=(2, 3))
     with table.with_suffix(".csv").open() as file:
