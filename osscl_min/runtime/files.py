@@ -203,7 +203,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{printable(path)}: not a readable JSON file ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{printable(path)}: damaged, not an object")
+        raise UserError(f"{printable(path)}: not a readable JSON object")
     return content
 
 
