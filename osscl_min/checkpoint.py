@@ -18,9 +18,17 @@ import torch
 from osscl_min.config import Config, ModelConfig, from_dict, to_dict
 from osscl_min.data.clips import BENCHMARK, Clip
 from osscl_min.model import OSSCL
+from osscl_min.neighbours import FORMS, Neighbours
 from osscl_min.runtime.files import UserError, printable, replacing
 
 FORMAT = 1
+SCORES = {  # what the anomaly scores are; see `EvaluateConfig.score`
+    "exact": "cross-entropy against the machine's class (paper)",
+    "upstream": "cross-entropy against the machine's class, in float32 (authors' code)",
+    "nearest": "distance from the machine's training clips, in embedding and in profile",
+    "profile": "distance from the machine's training clips in profile, without the network",
+    "gaussian": "distance from the machine's mean spectrum and deviation over time, without the network",
+}
 
 
 @dataclass
@@ -33,8 +41,13 @@ class Checkpoint:
     classes: tuple[tuple[str, str], ...]  # label -> (machine type, machine id)
     epoch: int | None  # epochs trained; None for the authors' files
     synthetic: bool = False  # trained on simulated machines
-    # "labels", "scores" (n,) of held-out normal clips that did not choose the epoch
+    # "labels", "recordings", "scores" and "nearest" (n,) of held-out normal clips of one's own machines that
+    # did not choose the epoch; files of version 0.1 have labels and scores alone, one clip per recording
     calibration: dict[str, torch.Tensor] | None = None
+    neighbours: Neighbours | None = None
+    borrowed: tuple[int, ...] = ()  # classes of other people's machines, see `reader.with_others`
+    # "recordings" held out, how many were "recognised", what "chance" gives, and its "p_value"
+    recognition: dict[str, float] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -46,12 +59,53 @@ class Checkpoint:
         numbers = {machine: label for label, machine in enumerate(self.classes)}
         return np.array([numbers.get(clip.machine, -1) for clip in clips], np.int64)
 
-    def held_out(self) -> tuple[list[tuple[str, str]], list[float]]:
-        """Machines and scores of the calibration clips; empty if there are none."""
-        if self.calibration is None:
+    @property
+    def at_chance(self) -> bool:
+        """Whether held-out recordings are recognised no better than by chance (p > 0.05)."""
+        return self.recognition is not None and self.recognition["p_value"] > 0.05
+
+    @property
+    def remark(self) -> str:
+        """A line on how well held-out recordings are recognised; "" where that is unknown."""
+        if self.recognition is None:
+            return ""
+        counts = "recognises {recognised} of {recordings} held-out recordings as their own machine"
+        line = f"{counts}, chance is {{chance:.0%}}".format(**self.recognition)
+        return f"warning: {line}: no better than guessing" if self.at_chance else line
+
+    def form(self, asked: str = "auto") -> str:
+        """The score that `asked` (see `EvaluateConfig.score`) means for this checkpoint."""
+        if asked == "auto":
+            small = self.config.preset == "small" and self.neighbours is not None
+            return "exact" if not small else "profile" if self.at_chance else "nearest"
+        if asked in FORMS and self.neighbours is None:
+            raise UserError(
+                f"{printable(self.path)}: holds no training clips to compare with, as finished runs of this "
+                f"version do, so it has no score {asked!r}; train again, or give --score exact"
+            )
+        return asked
+
+    def held_out(self, form: str = "exact") -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+        """Machines and scores (windows,) of normal recordings that may set thresholds; empty without any.
+
+        Where the score takes no training, these are the kept training recordings, each left out of its own
+        comparison; otherwise the held-out ones.
+        """
+        if form in ("exact", "upstream", "nearest"):
+            if self.calibration is None:
+                return [], []
+            labels = self.calibration["labels"].numpy()
+            scores = self.calibration["nearest" if form == "nearest" else "scores"].numpy()
+            recordings = self.calibration.get("recordings", torch.arange(len(labels))).numpy()
+        elif form == "profile":
+            own = ~np.isin(self.neighbours.labels, self.borrowed)
+            scores = self.neighbours.leave_one_out(form)[own]
+            labels, recordings = self.neighbours.labels[own], self.neighbours.recordings[own]
+        else:
             return [], []
-        machines = [self.classes[label] for label in self.calibration["labels"].tolist()]
-        return machines, self.calibration["scores"].tolist()
+        _, first = np.unique(recordings, return_index=True)
+        machines = [self.classes[label] for label in labels[first]]
+        return machines, [scores[recordings == recordings[clip]] for clip in first]
 
 
 def save(path: Path | str, content: dict[str, Any], config: Config, classes: tuple, synthetic: bool) -> None:
@@ -150,8 +204,22 @@ def _ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         known = all(0 <= label < len(classes) for label in labels.tolist())
         if not known or labels.shape != scores.shape or not scores.isfinite().all():
             raise ValueError("its calibration scores are not one finite number per clip of a known machine")
+    neighbours = content.get("neighbours")
+    if neighbours is not None:
+        neighbours = Neighbours(**{name: value.numpy() for name, value in neighbours.items()})
+        if not np.isin(neighbours.labels, np.arange(len(classes))).all():
+            raise ValueError("its training clips are of unknown machines")
     return Checkpoint(
-        path, model, config, classes, int(content["epoch"]), bool(content["synthetic"]), calibration
+        path,
+        model,
+        config,
+        classes,
+        int(content["epoch"]),
+        bool(content["synthetic"]),
+        calibration,
+        neighbours,
+        tuple(content.get("borrowed", ())),
+        content.get("recognition"),
     )
 
 

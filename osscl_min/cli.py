@@ -29,6 +29,7 @@ BestPt = Annotated[Path, arg(help="A run's best.pt, or a .pth file of the author
 Device = Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
 Strict = Annotated[bool, arg(help="Stop if any file cannot be used.")]
 Channel = Annotated[int | None, arg(help="Channel of files with several; else MIMII's first, or the mean.")]
+Score = Literal["auto", "exact", "upstream", "nearest", "profile"]
 Preset = Annotated[Literal["paper", "small", "quick"], arg(help="Chooses the defaults of the settings.")]
 Settings = Annotated[Config, arg(name="")]
 
@@ -146,6 +147,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         strict: Strict = False,
     ) -> None:
         """Score the test clips of a data folder and write scores, AUC and pAUC."""
+        from osscl_min.checkpoint import SCORES
         from osscl_min.evaluate import evaluate as run
         from osscl_min.metrics import table
         from osscl_min.runtime.tables import markdown
@@ -155,7 +157,10 @@ def commands(preset: Config) -> dict[str, Callable]:
         if first_process() and result["metrics"] is None:
             show(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
         elif first_process():
-            show(markdown(table(result["metrics"])))
+            others = {name: entry for name, entry in result["forms"].items() if name != result["score"]}
+            show(markdown(table(result["metrics"], others)))
+            show(f"score: {SCORES[result['score']]}")
+            show("\n".join(f"  {name}: {SCORES[name]}" for name in others))
 
     def score(
         checkpoint: Positional[BestPt],
@@ -171,6 +176,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         explain: Path | None = None,
         batch_size: int | None = None,
         channel: Channel = None,
+        score: Score = "auto",
         device: Device = "auto",
     ) -> None:
         """Score recordings of a machine and decide which are anomalous.
@@ -190,13 +196,14 @@ def commands(preset: Config) -> dict[str, Callable]:
             plot: Picture of the most anomalous recording: scores over time and spectrogram.
             explain: Picture of its highest window: which frequencies and times raise the score.
             batch_size: Windows per batch.
+            score: Which anomaly score; auto is the checkpoint's own choice.
         """
         from osscl_min.inference.score import score as run
 
         scorer, summary = run(
             checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate,
             calibrate_with=calibrate, step=window_step, batch_size=batch_size, channel=channel, csv_path=csv,
-            json_path=json, plot_path=plot, explain_path=explain, device=device,
+            json_path=json, plot_path=plot, explain_path=explain, device=device, form=score,
         )  # fmt: skip
         show(summary.text(scorer))
         sys.exit(bool(summary.skipped or summary.windows_not_scored))

@@ -133,8 +133,10 @@ class EvaluateConfig(Settings):
     batch_size: Count = 16  # clips (ours; the authors score one clip at a time)
     precision: Precision = "fp32"  # of the network (code)
     bootstrap: Annotated[int, "[0, 1000000]"] = 1000  # resamples for 95 % intervals (ours); 0 omits them
-    # upstream: cross-entropy in float32, which ties at 0 (code)
-    score: Literal["exact", "upstream"] = "exact"
+    # exact: cross-entropy (paper); upstream: the same in float32, which ties at 0 (code); nearest, profile,
+    # gaussian: see neighbours.py (ours); auto: exact, but for detectors of the preset small nearest, or
+    # profile where they recognise held-out recordings no better than by chance
+    score: Literal["auto", "exact", "upstream", "nearest", "profile", "gaussian"] = "auto"
 
 
 @dataclass(frozen=True)

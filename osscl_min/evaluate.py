@@ -24,6 +24,7 @@ from osscl_min.features import FrontEnd
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, evaluate_scores, measured, write_metrics
 from osscl_min.model import OSSCL
+from osscl_min.neighbours import FORMS, profile
 from osscl_min.runtime.device import autocast, choose_device, implementation, prepare
 from osscl_min.runtime.distributed import Ranks, current, joined
 from osscl_min.runtime.files import (
@@ -49,8 +50,8 @@ def embed(
     precision: str,
     transform: Transform | None = None,
     occlude: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Unit embeddings (B, D) and labels (B,) of batches, on the model's device.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Unit embeddings (B, D), profiles (B, 3, mels) and labels (B,) of batches, on the model's device.
 
     `transform` changes the waves (B, samples), `occlude` the log-mels (B, 1, mels, frames) given the labels.
     """
@@ -61,25 +62,25 @@ def embed(
             log_mel = occlude(log_mel, labels)
         with autocast(samples.device, precision):
             _, embedding = model(wave, log_mel)
-        yield embedding, labels
+        yield embedding, profile(log_mel), labels
 
 
 @torch.no_grad()
 def score_batches(
     model: OSSCL, front: FrontEnd, batches: Batches, precision: str, form: str = "exact", **changes: Any
 ) -> tuple[torch.Tensor, ...]:
-    """Labels, anomaly scores, recognised classes and embeddings, on the CPU; `changes` go to `embed`."""
+    """Labels, scores, recognised classes, embeddings and profiles, on the CPU; `changes` go to `embed`."""
     parts = []
-    for embedding, labels in embed(model, front, batches, precision, **changes):
+    for embedding, profiles, labels in embed(model, front, batches, precision, **changes):
         scores = anomaly_score(model.arcface(embedding, labels), labels, form)
-        values = labels, scores, model.arcface(embedding).argmax(1), embedding
+        values = labels, scores, model.arcface(embedding).argmax(1), embedding, profiles
         parts.append([value.cpu() for value in values])
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 @dataclass
 class Scored:
-    """Test clips and what the network says of them."""
+    """Recordings and what is known of them: of a long one, its highest window."""
 
     clips: list[Clip]
     labels: np.ndarray  # (n,) int64, own class
@@ -87,13 +88,18 @@ class Scored:
     predicted: np.ndarray  # (n,) int64, the class recognised, margin off
     embeddings: np.ndarray  # (n, D) float32, of unit length
     seconds: float
+    forms: dict[str, np.ndarray]  # the scores (n,) of every form that the checkpoint allows
 
     @property
     def rows(self) -> list[Score]:
         """For `metrics.evaluate_scores`."""
+        return self.rows_of(self.scores)
+
+    def rows_of(self, scores: np.ndarray) -> list[Score]:
+        """The same with other scores."""
         return [
             Score(printable(clip.path.name), *clip.machine, float(score), clip.anomaly, clip.subset)
-            for clip, score in zip(self.clips, self.scores, strict=True)
+            for clip, score in zip(self.clips, scores, strict=True)
         ]
 
     @property
@@ -127,10 +133,30 @@ def score_clips(
     loaded = load_batches(reader, labels, batches, trained.device)
     bar = {"total": len(batches), "desc": description, "unit": "batch", "disable": hidden, "leave": False}
     loaded = tqdm(loaded, **bar)
-    own = score_batches(trained.model, front, loaded, config.precision, config.score, **changes)
+    form = trained.form(config.score)
+    network = "upstream" if form == "upstream" else "exact"
+    own = score_batches(trained.model, front, loaded, config.precision, network, **changes)
     parts = zip(*ranks.gather([value.numpy() for value in own]), strict=True)
-    clips = [reader.clips[position] for position in positions]
-    return Scored(clips, *map(np.concatenate, parts), time.perf_counter() - began)
+    labels, scores, predicted, embeddings, profiles = map(np.concatenate, parts)
+    forms = {network: scores}
+    if trained.neighbours is not None:
+        forms |= {name: trained.neighbours.scores(name, labels, embeddings, profiles) for name in FORMS}
+    if missing := {" ".join(trained.classes[label]) for label in labels[np.isnan(forms[form])]}:
+        raise UserError(
+            f"no training clips of {', '.join(sorted(missing))} to compare with; give --score exact"
+        )
+    recordings = reader.recordings[positions]
+    highest = np.lexsort((forms[form], recordings))[np.flatnonzero(np.diff(np.sort(recordings), append=-1))]
+    highest.sort()
+    for name, values in forms.items():
+        most = np.full(recordings.max() + 1, -np.inf)
+        np.maximum.at(most, recordings, values)
+        forms[name] = most[recordings[highest]]
+    clips = [reader.clips[position] for position in positions[highest]]
+    seconds = time.perf_counter() - began
+    return Scored(
+        clips, labels[highest], forms[form], predicted[highest], embeddings[highest], seconds, forms
+    )
 
 
 def known_machines(trained: Checkpoint, reader: Reader) -> tuple[list[int], str]:
@@ -190,15 +216,20 @@ def evaluate(
         for message in filter(None, (opened.report(), not_scored)) if ranks.first else ():
             tqdm.write(message)
         scored = score_clips(trained, opened.test, config=config, positions=positions)
+    form = trained.form(config.score)
     if not ranks.first:
         return {}
     rows = scored.rows
+    columns = ["file", "machine_type", "machine_id", "subset", "anomaly", "score", "recognised_as"]
+    others = [name for name in scored.forms if name != form]
     write_csv(
         out / "scores.csv",
-        ["file", "machine_type", "machine_id", "subset", "anomaly", "score", "recognised_as"],
+        [*columns, *others],
         [
-            [*astuple(row)[:3], row.subset, row.anomaly, row.score, " ".join(trained.classes[label])]
-            for row, label in zip(rows, scored.predicted, strict=True)
+            [*astuple(row)[:3], row.subset, row.anomaly, row.score, " ".join(trained.classes[label]), *values]
+            for row, label, *values in zip(
+                rows, scored.predicted, *(scored.forms[name].tolist() for name in others), strict=True
+            )
         ],
     )
     machines = sorted({(row.machine_type, row.machine_id) for row in rows})
@@ -224,6 +255,13 @@ def evaluate(
         "unlabelled": sum(row.anomaly is None for row in rows),
         "not_scored": not_scored,
         "problems": opened.dataset.problems,
+        "score": form,
+        "forms": {
+            name: evaluate_scores(known, config.bootstrap)["average"]
+            for name, values in scored.forms.items()
+            if np.isfinite(values).all() and (known := measured(scored.rows_of(values)))
+        },
+        "recognition": trained.recognition,
         "identity_accuracy": scored.identity_accuracy,
         "machines": len(machines),
         "ms_per_clip": 1000 * scored.seconds / len(rows),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from osscl_min.runtime.files import UserError, read_rows, write_csv, write_json
 from osscl_min.runtime.tables import percent
 
 MAX_FPR = 0.1  # pAUC's range of false-positive rates (DCASE 2020 Task 2)
-NAMES = ("auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc")
+NAMES = ("auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc", "official")
 LOWEST_PAUC = (1 - MAX_FPR / (2 - MAX_FPR)) / 2  # McClish-standardised, where every anomaly scores lowest
 SCORE_FILE = re.compile(r"^(?:anomaly_score_(.+)_id_(.+)|(.+)_anomaly_score_id_(.+))\.csv$")
 
@@ -146,7 +146,7 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
             parts.append(areas[kind, number])
         pooled = both_areas((kind,), np.concatenate(list(ids.values())))
         means = _over(np.mean, "auc", parts), _over(np.mean, "pauc", parts)
-        values = (*pooled.values(), *means, _over(np.min, "auc", parts))
+        values = (*pooled.values(), *means, _over(np.min, "auc", parts), sum(means) / 2)
         areas[kind,] = dict(zip(NAMES, values, strict=True))
         types.append(areas[kind,])
     areas[()] = {name: _over(np.mean, name, types) for name in NAMES}
@@ -199,8 +199,8 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
     -------
     dict
         {"ids": [{"type", "id", "auc", "pauc", "normal", "anomaly"}],
-        "types": [{"type", "auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc"}],
-        "average": {the same names}}, fractions; mauc is the lowest AUC of a type's ids. With `bootstrap`,
+        "types": [{"type", and NAMES}], "average": {NAMES}}, fractions. mauc is the lowest AUC of a type's
+        ids; "official" is the mean of AUC and pAUC over ids, as DCASE 2020 averages them. With `bootstrap`,
         every entry also has "interval": {name: [2.5 %, 97.5 %]}. A metric that its clips cannot give (only
         one class) is None, as is its interval, and left out of the means.
     """
@@ -228,6 +228,9 @@ def _bounds(system: Resampled, key: tuple[str, ...], name: str, level: float = 0
             return np.mean([_bounds(system, part, name) for part in known], axis=0).tolist()
         lower = min(_bounds(system, part, "auc")[0] for part in known)
         return [lower, min(_bounds(system, part, "auc", 1 - 0.025 / len(parts))[1] for part in known)]
+    if name == "official":  # the wider case: as if AUC and pAUC rose and fell together
+        parts = [_bounds(system, key, part, level) for part in ("auc_id_mean", "pauc_id_mean")]
+        return np.mean(parts, axis=0).tolist()
     partial = name.startswith("pauc")
     lowest = LOWEST_PAUC if partial else 0.0
     normal, anomalous = system.counts[key]
@@ -302,14 +305,25 @@ def write_metrics(metrics: dict[str, Any], out: Path | str) -> None:
     write_csv(out / "metrics.csv", ["level", *names], rows)
 
 
-def table(metrics: dict[str, Any], more: Sequence[tuple[str, dict[str, float]]] = ()) -> list[list[str]]:
+def table(metrics: dict[str, Any], more: Mapping[str, dict[str, Any]] = {}) -> list[list[str]]:
     """The types' table in percent, first row the header, for the terminal and the report.
 
-    `metrics` comes from `evaluate_scores`; `more` has further rows, such as another system's average.
+    `metrics` comes from `evaluate_scores`; `more` has the averages of other scores or systems by name.
     """
-    rows = [["machine type", "AUC pooled", "pAUC pooled", "AUC id-mean", "pAUC id-mean", "mAUC"]]
+    rows = [
+        [
+            "machine type",
+            "AUC pooled",
+            "pAUC pooled",
+            "AUC id-mean",
+            "pAUC id-mean",
+            "mAUC",
+            "AUC + pAUC, mean",
+        ]
+    ]
     types = [(entry["type"], entry) for entry in metrics["types"]]
-    for label, entry in (*types, ("average", metrics["average"]), *more):
+    others = [(f"average, {name}", entry) for name, entry in more.items()]
+    for label, entry in (*types, ("average", metrics["average"]), *others):
         bounds = entry.get("interval") or {}
         rows.append([label, *(percent(entry.get(name), bounds.get(name)) for name in NAMES)])
     return rows

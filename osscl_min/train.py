@@ -16,14 +16,19 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from osscl_min import checkpoint
 from osscl_min.augment import training_noise
+from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import Config, from_dict, to_dict, with_classes
 from osscl_min.data.batches import batches_of, load_batches, resident, to_device
 from osscl_min.data.clips import BENCHMARK, label_table
-from osscl_min.data.reader import open_data, with_others
+from osscl_min.data.reader import Reader, open_data, with_others
+from osscl_min.evaluate import score_batches
+from osscl_min.model import OSSCL
+from osscl_min.neighbours import Neighbours, choose
 from osscl_min.runtime.device import choose_device, prepare
 from osscl_min.runtime.distributed import joined
 from osscl_min.runtime.files import (
@@ -43,11 +48,18 @@ from osscl_min.trainer import Trainer
 POSITION = ("epoch", "step", "losses", "seconds", "best")  # fields of a Run that its checkpoints hold
 
 
-def split_validation(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on, sorted, and positions held out, in random order; at least one is held out."""
+def split_validation(
+    recordings: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Positions of the clips to train on, sorted, and those of each recording that is held out.
+
+    `recordings` (clips,) numbers each clip's recording from 0. At least one is held out, at random.
+    """
+    count = recordings.max() + 1
     order = np.random.default_rng([seed, 0]).permutation(count)
-    held_out = min(max(1, round(fraction * count)), count - 2)
-    return np.sort(order[held_out:]), order[:held_out]
+    held_out = order[: min(max(1, round(fraction * count)), count - 2)]
+    training = np.flatnonzero(~np.isin(recordings, held_out))
+    return training, [np.flatnonzero(recordings == recording) for recording in held_out]
 
 
 def shuffled(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -119,21 +131,23 @@ def train(
         opened = open_data(data, config.model.audio, splits=["train"], strict=strict)
         if ranks.first:
             stack.enter_context(locked(out, "training"))
+        own = {clip.machine for clip in opened.train.clips}
         if others is not None:
             opened = with_others(opened, others, config.model.audio, out, strict)
         dataset, reader = opened.dataset, opened.train
         if opened.report():
             say(opened.report())
         classes = label_table(reader.clips, benchmark=config.preset == "paper" or None)
-        if len(reader) < 4 * ranks.world_size:
-            raise UserError(f"{printable(dataset.root)}: {len(reader)} training clips are too few")
+        recordings = len(set(reader.recordings.tolist()))
+        if recordings < 4 or len(reader) < 4 * ranks.world_size:
+            raise UserError(f"{printable(dataset.root)}: {recordings} training recordings are too few")
         if config.train.batch_size < 2 * ranks.world_size:
             raise UserError(f"train.batch_size: each of {ranks.world_size} processes needs two clips")
         if classes == BENCHMARK and config.preset != "paper" and not dataset.synthetic:
             say(f"preset {config.preset}: not the paper's experiment on this data; --preset paper is")
         config = with_classes(config, len(classes))
         fraction, seed = config.train.validation_fraction, config.train.seed
-        training, held_out = split_validation(len(reader), fraction, seed)
+        training, held_out = split_validation(reader.recordings, fraction, seed)
         torch.manual_seed(seed)
         trainer = Trainer(config, where, ranks=ranks)
         say(f"training in {running}, computed by {trainer.computed_by}")
@@ -145,9 +159,9 @@ def train(
                 "synthetic": dataset.synthetic,
                 "clips": _fingerprint(reader.clips),
                 "training": len(training),
-                "validation": len(held_out),
+                "validation": sum(map(len, held_out)),
                 "problems": dataset.problems,
-                "validation_files": [printable(reader.clips[clip].path.name) for clip in sorted(held_out)],
+                "validation_files": sorted(printable(reader.clips[clips[0]].path.name) for clips in held_out),
             },
             "classes": [list(machine) for machine in classes],
             "running": running,
@@ -155,17 +169,20 @@ def train(
         }
         source = resident(reader, config.model.audio.samples, where, config.engine.resident)
         labels = np.array([classes.index(clip.machine) for clip in reader.clips])
-        files = [printable(clip.path.name) for clip in reader.clips]
-        run = Run(out, about, trainer, source, labels, files, training, held_out)
+        borrowed = [label for label, machine in enumerate(classes) if machine not in own]
+        run = Run(out, about, trainer, source, reader, labels, borrowed, training, held_out)
         run.start_or_resume()
         if run.epoch >= config.train.epochs:
             say(f"{printable(out)}: already trained for {run.epoch} epochs, nothing to do")
-            return out / "best.pt"
-        run.signals = stack.enter_context(noting_signals(ranks.world_size == 1))
-        run.bar = stack.enter_context(run.progress_bar())
-        while run.epoch < config.train.epochs:
-            run.train_epoch()
-            run.finish_epoch()
+        else:
+            run.signals = stack.enter_context(noting_signals(ranks.world_size == 1))
+            run.bar = stack.enter_context(run.progress_bar())
+            while run.epoch < config.train.epochs:
+                run.train_epoch()
+                run.finish_epoch()
+            run.bar.close()
+        if ranks.first:
+            say(run.complete())
     return out / "best.pt"
 
 
@@ -177,10 +194,11 @@ class Run:
     about: dict[str, Any]  # the content of config.json
     trainer: Trainer
     source: Any  # a reader, or its samples in GPU memory
+    reader: Reader
     labels: np.ndarray  # (clips,) int64
-    files: list[str]  # names of the clips' files
+    borrowed: list[int]  # classes of machines that are not one's own
     training: np.ndarray  # positions of the training clips
-    held_out: np.ndarray  # positions of the held-out clips
+    held_out: list[np.ndarray]  # positions of the clips of each recording that is held out
     epoch: int = 0  # whole epochs done
     step: int = 0  # steps done of the next one
     losses: list[dict[str, float]] = field(default_factory=list)  # of these steps
@@ -256,13 +274,14 @@ class Run:
         """Validate, log and save; the first rank's work."""
         trainer, train = self.trainer, self.trainer.config.train
         if trainer.ranks.first:
-            batches = batches_of(self.held_out, trainer.config.evaluate.batch_size)
-            loaded = load_batches(self.source, self.labels, batches, trainer.device)
-            labels, scores, predicted, _ = trainer.validate(loaded)
-            choosing = calibrating = slice(None)
-            if train.keep == "best":  # clips that choose the epoch cannot set thresholds too
-                half = (len(labels) + 1) // 2
-                choosing, calibrating = slice(half), slice(half, None)
+            held_out = np.concatenate(self.held_out)
+            labels, scores, predicted, *_ = self.score(trainer.ema, held_out)
+            recordings = torch.from_numpy(self.reader.recordings[held_out])
+            choosing, calibrating = np.ones(len(held_out), bool), ~np.isin(labels, self.borrowed)
+            if train.keep == "best":  # recordings that choose the epoch cannot set thresholds too
+                half = self.held_out[: (len(self.held_out) + 1) // 2]
+                choosing = np.isin(held_out, np.concatenate(half))
+                calibrating &= ~choosing
             loss = scores[choosing].mean().item()
             if not math.isfinite(loss) or not trainer.is_finite():
                 self.fail(self.step - 1, f"the validation loss after it is {loss}")
@@ -270,7 +289,8 @@ class Run:
             classifies = self.epoch >= train.pretrain_epochs
             if classifies and (train.keep == "last" or self.best is None or loss < self.best):
                 self.best = loss
-                calibration = {"labels": labels[calibrating], "scores": scores[calibrating]}
+                values = {"labels": labels, "recordings": recordings, "scores": scores}
+                calibration = {name: value[calibrating] for name, value in values.items()}
                 self._write("best.pt", self.epoch + 1, calibration=calibration)
             accuracy = (predicted == labels)[choosing].double().mean().item()
             entry = {
@@ -287,6 +307,52 @@ class Run:
         self.epoch, self.step, self.losses, self.seconds = self.epoch + 1, 0, [], 0.0
         self.save()
 
+    def score(self, model: OSSCL, positions: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """`score_batches` of the clips at `positions`."""
+        trainer, config = self.trainer, self.trainer.config
+        batches = batches_of(positions, config.evaluate.batch_size)
+        loaded = load_batches(self.source, self.labels, batches, trainer.device)
+        return score_batches(model, trainer.front, loaded, config.train.precision)
+
+    def complete(self) -> str:
+        """Add to best.pt the training clips to compare with, and how well it recognises held-out recordings.
+
+        Returns a line on the latter.
+        """
+        trained = checkpoint.load(self.out / "best.pt", self.trainer.device)
+        if trained.neighbours is None and "recordings" in (trained.calibration or {}):
+            trained = self._with_neighbours(trained)
+        return trained.remark
+
+    def _with_neighbours(self, trained: Checkpoint) -> Checkpoint:
+        recordings, training, seed = self.reader.recordings, self.training, self.trainer.config.train.seed
+        kept = training[choose(self.labels[training], recordings[training], seed)]
+        *_, embeddings, profiles = (value.numpy() for value in self.score(trained.model, kept))
+        neighbours = Neighbours(self.labels[kept], recordings[kept], embeddings, profiles)
+        held_out = np.concatenate(self.held_out)
+        labels, _, predicted, *described = (value.numpy() for value in self.score(trained.model, held_out))
+        calibrating = np.isin(recordings[held_out], trained.calibration["recordings"].numpy())
+        nearest = neighbours.scores("nearest", labels, *described)[calibrating]
+        ends = np.cumsum([len(clips) for clips in self.held_out])
+        recognised = int(sum(clips.mean() for clips in np.split(predicted == labels, ends[:-1])))
+        chance = np.bincount(self.labels[training]).max() / len(training)
+        test = binomtest(recognised, len(ends), chance, alternative="greater")
+        names = "labels", "recordings", "embeddings", "profiles"
+        more = {
+            "calibration": trained.calibration | {"nearest": torch.from_numpy(nearest)},
+            "neighbours": {name: torch.from_numpy(getattr(neighbours, name)) for name in names},
+            "borrowed": self.borrowed,
+            "recognition": {
+                "recordings": len(ends),
+                "recognised": recognised,
+                "chance": float(chance),
+                "p_value": float(test.pvalue),
+            },
+        }
+        content = checkpoint.read(trained.path) | more
+        checkpoint.save(trained.path, content, trained.config, trained.classes, trained.synthetic)
+        return checkpoint.load(trained.path)
+
     def save(self) -> None:
         """Write last.pt, unless the state is not finite."""
         if self.trainer.ranks.first:
@@ -299,7 +365,7 @@ class Run:
         """Write failed.pt and stop at a step of the current epoch."""
         if self.trainer.ranks.first:
             self._write_state("failed.pt")
-        names = ", ".join(self.files[clip] for clip in self.batches()[step])
+        names = ", ".join(printable(self.reader.clips[clip].path.name) for clip in self.batches()[step])
         raise UserError(
             f"epoch {self.epoch + 1}, step {step + 1}: {what}; its clips: {names}; "
             f"{printable(self.out / 'failed.pt')} holds the state for inspection, last.pt is unchanged"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from osscl_min.config import Config
-from osscl_min.evaluate import score_batches
 from osscl_min.features import FrontEnd
 from osscl_min.losses import mixup, os_scl_loss, stage_loss
 from osscl_min.model import OSSCL
@@ -55,12 +53,6 @@ class Trainer:
     ):
         self.config, self.device, self.ranks = config, device, ranks
         self.model = (model or OSSCL(config.model)).to(device)
-        try:
-            import osscl_cpu
-
-            self.computed_by = osscl_cpu.accelerate(self.model)
-        except ImportError:  # optional
-            self.computed_by = ""
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.front = FrontEnd(config.model.audio).to(device)
         self.loss = config.loss
@@ -182,10 +174,6 @@ class Trainer:
                 group["lr"].fill_(self.learning_rate(epoch))
             else:
                 group["lr"] = self.learning_rate(epoch)
-
-    def validate(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-        """`score_batches` of held-out clips with the EMA."""
-        return score_batches(self.ema, self.front, batches, self.config.train.precision)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes. No step draws from a global generator."""

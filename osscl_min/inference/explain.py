@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from osscl_min.data.audio import decode, duration
 from osscl_min.features import hz_to_mel, mel_ticks, mel_to_hz, to_wave
 from osscl_min.inference.recordings import Recording, Scorer, window_starts
+from osscl_min.neighbours import FORMS
 from osscl_min.runtime.files import UserError
 from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture, save
 
@@ -62,7 +63,7 @@ def timeline(scorer: Scorer, recording: Recording, threshold: float | None) -> F
     above.hlines(scores, starts, starts + audio.seconds, color=BLUE, linewidth=2, label=label)
     if threshold is not None:
         above.axhline(threshold, color=VERMILLION, linestyle="--", linewidth=1.2, label="threshold")
-    above.set(yscale="log", ylabel="anomaly score")
+    above.set(yscale="linear" if scorer.form in FORMS else "log", ylabel="anomaly score")
     levels = spectrogram(scorer, recording)
     image = picture(below, levels, "magma", np.nanpercentile(levels, (1, 99.5)), (0, length, 0, audio.mels))
     below.set_yticks(*mel_ticks(audio))

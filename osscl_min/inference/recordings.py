@@ -27,6 +27,7 @@ from osscl_min.evaluate import embed
 from osscl_min.features import FrontEnd
 from osscl_min.inference.calibration import Calibration
 from osscl_min.losses import anomaly_score
+from osscl_min.neighbours import FORMS
 from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, walk
 
 COLUMNS = (
@@ -111,16 +112,19 @@ class Scorer:
     trained: Checkpoint
     machine_type: str | None = None  # of every file; left out, each file's place and name give it
     machine_id: str | None = None
-    step: float | None = None  # seconds between windows, at most a window's length; half of it without
+    step: float | None = None  # seconds between windows, at most a window's length; training's without
     batch_size: int | None = None  # windows per batch; the checkpoint's own without
     channel: int | None = None  # of files with several; the layout's own choice without
+    form: str = "auto"  # which score, see `EvaluateConfig.score`
 
     def __post_init__(self):
+        self.form = self.trained.form(self.form)
         self.audio: AudioConfig = self.trained.config.model.audio
         self.device = self.trained.device
         self.front = FrontEnd(self.audio).to(self.device)
         self.types = sorted({known for known, _ in self.trained.classes}, key=str.lower)
-        self.step = self.audio.seconds / 2 if self.step is None else self.step
+        if self.step is None:  # as the recordings that set the thresholds were cut
+            self.step = min(self.audio.clip_step, self.audio.seconds) or self.audio.seconds / 2
         if self.batch_size is None:
             self.batch_size = self.trained.config.evaluate.batch_size
         if not 0.01 <= self.step <= self.audio.seconds:
@@ -227,7 +231,7 @@ class Scorer:
                 if np.isfinite(own).all():
                     recording.windows[position] = own
                 else:
-                    recording.missing[position] = "the network's output is not finite"
+                    recording.missing[position] = "its score is not finite"
         for recording, position, _ in batch:
             if position + 1 == len(recording.starts):
                 reasons = ", ".join(dict.fromkeys(recording.missing.values()))
@@ -248,10 +252,16 @@ class Scorer:
         """
         model, precision = self.trained.model, self.trained.config.train.precision
         windows = torch.from_numpy(samples).to(self.device)
-        ((embedding, _),) = embed(model, self.front, [(windows, None)], precision, transform)
-        targets = [torch.full((len(samples),), label, device=self.device) for label in labels]
-        scores = [anomaly_score(model.arcface(embedding, target), target) for target in targets]
-        return torch.stack(scores, dim=1).cpu().numpy()
+        ((embedding, profiles, _),) = embed(model, self.front, [(windows, None)], precision, transform)
+        described, columns = (embedding.cpu().numpy(), profiles.cpu().numpy()), []
+        for label in labels:
+            target = torch.full((len(samples),), label, device=self.device)
+            if self.form in FORMS:
+                scores = self.trained.neighbours.scores(self.form, target.cpu().numpy(), *described)
+            else:
+                scores = anomaly_score(model.arcface(embedding, target), target, self.form).cpu().numpy()
+            columns.append(scores)
+        return np.stack(columns, axis=1)
 
 
 def expand(names: Iterable[str]) -> Iterator[str | Recording]:

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from osscl_min import checkpoint
+from osscl_min.checkpoint import SCORES
 from osscl_min.data.clips import MANIFEST
 from osscl_min.inference.calibration import Calibration
 from osscl_min.inference.recordings import COLUMNS, Recording, Scorer, expand
@@ -45,7 +46,7 @@ def calibrate(scorer: Scorer, rate: float, recordings: Iterable[Recording] = ())
 
     These must be scored, and never trained on. Each file counts once, however long it is.
     """
-    machines, scores = scorer.trained.held_out()
+    machines, scores = scorer.trained.held_out(scorer.form)
     for recording in {os.path.realpath(recording.file): recording for recording in recordings}.values():
         if recording.problem:
             raise UserError(f"--calibrate: {printable(recording.file)}: {recording.problem}")
@@ -99,6 +100,8 @@ class Summary:
             lines.append(markdown([_HEADER, *(_cells(row) for *_, row in entries)]))
         lines.append(f"{self.scored} files scored, {self.anomalous} anomalous")
         lines[-1] += f" (above, the {SHOWN} with the lowest p-values)" if many else ""
+        lines += [scorer.trained.remark] if scorer.trained.at_chance else []
+        lines.append(f"score: {SCORES[scorer.form]}")
         if self.thresholds:
             lines.append("thresholds, from a machine's normal recordings, else its type's, else all:")
             sources = [f"{text} ({files} files)" for text, files in self.thresholds.most_common()]
@@ -192,7 +195,7 @@ def score(
         Pictures (.png, .pdf, .svg) of the strangest recording, see `explain`.
     device : str
     options
-        machine_type, machine_id, step, batch_size and channel, see `Scorer`.
+        machine_type, machine_id, step, batch_size, channel and form, see `Scorer`.
 
     Returns
     -------

@@ -1,0 +1,159 @@
+"""Scores that compare a clip with the training clips of its own machine, with and without the network.
+
+"nearest" adds two distances from the nearest training clips: between embeddings, and between profiles, the
+98th percentile over time of each log-mel band, which short events raise too. "profile" is the second alone,
+and "gaussian" a Mahalanobis distance: neither needs training, so they show what the network is worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+from sklearn.covariance import LedoitWolf
+
+PERCENTILE = 0.98
+NEAREST = 2  # training clips whose mean distance counts
+MOST = 200  # training clips kept per machine
+# the scores of this module and, for each that adds distances, what these lie between
+FORMS = {"nearest": ("embeddings", "levels"), "profile": ("levels",), "gaussian": ()}
+
+
+def profile(log_mel: torch.Tensor) -> torch.Tensor:
+    """(B, 1, mels, frames) in dB -> (B, 3, mels): 98th percentile, mean and deviation over time."""
+    place = PERCENTILE * (log_mel.shape[-1] - 1)
+    highest = log_mel[:, 0].topk(log_mel.shape[-1] - int(place), dim=-1).values
+    percentile = highest[..., -1].lerp(highest[..., max(-2, -highest.shape[-1])], place % 1)
+    return torch.stack([percentile, log_mel[:, 0].mean(-1), log_mel[:, 0].std(-1, correction=0)], dim=1)
+
+
+def choose(labels: np.ndarray, recordings: np.ndarray, seed: int) -> np.ndarray:
+    """Which clips to keep, as sorted positions: whole recordings, drawn at random, MOST clips per machine.
+
+    A longer first recording gives its first MOST clips.
+    """
+    random, kept = np.random.default_rng([seed, 4]), []
+    for label in np.unique(labels):
+        count = 0
+        for recording in random.permutation(np.unique(recordings[labels == label])):
+            clips = np.flatnonzero((labels == label) & (recordings == recording))[:MOST]
+            if count + len(clips) <= MOST:
+                kept.append(clips)
+                count += len(clips)
+    return np.sort(np.concatenate(kept))
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Training clips to compare with.
+
+    Every distance is normalised by the mean and the deviation of the same distance between the machine's own
+    recordings, each left out in turn, so that the scores of different machines mean the same.
+    """
+
+    labels: np.ndarray  # (n,) int64, classes
+    recordings: np.ndarray  # (n,) int64; the clips of one recording are never each other's neighbours
+    embeddings: np.ndarray  # (n, D) float32
+    profiles: np.ndarray  # (n, 3, mels) float32
+
+    @property
+    def levels(self) -> np.ndarray:
+        """The percentiles of the profiles, (n, mels)."""
+        return self.profiles[:, 0]
+
+    @cached_property
+    def _within(self) -> dict[str, np.ndarray]:
+        """Distance of each clip from its machine's nearest other recordings; NaN where there is none."""
+        distances = {name: np.full(len(self.labels), np.nan) for name in FORMS["nearest"]}
+        for label in np.unique(self.labels):
+            own = np.flatnonzero(self.labels == label)
+            same = self.recordings[own, None] == self.recordings[own]
+            for name, values in distances.items():
+                points = getattr(self, name)[own]
+                values[own] = _nearest(np.where(same, np.nan, cdist(points, points)))
+        return distances
+
+    def _normalised(self, name: str, label: int, distance: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+        """`distance` (m,), less the mean of the machine's own and divided by their deviation.
+
+        `left_out` (m, n) says which of the n clips of the machine do not count for each distance. A machine
+        of fewer than three recordings takes the average of all machines.
+        """
+        own = self._within[name][self.labels == label]
+        counts = ~left_out & ~np.isnan(own)
+        number = np.maximum(counts.sum(1), 2)
+        mean = np.where(counts, own, 0).sum(1) / number
+        deviation = np.sqrt((np.where(counts, own - mean[:, None], 0) ** 2).sum(1) / (number - 1))
+        few = len(np.unique(self.recordings[self.labels == label])) < 3
+        if few or not deviation.all():
+            mean, deviation = self._typical[name]
+        return (distance - mean) / deviation
+
+    @cached_property
+    def _typical(self) -> dict[str, tuple[float, float]]:
+        """Mean and deviation of the distances within a machine, averaged over machines."""
+        typical = {}
+        for name, values in self._within.items():
+            groups = [values[self.labels == label] for label in np.unique(self.labels)]
+            groups = [own[~np.isnan(own)] for own in groups]
+            moments = [(own.mean(), own.std(ddof=1)) for own in groups if len(own) > 1 and own.std() > 0]
+            typical[name] = tuple(np.mean(moments, axis=0)) if moments else (0.0, 1.0)
+        return typical
+
+    def scores(
+        self, form: str, labels: np.ndarray, embeddings: np.ndarray, profiles: np.ndarray
+    ) -> np.ndarray:
+        """Anomaly scores (m,) float64 of clips against their machines; NaN if the machine has no clips here.
+
+        Parameters
+        ----------
+        form : one of FORMS
+        labels : (m,) int64
+        embeddings : (m, D)
+        profiles : (m, 3, mels), see `profile`
+        """
+        result = np.full(len(labels), np.nan)
+        points = {"embeddings": embeddings, "levels": profiles[:, 0]}
+        for label in np.intersect1d(labels, self.labels):
+            chosen, own = np.flatnonzero(labels == label), self.labels == label
+            if form == "gaussian":
+                result[chosen] = _mahalanobis(self.profiles[own, 1:], profiles[chosen, 1:])
+                continue
+            nobody = np.zeros((len(chosen), own.sum()), bool)
+            result[chosen] = sum(
+                self._normalised(
+                    name, label, _nearest(cdist(points[name][chosen], getattr(self, name)[own])), nobody
+                )
+                for name in FORMS[form]
+            )
+        return result
+
+    def leave_one_out(self, form: str) -> np.ndarray:
+        """The same scores (n,) of the kept clips, as if each one's recording were not among them.
+
+        Those of "profile" are exchangeable with the scores of new normal clips, so they can set thresholds.
+        Those of "nearest" are not: the network was trained on these clips.
+        """
+        result = np.zeros(len(self.labels))
+        for label in np.unique(self.labels):
+            own = np.flatnonzero(self.labels == label)
+            same = self.recordings[own, None] == self.recordings[own]
+            for name in FORMS[form]:
+                result[own] += self._normalised(name, label, self._within[name][own], same)
+        return result
+
+
+def _nearest(distances: np.ndarray) -> np.ndarray:
+    """(m, n) -> mean of each row's NEAREST smallest; NaN is no neighbour."""
+    nearest = np.sort(distances, axis=1)[:, :NEAREST]
+    count = np.maximum((~np.isnan(nearest)).sum(1), 1)
+    return np.where(np.isnan(nearest[:, 0]), np.nan, np.nansum(nearest, axis=1) / count)
+
+
+def _mahalanobis(own: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Distance of points (m, 2, mels) from the Gaussian of `own` (n, 2, mels), shrunk by Ledoit and Wolf."""
+    gaussian = LedoitWolf().fit(own.reshape(len(own), -1).astype(np.float64))
+    return np.sqrt(gaussian.mahalanobis(points.reshape(len(points), -1).astype(np.float64)))
