@@ -68,17 +68,28 @@ def commands(preset: Config) -> dict[str, Callable]:
         chosen = {"parts": parts.split(","), "types": types.split(",")}
         show(run(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror))
 
-    def inspect(data: Positional[Data], out: Out | None = None) -> None:
+    def inspect(
+        data: Positional[Data],
+        out: Out | None = None,
+        seconds: float = preset.model.audio.seconds,
+        step: float | None = None,
+        preset: Preset = preset.preset,
+    ) -> None:
         """Show what a data set holds: counts, lengths, rates, levels, duplicates, conflicts.
 
         Args:
             out: Folder for inspect.json and inspect.csv.
+            seconds: Length of the clips that a training would take.
+            step: Seconds from one clip of a longer recording to the next, by default their length; 0 takes
+                the first alone.
         """
+        from osscl_min.config import AudioConfig
         from osscl_min.data import inspection
         from osscl_min.runtime.tables import markdown
 
         folder(out)
-        result = inspection.inspect(data)
+        audio = AudioConfig(seconds=seconds, clip_step=seconds if step is None else step)
+        result = inspection.inspect(data, audio)
         show(f"{markdown(inspection.table(result))}\n{inspection.remarks(result)}".strip())
         if out is not None:
             inspection.write(result, out)
@@ -91,6 +102,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         channel: Channel = None,
         sample_rate: int = preset.model.audio.sample_rate,
         seconds: float = preset.model.audio.seconds,
+        step: float | None = None,
         preset: Preset = preset.preset,
     ) -> None:
         """Decode every clip once, into a packed store that train and evaluate read instead of the data.
@@ -101,11 +113,14 @@ def commands(preset: Config) -> dict[str, Callable]:
             jobs: Parallel workers; all cores by default.
             sample_rate: Sample rate of the packed clips, Hz.
             seconds: Length of the packed clips.
+            step: Seconds from one clip of a longer recording to the next, by default their length; 0 packs
+                the first alone.
         """
         from osscl_min.config import AudioConfig
         from osscl_min.data.store import pack as run
 
-        audio = AudioConfig(sample_rate=sample_rate, seconds=seconds)
+        step = seconds if step is None else step
+        audio = AudioConfig(sample_rate=sample_rate, seconds=seconds, clip_step=step)
         show(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
 
     def train(

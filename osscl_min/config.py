@@ -25,8 +25,10 @@ class AudioConfig(Settings):
     """The front end: what a clip is and how its log-mel spectrogram is made."""
 
     sample_rate: Annotated[int, "[1000, 1000000]"] = 16_000  # Hz; the data set's
-    # longer clips are cropped (ToyCar is 11 s; code), shorter ones repeated (ours)
+    # of a clip; longer recordings give their first (ToyCar is 11 s; code), shorter ones are repeated (ours)
     seconds: Annotated[float, "[1, 3600]"] = 10.0
+    # from one clip of a longer recording to the next (ours); 0 takes its first clip alone (code)
+    clip_step: NonNegative = 0.0
     n_fft: Annotated[int, "[2, inf)"] = 2048  # samples; window length too, periodic Hann (code)
     hop: Count = 512  # samples (code); Tgram and TFgram are made to match
     mels: Count = 128  # slaney scale and norm (code)
@@ -168,11 +170,11 @@ PRESETS: dict[str, Config] = {
     # the paper's experiment, constant for constant
     "paper": Config(),
     # a few hundred clips of 10 s; the command line's default
-    "small": Config(preset="small", train=_SHORT),
+    "small": Config(preset="small", model=ModelConfig(audio=AudioConfig(clip_step=10.0)), train=_SHORT),
     # 2 s clips of simulated machines, minutes on two CPU cores
     "quick": Config(
         preset="quick",
-        model=ModelConfig(audio=AudioConfig(seconds=2.0)),
+        model=ModelConfig(audio=AudioConfig(seconds=2.0, clip_step=2.0)),
         train=replace(_SHORT, epochs=12),
         evaluate=EvaluateConfig(batch_size=32, bootstrap=300),
     ),

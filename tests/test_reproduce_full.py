@@ -105,7 +105,7 @@ def test_killed_at_any_step_it_resumes(checkout, zenodo):
     assert process.returncode == 0, text
     for step in ("DCASE 2020 data", "packed store", "training", "evaluation", "ablation", "report"):
         assert step in text
-    assert "files: 0 decoded, 36 kept" in text and len(read_log(run)) == 12
+    assert "clips: 0 decoded, 36 kept" in text and len(read_log(run)) == 12
     assert max(count for name, count in zenodo.asked.items() if name.endswith("zip")) == 2
     assert sum(count for name, count in zenodo.asked.items() if name.endswith("zip")) <= 18 + 2
     summary = json.loads((run / "evaluation" / "evaluation.json").read_text())

@@ -123,9 +123,9 @@ def test_the_clips_that_choose_the_epoch_do_not_calibrate(data, tmp_path):
     best = checkpoint.load(train.train(data, tmp_path, config))
     losses = [entry["validation_loss"] for entry in train.read_log(tmp_path)]
     assert best.epoch == 1 + int(np.argmin(losses))
-    _, held_out = split_validation(18, 0.4, config.train.seed)
     reader = open_data(data, config.model.audio, splits=["train"]).train
-    scores = score_clips(best, reader, positions=held_out).scores
+    _, held_out = split_validation(reader.recordings, 0.4, config.train.seed)
+    scores = score_clips(best, reader, positions=np.concatenate(held_out)).scores
     assert len(scores) == 7 and scores[:4].mean() == pytest.approx(min(losses), rel=1e-4)
     np.testing.assert_allclose(best.calibration["scores"], scores[4:], rtol=1e-4)
     one = replace(config, train=replace(config.train, epochs=1, validation_fraction=0.01))
@@ -201,10 +201,11 @@ def test_a_last_batch_of_one_joins_the_one_before(count, sizes):
 
 
 def test_validation_split():
-    training, held_out = split_validation(200, 0.05, 3)
-    assert len(held_out) == 10 and sorted([*training, *held_out]) == list(range(200))
-    assert not np.array_equal(split_validation(200, 0.05, 4)[1], held_out)
-    assert [len(part) for part in split_validation(4, 0.01, 0)] == [3, 1]
+    training, held_out = split_validation(np.arange(200), 0.05, 3)
+    together = np.concatenate(held_out)
+    assert len(held_out) == 10 and sorted([*training, *together]) == list(range(200))
+    assert not np.array_equal(np.concatenate(split_validation(np.arange(200), 0.05, 4)[1]), together)
+    assert [len(part) for part in split_validation(np.arange(4), 0.01, 0)] == [3, 1]
 
 
 def test_training_teaches(tmp_path):

@@ -7,14 +7,16 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.signal
 import soundfile
+from tqdm import tqdm
 
 from osscl_min.config import AudioConfig
 from osscl_min.runtime.files import UserError
@@ -23,6 +25,8 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000  # Hz; a header outside this range 
 LARGEST = 1e15  # full scale is 1; the square of a larger sample overflows float32
 FULL_SCALE = 32767 / 32768  # samples this large count as clipped
 BLOCK = 1 << 18  # samples, all channels together, in memory at a time
+AHEAD = 64  # items that threads work on before the next ones begin
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 @contextmanager
@@ -68,51 +72,56 @@ def duration(path: Path | str) -> float:
         return file.frames / file.samplerate
 
 
-def decode(
-    path: Path | str, audio: AudioConfig, channel: int | None = None, start: float | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """Read a sound file as the model takes it: (audio.samples,) int16, mono; 32768 is full scale.
+def window_starts(length: float, audio: AudioConfig, step: float, cover: bool = True) -> list[float]:
+    """Where the clips within `length` seconds of sound begin: one every `step` seconds (0: the first alone).
 
-    Other rates are resampled, longer files cropped (only the beginning is read), shorter ones repeated.
-    `channel` is taken from a file with several, whose mean is the default. `start` (seconds) reads the clip
-    that starts there as if it were a file of its own. Also returns what was done, as phrases for
-    `Dataset.remarks`. A file that is truncated, silent, shorter than one second or holds NaN is a UserError.
+    With `cover`, a last one ends with the sound, so that every sample lies in one; without, what is left
+    below a step is not used. Sound shorter than a clip is one clip.
+    """
+    last = length - audio.seconds
+    if step == 0 or last * audio.sample_rate < 0.5:
+        return [0.0]
+    starts = (np.arange(int(last / step + 1e-9) + 1) * step).tolist()
+    return [*starts, last] if cover and last - starts[-1] > 1e-9 * step else starts
+
+
+def decode(
+    path: Path | str, audio: AudioConfig, channel: int | None = None, start: float = 0.0
+) -> tuple[np.ndarray, list[str]]:
+    """Read one clip of a sound file as the model takes it: (audio.samples,) int16, mono; 32768 is full scale.
+
+    The clip begins at `start` (seconds); only that part of the file is read. Other rates are resampled, a
+    clip that ends with the file too early is repeated. `channel` is taken from a file with several, whose
+    mean is the default. Also returns what was done, as phrases for `Dataset.remarks`. A file that is
+    truncated or shorter than one second, or a clip that is silent or holds NaN, is a UserError.
     """
     remarks = []
     with open_sound(path) as file:
-        rate, channels, frames, first = file.samplerate, file.channels, file.frames, 0
-        if start is not None:
-            first = file.seek(min(round(start * rate), frames))
-            frames = min(math.ceil(audio.seconds * rate), frames - first)
+        rate, channels = file.samplerate, file.channels
+        first = file.seek(min(round(start * rate), file.frames))
+        frames = file.frames - first
         if 0 < frames < rate:
             raise UserError(f"shorter than one second ({frames / rate:.2f} s)")
         if channels > 1 and channel is not None and not 0 <= channel < channels:
             raise UserError(f"has no channel {channel}, only 0 to {channels - 1}")
         common = math.gcd(rate, audio.sample_rate)
         up, down = audio.sample_rate // common, rate // common
+        clip = min(frames, -(-audio.samples * down // up))
         # the resampling filter reaches 10 * max(up, down) / up samples ahead; twice that is safe
-        needed = min(frames, -(-audio.samples * down // up) + 20 * max(up, down) // up + 2)
+        needed = min(frames, clip + 20 * max(up, down) // up + 2)
         mean = channels > 1 and channel is None
         exact = file.subtype == "PCM_16" and rate == audio.sample_rate and not mean
         column = 0 if channels == 1 else channel
-        parts, done, silent = [], 0, True
-        for block in _blocks(file, frames, "int16" if exact else "float64"):
-            mono = block.mean(axis=1) if mean else block[:, column]
-            if done < needed:
-                parts.append(mono)
-            silent = silent and bool((mono == parts[0][0]).all())
-            done += len(mono)
-            if done >= needed and not silent:
-                break
-        if done < frames and file.format == "FLAC":  # its header does not show that the end is missing
-            file.seek(first + frames - 1)
+        blocks = _blocks(file, needed, "int16" if exact else "float64")
+        samples = np.concatenate([block.mean(axis=1) if mean else block[:, column] for block in blocks])
+        if needed < frames and file.format == "FLAC":  # its header does not show that the end is missing
+            file.seek(file.frames - 1)
             if not len(file.read(1)):
-                raise UserError(f"truncated: less than {frames} samples")
-    if silent:
+                raise UserError(f"truncated: less than {file.frames} samples")
+    if samples[:clip].min() == samples[:clip].max():
         raise UserError("silent")
     if channels > 1:
         remarks.append(f"with several channels, {'averaged' if mean else f'channel {channel} taken'}")
-    samples = np.concatenate(parts)[:needed]
     if rate != audio.sample_rate:
         samples = scipy.signal.resample_poly(samples, up, down)
         remarks.append(f"resampled from {rate} Hz to {audio.sample_rate} Hz")
@@ -122,9 +131,7 @@ def decode(
         if np.abs(scaled).max() > 32768:
             remarks.append("clipped to 16 bits")
         samples = scaled.clip(-32768, 32767).astype(np.int16)
-    if -(-frames * up // down) > audio.samples:
-        remarks.append(f"cropped to {audio.seconds:g} s")
-    elif len(samples) < audio.samples:
+    if len(samples) < audio.samples:
         remarks.append(f"repeated to {audio.seconds:g} s")
         samples = np.resize(samples, audio.samples)
     return np.ascontiguousarray(samples), remarks
@@ -158,3 +165,18 @@ def measure(path: Path | str) -> dict[str, Any] | str:
         "silent": bool(low == high),  # one value throughout
         "content": digest.hexdigest()[:16],  # of rate and samples: equal for equal sounds in any container
     }
+
+
+def on_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], title: str, jobs: int | None = None
+) -> Iterator[Result]:
+    """`function` of every item, in their order, with a progress bar; few results wait at any moment.
+
+    Decoding and hashing release the interpreter's lock.
+    """
+    bar = tqdm(total=len(items), desc=title, unit="file", disable=None, leave=False)
+    with bar, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        for start in range(0, len(items), AHEAD):
+            for result in pool.map(function, items[start : start + AHEAD]):
+                bar.update()
+                yield result

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
+from osscl_min.config import AudioConfig
+from osscl_min.data.audio import duration, on_threads, window_starts
 from osscl_min.data.layouts import (
     GROUND_TRUTH,
     LAYOUTS,
@@ -19,7 +22,7 @@ from osscl_min.data.layouts import (
 )
 from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, first_lines, printable, walk
 
-MANIFEST = "manifest.csv"
+MANIFEST, SPLITS = "manifest.csv", ("train", "test")
 OTHER_SUFFIXES = (".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff")
 
 # DCASE 2020 Task 2: type -> last digits of the ids of the development set, and of the evaluation set
@@ -41,6 +44,7 @@ class Dataset:
     synthetic: bool = False  # simulated machines: the folder holds synthetic.json
     layout: str = "manifest"  # or the name of one of LAYOUTS
     channel: int | None = None  # taken from files with several; None averages them
+    usage: dict[str, str] = field(default_factory=dict)  # split -> how much of long recordings is used
 
     def split(self, name: str) -> list[Clip]:
         """The clips of "train" or "test"."""
@@ -50,14 +54,19 @@ class Dataset:
         """A file's name in messages and tables: relative to the root if it lies inside."""
         return printable(path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path)
 
-    def decoded(self, clips: Sequence[Clip], results: Sequence[str | list[str]]) -> list[int]:
+    def decoded(
+        self, clips: Sequence[Clip], results: Sequence[str | list[str]], audio: AudioConfig
+    ) -> list[int]:
         """Take in what decoding gave: each clip's remarks, or its problem (str), which removes it; returns
         the positions of usable clips."""
         usable = [position for position, result in enumerate(results) if isinstance(result, list)]
-        self.remarks.update(f"file {remark}" for position in usable for remark in results[position])
+        remarks = {(clips[position].path, remark) for position in usable for remark in results[position]}
+        self.remarks.update(f"file {remark}" for _, remark in remarks)
         problems = {clip: text for clip, text in zip(clips, results, strict=True) if isinstance(text, str)}
-        self.problems |= {self.name(clip.path): text for clip, text in problems.items()}
+        for clip, text in problems.items():
+            self.problems[self.name(clip.path) + (f" at {clip.start:g} s" if clip.start else "")] = text
         self.clips = [clip for clip in self.clips if clip not in problems]
+        self.usage |= usage([clips[position] for position in usable], audio)
         return usable
 
     def report(self, strict: bool = False, most: int = 10) -> str:
@@ -65,7 +74,8 @@ class Dataset:
         a UserError."""
         unlabelled = sum(clip.anomaly is None for clip in self.clips)
         remarks = self.remarks + Counter({"clip in test without a known truth": unlabelled})
-        lines = [_count(number, remark) for remark, number in sorted(remarks.items())]
+        lines = [f"{split}: {text}" for split, text in self.usage.items()]
+        lines += [_count(number, remark) for remark, number in sorted(remarks.items())]
         if self.problems:
             lines.append(f"{_count(len(self.problems))} not used:")
             lines += first_lines([f"{file}: {reason}" for file, reason in self.problems.items()], most)
@@ -78,6 +88,47 @@ def _count(number: int, what: str = "file") -> str:
     """ "2 files cropped to 2 s" of 2 and "file cropped to 2 s"."""
     noun, _, rest = what.partition(" ")
     return f"{number} {noun}{'' if number == 1 else 's'} {rest}".rstrip()
+
+
+def windows(clip: Clip, length: float, audio: AudioConfig) -> list[Clip]:
+    """The clips of a recording of `length` seconds: all that fit from the start on, for training; for a test,
+    so many that every sample is heard."""
+    test = clip.split == "test"
+    step = min(audio.clip_step, audio.seconds) if test else audio.clip_step
+    starts = window_starts(length, audio, step, cover=test)
+    return [replace(clip, start=start, length=length) for start in starts]
+
+
+def cut(clips: Sequence[Clip], audio: AudioConfig, splits: Sequence[str] = SPLITS) -> list[Clip]:
+    """The clips of the recordings in these splits; the others stay as they are, and so does a file that
+    cannot be opened: decoding tells why."""
+
+    def cut_one(clip: Clip) -> list[Clip]:
+        try:
+            return windows(clip, duration(clip.path), audio) if clip.split in splits else [clip]
+        except UserError:
+            return [clip]
+
+    return list(chain.from_iterable(on_threads(cut_one, clips, "reading headers")))
+
+
+def usage(clips: Sequence[Clip], audio: AudioConfig) -> dict[str, str]:
+    """How much of the recordings their clips use, for each split with a recording longer than a clip."""
+    texts = {}
+    for split in SPLITS:
+        chosen = [clip for clip in clips if clip.split == split and clip.length]
+        lengths, ends = {clip.path: clip.length for clip in chosen}, defaultdict(float)
+        used = 0.0
+        for clip in chosen:
+            end = min(clip.start + audio.seconds, clip.length)
+            used += end - max(clip.start, ends[clip.path])
+            ends[clip.path] = end
+        if any(length * audio.sample_rate >= audio.samples + 0.5 for length in lengths.values()):
+            texts[split] = (
+                f"{_count(len(chosen), f'clip of {audio.seconds:g} s')} from "
+                f"{_count(len(lengths), 'recording')}, {used:.0f} of {sum(lengths.values()):.0f} s used"
+            )
+    return texts
 
 
 def is_benchmark(clips: Iterable[Clip]) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from osscl_min.data.audio import measure
-from osscl_min.data.clips import scan
-from osscl_min.data.store import is_store, on_threads, read_store
+from osscl_min.config import AudioConfig
+from osscl_min.data.audio import measure, on_threads
+from osscl_min.data.clips import scan, usage, windows
+from osscl_min.data.store import is_store, read_store
 from osscl_min.runtime.files import UserError, first_lines, printable, write_json
 from osscl_min.runtime.tables import write_table
 
@@ -34,8 +35,10 @@ REMARKS = {  # entry of the result -> what its files have in common
 }
 
 
-def inspect(path: Path | str) -> dict[str, Any]:
+def inspect(path: Path | str, audio: AudioConfig = AudioConfig()) -> dict[str, Any]:
     """Measure every sound file of a data folder, manifest or packed store (whose index knows the results).
+
+    `audio` is how a training would cut the recordings into clips.
 
     Returns
     -------
@@ -43,15 +46,15 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "data", "layout", "synthetic", "clips"; "machines" (one row each: type, id, COLUMNS); "files" (one row
         each); "duplicates" (lists of files with the same sound), "across" (those with files in train and
         test), "conflicts" (those with different machines or truths) and "problems" (file -> why it cannot be
-        used).
+        used), "usage" (split -> how much of its sound the clips use, where there are longer recordings).
     """
     if is_store(path):
-        _, dataset, lines = read_store(path)
+        _, dataset, lines = read_store(path, first=True)
         sounds = [line["sound"] for line in lines]
     else:
         dataset = scan(path)
         sounds = on_threads(measure, [clip.path for clip in dataset.clips], "inspecting")
-    files, problems = [], dict(dataset.problems)
+    files, clips, problems = [], [], dict(dataset.problems)
     machines, same_sound = defaultdict(list), defaultdict(list)
     for clip, sound in zip(dataset.clips, sounds, strict=True):
         name = dataset.name(clip.path)
@@ -60,6 +63,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
             continue
         row = {"file": name, **{label: getattr(clip, label) for label in LABELS}, **sound}
         files.append(row)
+        clips += windows(clip, sound["seconds"], audio)
         machines[clip.machine].append(row)
         same_sound[sound["content"]].append(row)
     if not files:
@@ -88,6 +92,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "across": differing("split"),
         "conflicts": differing("machine_type", "machine_id", "anomaly"),
         "problems": problems,
+        "usage": usage(clips, audio),
         "files": files,
     }
 
@@ -110,7 +115,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 def remarks(result: dict[str, Any], most: int = 5) -> str:
     """What to know beside the table, as lines; "" if nothing."""
-    lines = []
+    lines = [f"{split}: {text}" for split, text in result["usage"].items()]
     for name, what in REMARKS.items():
         if entries := result[name]:
             lines.append(f"{len(entries)} {what}:")

@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 
 from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, read_rows
@@ -23,7 +23,7 @@ Truth = dict[tuple[str, str], int]  # (machine type, file stem) -> 1 anomalous, 
 
 @dataclass(frozen=True)
 class Clip:
-    """One sound file."""
+    """One clip: a sound file or, of a long recording, a part of it."""
 
     path: Path
     machine_type: str
@@ -33,6 +33,8 @@ class Clip:
     subset: str = "development"  # "evaluation" where the truth comes from, or waits for, a table
     domain: str = ""  # "source" or "target" (DCASE 2021-2025), the signal-to-noise ratio (MIMII)
     attributes: str = ""  # what else the name says: "vel_6_loc_A"
+    start: float = 0.0  # seconds
+    length: float | None = field(default=None, compare=False)  # seconds of the whole file, once it was opened
 
     @property
     def machine(self) -> tuple[str, str]:

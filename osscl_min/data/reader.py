@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import decode
-from osscl_min.data.clips import Clip, Dataset, scan
-from osscl_min.data.store import ARRAY, SAMPLE, Line, describe, is_store, on_threads, read_store
+from osscl_min.data.audio import decode, on_threads
+from osscl_min.data.clips import Clip, Dataset, cut, scan
+from osscl_min.data.store import ARRAY, SAMPLE, Line, describe, is_store, read_store
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.runtime.files import UserError, printable
 
@@ -23,6 +23,9 @@ class Reader:
 
     def __init__(self, clips: list[Clip], rows: list[np.ndarray | Callable[[], np.ndarray]], length: int):
         self.clips, self.rows, self.length = clips, rows, length  # `length`: samples per clip
+        numbers = {path: number for number, path in enumerate(dict.fromkeys(clip.path for clip in clips))}
+        # (clips,) the number of each clip's recording, in order of first appearance
+        self.recordings = np.array([numbers[clip.path] for clip in clips], np.int64)
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -46,25 +49,26 @@ class FolderReader(Reader):
 
         def check(clip: Clip) -> tuple[np.ndarray | Callable[[], np.ndarray] | None, str | list[str]]:
             try:
-                samples, remarks = decode(clip.path, audio, channel)
+                samples, remarks = decode(clip.path, audio, channel, clip.start)
             except UserError as error:
                 return None, str(error)
-            return samples if fits else lambda: decode(clip.path, audio, channel)[0], remarks
+            return samples if fits else lambda: decode(clip.path, audio, channel, clip.start)[0], remarks
 
-        results = on_threads(check, clips, "reading clips")
-        usable = dataset.decoded(clips, [result for _, result in results])
+        results = list(on_threads(check, clips, "reading clips"))
+        usable = dataset.decoded(clips, [result for _, result in results], audio)
         super().__init__([clips[k] for k in usable], [results[k][0] for k in usable], audio.samples)
 
 
 class StoreReader(Reader):
     """Samples from one split of a packed store, mapped into memory: the same as `FolderReader` reads."""
 
-    def __init__(self, store: Path, split: str, dataset: Dataset, lines: Sequence[Line], length: int):
+    def __init__(self, store: Path, split: str, dataset: Dataset, lines: Sequence[Line], audio: AudioConfig):
         clips, lines = dataset.split(split), [line for line in lines if line["clip"]["split"] == split]
-        usable = dataset.decoded(clips, [line["problem"] or line["remarks"] for line in lines])
-        shape = len(clips), length
-        samples = np.memmap(store / ARRAY.format(split), SAMPLE, "r", shape=shape) if usable else None
-        super().__init__([clips[k] for k in usable], [samples[k] for k in usable], length)
+        usable = dataset.decoded(clips, [line["problem"] or line["remarks"] for line in lines], audio)
+        array = store / ARRAY.format(split)
+        samples = np.memmap(array, SAMPLE, "r").reshape(-1, audio.samples) if usable else None
+        rows = [samples[lines[k]["row"]] for k in usable]
+        super().__init__([clips[k] for k in usable], rows, audio.samples)
 
 
 @dataclass
@@ -97,18 +101,20 @@ def open_data(
     """
     if not is_store(path):
         dataset = scan(path, channel)
+        dataset.clips = cut(dataset.clips, audio, splits)
         readers = {split: FolderReader(dataset, dataset.split(split), audio) for split in splits}
     else:
-        header, dataset, lines = read_store(path)
-        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds, "channel": channel}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        if any(header[name] != value for name, value in settings.items()):
+        header, dataset, lines = read_store(path, first=audio.clip_step == 0)
+        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds, "step": audio.clip_step}
+        settings |= {} if channel is None else {"channel": channel}
+        served = header | ({} if audio.clip_step else {"step": 0.0})
+        if any(served[name] != value for name, value in settings.items()):
             options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
             raise UserError(
                 f"{printable(path)} holds {describe(header)}; make another store: python -m osscl_min pack "
                 f"{printable(header['data'])} OTHER {options}"
             )
-        readers = {split: StoreReader(Path(path), split, dataset, lines, audio.samples) for split in splits}
+        readers = {split: StoreReader(Path(path), split, dataset, lines, audio) for split in splits}
     dataset.report(strict)
     return Data(dataset, **readers)
 
@@ -134,12 +140,14 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
             f"{printable(own.dataset.root)} and {printable(added.dataset.root)} both have a machine "
             f"{' id '.join(min(same))}; give one of them another type or id"
         )
-    problems = {f"{added.dataset.root.name}/{file}": why for file, why in added.dataset.problems.items()}
+    name = added.dataset.root.name
+    problems = {f"{name}/{file}": why for file, why in added.dataset.problems.items()}
     dataset = replace(
         own.dataset,
         clips=own.dataset.clips + added.dataset.clips,
         problems=own.dataset.problems | problems,
         remarks=own.dataset.remarks + added.dataset.remarks,
+        usage=own.dataset.usage | {f"{name}/{split}": text for split, text in added.dataset.usage.items()},
     )
     first, second = own.train, added.train
     return Data(dataset, Reader(first.clips + second.clips, first.rows + second.rows, first.length))

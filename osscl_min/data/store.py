@@ -1,10 +1,10 @@
 """The packed store, a folder: every clip decoded once, to be read in batches without decoding.
 
-  index.jsonl              a header, then one line per file: its clip, its hash, its measurements, and what
-                           decoding gave (problem, remarks, hash of the samples)
+  index.jsonl              a header, then one line per clip: what it is, what decoding gave (problem, remarks,
+                           hash of the samples) and, with a file's first clip, the file's hash and measurements
   train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
-While packing, the header has no digest and the lines are those so far, in any order: `pack` resumes there.
+While packing, the header has no digest, and rows and lines are those so far: `pack` resumes there.
 """
 
 from __future__ import annotations
@@ -14,45 +14,34 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import decode, measure
-from osscl_min.data.clips import Clip, Dataset, scan
+from osscl_min.data.audio import decode, measure, on_threads
+from osscl_min.data.clips import SPLITS, Clip, Dataset, cut, scan
 from osscl_min.runtime.files import UserError, locked, printable, replacing
 
-INDEX, ARRAY, SPLITS = "index.jsonl", "{}.int16", ("train", "test")
+INDEX, ARRAY = "index.jsonl", "{}.int16"
 FORMAT = 3  # of the index
 # In the header: what the rows are, and what else is known of the data set.
 SETTINGS, KEPT = (
-    ("sample_rate", "seconds", "channel"),
+    ("sample_rate", "seconds", "step", "channel"),
     ("layout", "channel", "synthetic", "problems", "remarks"),
 )
-NAMES = ("file", "sha256", "sound", "problem", "remarks", "content")  # of a line
+NAMES = ("file", "clip", "sha256", "sound", "problem", "remarks", "content")  # of a line
 SAMPLE = np.dtype("<i2")
 FULL_DISK = 5  # exit status, as of `download`
 AGAIN = "run the same `pack` again"
 Line = dict[str, Any]  # of the index
-Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
-def on_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], title: str, jobs: int | None = None
-) -> list[Result]:
-    """`function` of every item, with a progress bar. Decoding and hashing release the interpreter's lock."""
-    bar = {"desc": title, "unit": "file", "disable": None, "leave": False, "tqdm_class": tqdm}
-    return thread_map(function, items, max_workers=jobs or os.cpu_count(), **bar)
 
 
 def check_space(folder: Path, needed: float) -> None:
@@ -70,19 +59,26 @@ def is_store(path: Path | str) -> bool:
 def describe(header: Line) -> str:
     """What the rows are."""
     channel = "the mean of all channels" if header["channel"] is None else f"channel {header['channel']}"
-    return f"clips of {header['seconds']:g} s at {header['sample_rate']} Hz, {channel}"
+    step = f"one every {header['step']:g} s" if header["step"] else "one per recording"
+    return f"clips of {header['seconds']:g} s at {header['sample_rate']} Hz, {step}, {channel}"
 
 
-def read_store(store: Path | str) -> tuple[Line, Dataset, list[Line]]:
-    """The header of a finished store, its data set as `clips.scan` saw it, and the line of each clip."""
+def read_store(store: Path | str, first: bool = False) -> tuple[Line, Dataset, list[Line]]:
+    """The header of a finished store, its data set as it was cut, and the line of each clip, with its "row".
+
+    `first` takes the first clip of each recording alone.
+    """
     header, lines, problem = _read_index(Path(store))
     if problem:
         raise UserError(problem)
+    rows = {split: count() for split in SPLITS}
+    lines = [line | {"row": next(rows[line["clip"]["split"]])} for line in lines]
+    lines = [line for line in lines if not (first and line["clip"].get("start"))]
     root = Path(header["root"])
-    clips = [Clip(**line["clip"] | {"path": root / file}) for file, line in lines.items()]
+    clips = [Clip(**line["clip"] | {"path": root / line["file"]}) for line in lines]
     dataset = Dataset(root, clips, **{name: header[name] for name in KEPT})
     dataset.remarks = Counter(dataset.remarks)
-    return header, dataset, list(lines.values())
+    return header, dataset, lines
 
 
 def pack(
@@ -97,8 +93,8 @@ def pack(
     """Pack a data folder or manifest into a store, or bring the store up to date; returns what was done.
 
     A split is packed again if any of its files was added, removed, or changed in size or time. Interrupted
-    at any moment, the next call resumes. `verify` also compares every file and every row with its hash, and
-    packs again what differs. `jobs` is the number of threads.
+    at any moment, the next call resumes. `verify` also compares every file and every row with its hash.
+    `jobs` is the number of threads.
     """
     store, name = Path(store), printable(store)
     if jobs is not None and jobs < 1:
@@ -106,6 +102,7 @@ def pack(
     if is_store(data):
         raise UserError(f"{printable(data)} is a packed store itself; give the folder it was made from")
     dataset = scan(data, channel)
+    dataset.clips = cut(dataset.clips, audio)
     try:
         if dataset.layout != "manifest" and store.resolve().is_relative_to(dataset.root.resolve()):
             raise UserError(f"{name} lies in the data folder; choose a place outside")
@@ -115,6 +112,7 @@ def pack(
             "format": FORMAT,
             "sample_rate": audio.sample_rate,
             "seconds": audio.seconds,
+            "step": audio.clip_step,
             "data": str(Path(data).absolute()),
             "root": str(dataset.root.absolute()),
             **{name: copy(getattr(dataset, name)) for name in KEPT},
@@ -131,79 +129,91 @@ def pack(
 def _pack(
     dataset: Dataset, store: Path, header: Line, audio: AudioConfig, verify: bool, jobs: int | None
 ) -> str:
-    size, rows, counts = audio.samples * SAMPLE.itemsize, {}, Counter()  # bytes per row
-    for clip in dataset.clips:
-        array = store / ARRAY.format(clip.split)
-        rows[dataset.name(clip.path)] = clip, array, counts[array] * size
-        counts[array] += 1
     old, old_lines, _ = _read_index(store)
+    files = {dataset.name(clip.path) for clip in dataset.clips}
+    old_files = {line["file"] for line in old_lines}
     other = "choose another folder or remove it"
     if old and any(old[name] != header[name] for name in SETTINGS):
         raise UserError(f"{printable(store)} holds {describe(old)}, not {describe(header)}; {other}")
-    if old_lines and not rows.keys() & old_lines.keys():
+    if old_files and not files & old_files:
         raise UserError(f"{printable(store)} is the store of other data; {other}")
-    changed = [split for split in SPLITS if not old or old["files"][split] != header["files"][split]]
-    for split in changed:
-        (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
-    lines = {
-        file: old_lines[file]
-        for file, (clip, *_) in rows.items()
-        if file in old_lines and clip.split not in changed
-    }
+    size, finished = audio.samples * SAMPLE.itemsize, "digest" in old  # bytes per row
+    kept: dict[str, list[Line]] = {}  # split -> the lines of its first rows, which stay
+    report = []
 
-    def difference(file: str) -> str:
-        clip, array, offset = rows[file]
-        if verify and _hash(clip.path) != lines[file]["sha256"]:
+    def difference(check: tuple[int, Clip, Line]) -> str:
+        row, clip, line = check
+        if verify and line["sha256"] and _hash(clip.path) != line["sha256"]:
             return "other content, though size and time are the same"
-        damaged = not lines[file]["problem"] and _hash(array, offset, size) != lines[file]["content"]
-        return f"damaged in {array.name}" if damaged else ""
+        array = store / ARRAY.format(clip.split)
+        intact = line["problem"] or _hash(array, row * size, size) == line["content"]
+        return "" if intact else f"damaged in {array.name}"
 
-    # rows of an unfinished store may not have reached the disk before the machine stopped
-    checks = list(lines) if verify or "digest" not in old else []
-    results = zip(checks, on_threads(difference, checks, "checking", jobs), strict=True)
-    differences = {file: text for file, text in results if text}
-    tasks = [file for file in rows if file not in lines or file in differences]
-
-    check_space(store, len(tasks) * size)
-    if tasks:
-        _write_index(store, header, (line for file, line in lines.items() if file not in differences))
     for split in SPLITS:
-        (store / ARRAY.format(split)).touch()
-    lock = threading.Lock()
+        clips, held = dataset.split(split), []
+        if old and old["files"][split] == header["files"][split]:
+            held = [line for line in old_lines if line["clip"]["split"] == split]
+        # rows of an unfinished store may not have reached the disk before the machine stopped
+        checks = list(zip(count(), clips, held)) if verify or not finished else []
+        texts = list(on_threads(difference, checks, "checking", jobs))
+        found = [(row, text) for row, text in enumerate(texts) if text]
+        if verify:
+            report += [f"{held[row]['file']}: {text}; {split} packed again" for row, text in found]
+        rows = found[0][0] if found else len(held)
+        if rows == 0 or finished and rows < len(clips):
+            rows = 0
+            (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
+        kept[split] = held[:rows]
+    tasks = {split: dataset.split(split)[len(kept[split]) :] for split in SPLITS}
+    decoded = sum(map(len, tasks.values()))
+    check_space(store, decoded * size)
+    if decoded or not finished:
+        _write_index(store, header, [*kept["train"], *kept["test"]])
 
-    def work(file: str) -> Line:
-        clip, array, offset = rows[file]
-        line = {"file": file, "sha256": _hash(clip.path), "sound": measure(clip.path)}
-        line |= {"problem": "", "remarks": [], "content": ""}
+    def work(clip: Clip) -> tuple[Line, np.ndarray]:
+        file = dataset.name(clip.path)
+        line = {
+            "file": file,
+            "clip": asdict(clip) | {"path": file},
+            "problem": "",
+            "remarks": [],
+            "content": "",
+        }
+        line |= (
+            {"sha256": "", "sound": None}
+            if clip.start
+            else {"sha256": _hash(clip.path), "sound": measure(clip.path)}
+        )
         try:
-            samples, line["remarks"] = decode(clip.path, audio, dataset.channel)
-            row = samples.astype(SAMPLE, copy=False)
-            line["content"] = hashlib.sha256(row).hexdigest()
-            with open(array, "r+b") as target:  # not mapped: a full disk is then an error and not a signal
-                target.seek(offset)
-                target.write(row)
+            samples, line["remarks"] = decode(clip.path, audio, dataset.channel, clip.start)
         except UserError as error:
             line["problem"] = str(error)
-        with lock, open(store / INDEX, "a", encoding="utf-8") as index:
-            index.write(json.dumps(line) + "\n")
-        return line
+            return line, np.zeros(audio.samples, SAMPLE)
+        row = samples.astype(SAMPLE, copy=False)
+        return line | {"content": hashlib.sha256(row).hexdigest()}, row
 
-    lines |= zip(tasks, on_threads(work, tasks, "packing", jobs), strict=True)
-    for split in SPLITS:
-        with open(array := store / ARRAY.format(split), "ab") as file:
-            file.truncate(counts[array] * size)
-            os.fsync(file.fileno())
-    final = [lines[file] | {"clip": asdict(clip) | {"path": file}} for file, (clip, *_) in rows.items()]
+    for split, clips in tasks.items():
+        with open(store / ARRAY.format(split), "ab") as array, open(store / INDEX, "a", 1, "utf-8") as index:
+            array.truncate(len(kept[split]) * size)
+            for line, row in on_threads(work, clips, f"packing {split}", jobs):
+                array.write(row)
+                index.write(json.dumps(line) + "\n")
+                kept[split].append(line)
+            array.flush()
+            os.fsync(array.fileno())
+    lines = {split: iter(kept[split]) for split in SPLITS}
+    final = []
+    for clip in dataset.clips:  # whose truth may be newer than the line
+        line = next(lines[clip.split])
+        final.append(line | {"clip": asdict(clip) | {"path": line["file"]}})
     _write_index(store, header, final, finished=True)
 
-    dataset.decoded(dataset.clips, [line["problem"] or line["remarks"] for line in final])
-    report = [f"{file}: {text}; packed again" for file, text in differences.items() if verify]
+    dataset.decoded(dataset.clips, [line["problem"] or line["remarks"] for line in final], audio)
     report += filter(None, [dataset.report()])
     report.append(
         f"{printable(store)}: {len(dataset.split('train'))} training and {len(dataset.split('test'))} test "
-        f"clips of {audio.seconds:g} s at {audio.sample_rate} Hz, {len(rows) * size / 1e6:.0f} MB; "
-        f"files: {len(tasks)} decoded, {len(rows) - len(tasks)} kept, "
-        f"{len(old_lines.keys() - rows.keys())} removed"
+        f"clips of {audio.seconds:g} s at {audio.sample_rate} Hz, {len(final) * size / 1e6:.0f} MB; "
+        f"clips: {decoded} decoded, {len(final) - decoded} kept; files: {len(old_files - files)} removed"
     )
     return "\n".join(report)
 
@@ -216,9 +226,9 @@ def _write_index(store: Path, header: Line, lines: Iterable[Line], finished: boo
         file.write(json.dumps(header) + "\n" + content)
 
 
-def _read_index(store: Path) -> tuple[Line, dict[str, Line], str]:
-    """Header, intact lines by file, and why this is no finished store; ({}, {}, why) where it is damaged."""
-    lines: dict[str, Line] = {}
+def _read_index(store: Path) -> tuple[Line, list[Line], str]:
+    """Header, intact lines, and why this is no finished store; ({}, [], why) where it is damaged."""
+    lines: list[Line] = []
     try:
         first, _, content = (store / INDEX).read_bytes().partition(b"\n")
         header = json.loads(first)
@@ -226,20 +236,21 @@ def _read_index(store: Path) -> tuple[Line, dict[str, Line], str]:
             raise UserError(f"{printable(store)} was packed by another version; remove it and pack again")
         if "digest" in header and header["digest"] != _digest(header, content):
             raise ValueError
+        header.setdefault("step", 0.0)  # before there were several clips of a recording
         describe(header), header["files"]["train"], header["files"]["test"]
         with suppress(ValueError, LookupError, TypeError):  # the last line may be half there
             for line in map(json.loads, content.splitlines()):
-                lines[line["file"]] = line | {name: line[name] for name in NAMES}
+                lines.append(line | {name: line[name] for name in NAMES})
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return {}, {}, f"{printable(store / INDEX)} is damaged; {AGAIN}"
+        return {}, [], f"{printable(store / INDEX)} is damaged; {AGAIN}"
     if "digest" not in header:
         return header, lines, f"{printable(store)}: its packing was not finished; {AGAIN}, it resumes"
-    counts = Counter(line["clip"]["split"] for line in lines.values())
+    counts = Counter(line["clip"]["split"] for line in lines)
     for split in SPLITS:
         array, size = store / ARRAY.format(split), round(header["seconds"] * header["sample_rate"]) * 2
         has, expected = array.stat().st_size if array.is_file() else 0, counts[split] * size
         if has != expected:
-            return {}, {}, f"{printable(array)} is damaged: {has} bytes, not {expected}; {AGAIN}"
+            return {}, [], f"{printable(array)} is damaged: {has} bytes, not {expected}; {AGAIN}"
     return header, lines, ""
 
 
@@ -251,7 +262,9 @@ def _digest(header: Line, content: bytes) -> str:
 
 def _list_digest(dataset: Dataset, split: str) -> str:
     """Stands for the files of a split: their names, sizes and times of change."""
-    status = [(dataset.name(clip.path), os.stat(clip.path)) for clip in dataset.split(split)]
+    status = [
+        (dataset.name(clip.path), os.stat(clip.path)) for clip in dataset.split(split) if not clip.start
+    ]
     files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in status]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 

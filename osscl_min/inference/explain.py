@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from osscl_min.data.audio import decode, duration
+from osscl_min.data.audio import decode, duration, window_starts
 from osscl_min.features import hz_to_mel, mel_ticks, mel_to_hz, to_wave
-from osscl_min.inference.recordings import Recording, Scorer, window_starts
+from osscl_min.inference.recordings import Recording, Scorer
 from osscl_min.neighbours import FORMS
 from osscl_min.runtime.files import UserError
 from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture, save

@@ -20,7 +20,7 @@ import torch
 
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import decode, duration
+from osscl_min.data.audio import decode, duration, window_starts
 from osscl_min.data.clips import MANIFEST, scan
 from osscl_min.data.layouts import readings
 from osscl_min.evaluate import embed
@@ -91,18 +91,6 @@ class Recording:
             pairs = zip(starts.tolist(), scores.tolist(), strict=True)
             row["timeline"] = [[start, None if np.isnan(score) else score] for start, score in pairs]
         return row
-
-
-def window_starts(length: float, audio: AudioConfig, step: float) -> list[float | None]:
-    """Where the windows of `length` seconds begin: one every `step` seconds, and the last ends with the file.
-
-    Every sample lies in a window. [None] for at most one window, which is read as any clip is.
-    """
-    last = length - audio.seconds
-    if last * audio.sample_rate < 0.5:
-        return [None]
-    count = int(np.ceil(last / step - 1e-9))
-    return np.append(np.arange(count) * step, last).tolist()
 
 
 @dataclass

@@ -41,9 +41,9 @@ def data(tmp_path):
 
 def problems(data):
     """What reading the training clips finds to be unusable: file name -> reason."""
-    dataset = scan(data)
-    reader = FolderReader(dataset, dataset.split("train"), AUDIO)
-    assert reader.clips == dataset.split("train")
+    opened = open_data(data, AUDIO, splits=["train"])
+    dataset = opened.dataset
+    assert opened.train.clips == dataset.split("train")
     return {name.split("/")[-1]: reason for name, reason in dataset.problems.items()}, dataset
 
 
@@ -244,8 +244,8 @@ def test_what_was_done_is_counted_and_what_is_not_used_is_named(data):
     }
     report = dataset.report().splitlines()
     assert report[:4] == [
+        "train: 7 clips of 2 s from 7 recordings, 14 of 15 s used",
         "1 clip in test without a known truth",
-        "1 file cropped to 2 s",
         "2 files with several channels, averaged",
         "4 files not used:",
     ]

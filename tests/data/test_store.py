@@ -67,7 +67,7 @@ def state(store):
 def test_a_store_is_its_folder(data, tmp_path):
     text = pack(data, tmp_path / "store", AUDIO)
     assert "11 training and 3 test clips of 1 s at 16000 Hz" in text
-    assert "16 decoded, 0 kept, 0 removed" in text and "3 files not used" in text
+    assert "16 decoded, 0 kept; files: 0 removed" in text and "3 files not used" in text
     same(data, tmp_path / "store")
     assert sorted(state(tmp_path / "store")) == ["index.jsonl", "test.int16", "train.int16"]
     with pytest.raises(UserError, match="stopped because of --strict"):
@@ -90,7 +90,7 @@ def test_the_index_describes_every_file(data, tmp_path):
     assert (sound["seconds"], sound["encoding"], lines[long]["remarks"]) == (
         1.5,
         "PCM_16",
-        ["cropped to 1 s"],
+        [],
     )
     rows = np.fromfile(tmp_path / "store" / "train.int16", "<i2").reshape(-1, 16_000)
     assert len(rows) == 12  # one is empty
@@ -110,7 +110,7 @@ def test_a_split_whose_files_changed_is_packed_again(data, tmp_path):
     write_sound(train_folder / "normal_id_00_00000000.wav", noise(70))
     write_sound(train_folder / "normal_id_00_00000009.wav", noise(71))
     (train_folder / "normal_id_02_00000001.wav").unlink()
-    assert "12 decoded, 4 kept, 1 removed" in pack(data, store, AUDIO)
+    assert "12 decoded, 4 kept; files: 1 removed" in pack(data, store, AUDIO)
     same(data, store)
     assert np.array_equal(old.train.read(range(11)), expected)
     assert state(store)["test.int16"] == before["test.int16"]
@@ -128,7 +128,7 @@ def test_truth_that_comes_later_needs_no_decoding(data, tmp_path):
 def test_verify_finds_what_size_and_time_hide(data, tmp_path):
     store, path = tmp_path / "store", data / "fan/train/normal_id_00_00000001.wav"
     pack(data, store, AUDIO)
-    assert pack(data, store, AUDIO, verify=True).endswith("0 decoded, 16 kept, 0 removed")
+    assert pack(data, store, AUDIO, verify=True).endswith("0 decoded, 16 kept; files: 0 removed")
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     write_sound(path, noise(80))
     os.utime(path, ns=times)
@@ -137,9 +137,9 @@ def test_verify_finds_what_size_and_time_hide(data, tmp_path):
         file.write(b"\x55")
     assert "0 decoded" in pack(data, store, AUDIO), "unseen without --verify"
     text = pack(data, store, AUDIO, verify=True).splitlines()
-    assert text[0] == "fan/test/id_02_00000000.wav: damaged in test.int16; packed again"
-    assert text[1].startswith("fan/train/normal_id_00_00000001.wav: other content, though")
-    assert "2 decoded, 14 kept" in text[-1]
+    assert text[1] == "fan/test/id_02_00000000.wav: damaged in test.int16; test packed again"
+    assert text[0].startswith("fan/train/normal_id_00_00000001.wav: other content, though")
+    assert "16 decoded, 0 kept" in text[-1]
     assert len(text) == 2 + len(open_data(data, AUDIO).report().splitlines()) + 1
     same(data, store)
 
@@ -150,7 +150,7 @@ def test_kill_9_while_packing(data, tmp_path):
             data / "fan/train/normal_id_00_00000000.wav", data / f"fan/train/normal_id_00_{k + 100:08d}.wav"
         )
     store = tmp_path / "store"
-    command = [*COMMAND, "pack", data, store, "--jobs", "2", "--seconds", "1"]
+    command = [*COMMAND, "pack", data, store, "--jobs", "2", "--seconds", "1", "--step", "0"]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     index, noted = store / "index.jsonl", 0
     while process.poll() is None and noted < 60:
@@ -162,7 +162,7 @@ def test_kill_9_while_packing(data, tmp_path):
         open_data(store, AUDIO)
     with open(index, "a") as file:  # the last line may be half there
         file.write('{"file": "fan/tr')
-    decoded = int(pack(data, store, AUDIO).rpartition("files: ")[2].split()[0])
+    decoded = int(pack(data, store, AUDIO).rpartition("clips: ")[2].split()[0])
     assert 0 < decoded <= 416 - noted + 1
     same(data, store)
     assert sorted(state(store)) == ["index.jsonl", "test.int16", "train.int16"]
@@ -181,8 +181,9 @@ def test_an_interrupted_pack_resumes_and_checks_what_it_has(data, tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             pack(data, store, AUDIO, jobs=1)
     packed = [json.loads(line)["file"] for line in (store / "index.jsonl").read_text().splitlines()[1:]]
-    assert packed[0].startswith("fan/test") and 6 <= len(packed) < 16
-    with open(store / "test.int16", "r+b") as file:  # noted, but its page never reached the disk
+    assert packed[0].startswith("fan/train") and 2 <= len(packed) < 16
+    with open(store / "train.int16", "r+b") as file:  # noted, but its page never reached the disk
+        file.seek(32_000 * (len(packed) - 1))
         file.write(bytes(32_000))
     kept = len(packed) - 1
     assert f"{16 - kept} decoded, {kept} kept" in pack(data, store, AUDIO)
@@ -191,11 +192,11 @@ def test_an_interrupted_pack_resumes_and_checks_what_it_has(data, tmp_path, monk
 
 def test_a_write_error_is_one_line_and_the_next_call_resumes(data, tmp_path):
     command = ["bash", "-c", 'ulimit -f 128; exec "$@"', "limit", *COMMAND, "pack"]
-    command += [data, tmp_path / "store", "--seconds", "1", "--jobs", "1"]
+    command += [data, tmp_path / "store", "--seconds", "1", "--step", "0", "--jobs", "1"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"{tmp_path / 'store'}: cannot be written: File too large; run the same" in result.stderr
-    assert "kept, 0 removed" in (text := pack(data, tmp_path / "store", AUDIO))
+    assert "kept; files: 0 removed" in (text := pack(data, tmp_path / "store", AUDIO))
     assert " 0 kept" not in text
     same(data, tmp_path / "store")
 
@@ -228,7 +229,7 @@ INDEX = "index.jsonl is damaged"
         (lambda s: (s / "index.jsonl").write_bytes(b"\xff\x00\n"), INDEX),
         (lambda s: edit(s, '"machine_id": "02"', '"machine_id": 2'), INDEX),
         (lambda s: edit(s, '"channels": 1', '"channels": null'), INDEX),
-        (lambda s: edit(s, '"seconds": 1.0, "data"', '"seconds": "1", "data"'), INDEX),
+        (lambda s: edit(s, '"seconds": 1.0, "step"', '"seconds": "1", "step"'), INDEX),
         (lambda s: edit(s, '"layout": "DCASE 2020"', '"layout": 5'), INDEX),
         (lambda s: edit(s, '"digest"', '"other"'), "its packing was not finished"),
     ],
@@ -257,13 +258,20 @@ def test_a_store_of_something_else_is_refused(data, tmp_path):
     pack(data, store, AUDIO)
     before = state(store)
     write_sound(tmp_path / "other/pump/train/normal_id_00_00000000.wav", noise(1))
-    two, holds = AudioConfig(seconds=2.0), "store holds clips of 1 s at 16000 Hz, the mean of all channels"
+    two, holds = (
+        AudioConfig(seconds=2.0),
+        "store holds clips of 1 s at 16000 Hz, one per recording, the mean of all channels",
+    )
     options = "OTHER --sample-rate 16000 --seconds"
     refusals = {
-        f"{holds}; make another store: python -m osscl_min pack {data} {options} 2$": (open_data, store, two),
-        f"{options} 1 --channel 1$": (partial(open_data, channel=1), store, AUDIO),
+        f"{holds}; make another store: python -m osscl_min pack {data} {options} 2 --step 0$": (
+            open_data,
+            store,
+            two,
+        ),
+        f"{options} 1 --step 0 --channel 1$": (partial(open_data, channel=1), store, AUDIO),
         f"{holds}, not clips of 2 s at 16000": (pack, data, store, two),
-        "not clips of 1 s at 16000 Hz, channel 1; choose another": (
+        "not clips of 1 s at 16000 Hz, one per recording, channel 1; choose another": (
             partial(pack, channel=1),
             data,
             store,
@@ -309,5 +317,5 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
 def test_real_clips(real_data, tmp_path):
     data = real_data / "mimii_mini"
     text = pack(data, tmp_path / "all", AudioConfig())
-    assert "224 training and 256 test clips of 10 s at 16000 Hz, 154 MB; files: 480 decoded" in text
+    assert "224 training and 256 test clips of 10 s at 16000 Hz, 154 MB; clips: 480 decoded" in text
     same(data, tmp_path / "all", AudioConfig())

@@ -1,0 +1,146 @@
+"""Long recordings as clips: which ones, their samples, the same from folder and store, and what is told."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import write_sound
+from test_cli import osscl
+
+from osscl_min.config import AudioConfig
+from osscl_min.data import audio as module
+from osscl_min.data import inspection
+from osscl_min.data.audio import decode, window_starts
+from osscl_min.data.reader import open_data, with_others
+from osscl_min.data.store import pack
+from osscl_min.runtime.files import UserError
+
+AUDIO = AudioConfig(seconds=1.0, clip_step=1.0)
+FIRST = replace(AUDIO, clip_step=0.0)
+LENGTHS = {"a": 2.5, "b": 1.0, "c": 4.0}  # s, of the training recordings; the test recording has 3.4 s
+
+
+def noise(seed, seconds, rate=16_000):
+    return np.random.default_rng(seed).integers(-9000, 9000, round(rate * seconds), dtype=np.int16)
+
+
+@pytest.fixture
+def data(tmp_path):
+    for seed, (name, seconds) in enumerate(LENGTHS.items()):
+        write_sound(tmp_path / f"data/fan/{name}/x.wav", noise(seed, seconds))
+    write_sound(tmp_path / "data/test/fan/a/anomaly/y.flac", noise(9, 3.4, 22_050), 22_050)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("length", "step", "train", "test"),
+    [
+        (4, 10, [0], [0]),
+        (10, 10, [0], [0]),
+        (11, 10, [0], [0, 1]),
+        (20, 10, [0, 10], [0, 10]),
+        (25, 10, [0, 10], [0, 10, 15]),
+        (25, 5, [0, 5, 10, 15], [0, 5, 10, 15]),
+        (10.7, 0.1, np.arange(8) / 10, np.arange(8) / 10),
+        (25, 0, [0], [0]),
+    ],
+)
+def test_the_clips_of_a_recording(length, step, train, test):
+    assert window_starts(length, AudioConfig(), step, cover=False) == pytest.approx(train)
+    assert window_starts(length, AudioConfig(), step) == pytest.approx(test)
+
+
+def starts(reader):
+    return [(clip.path.parts[-2], clip.start) for clip in reader.clips]
+
+
+def test_every_clip_is_what_its_file_holds_there(data):
+    opened = open_data(data, AUDIO)
+    train = [("a", 0), ("a", 1), ("b", 0), ("c", 0), ("c", 1), ("c", 2), ("c", 3)]
+    assert starts(opened.train) == train and opened.train.recordings.tolist() == [0, 0, 1, 2, 2, 2, 2]
+    last = pytest.approx(2.4)  # ends with the recording
+    assert [clip.start for clip in opened.test.clips] == [0, 1, 2, last]
+    for reader in (opened.train, opened.test):
+        for clip, row in zip(reader.clips, reader.read(range(len(reader))), strict=True):
+            np.testing.assert_array_equal(row, decode(clip.path, AUDIO, start=clip.start)[0])
+    whole = soundfile.read(opened.train.clips[-1].path, dtype="int16")[0]
+    np.testing.assert_array_equal(opened.train.read([3, 4, 5, 6]).ravel(), whole)
+    assert opened.report().splitlines()[:2] == [
+        "train: 7 clips of 1 s from 3 recordings, 7 of 8 s used",
+        "test: 4 clips of 1 s from 1 recording, 3 of 3 s used",
+    ]
+
+
+def test_a_test_is_heard_whole_whatever_the_step(data):
+    sparse = open_data(data, replace(AUDIO, clip_step=3.0))
+    assert starts(sparse.train) == [("a", 0), ("b", 0), ("c", 0), ("c", 3)]
+    assert len(sparse.test) == 4
+
+
+def test_short_recordings_are_as_without_a_step(data):
+    (data / "fan/c/x.wav").unlink()
+    write_sound(data / "fan/d/x.wav", noise(5, 1.9))
+    (data / "fan/a/x.wav").unlink()
+    one, other = open_data(data, AUDIO, splits=["train"]), open_data(data, FIRST, splits=["train"])
+    assert one.train.clips == other.train.clips and vars(one.dataset) == vars(other.dataset)
+    np.testing.assert_array_equal(one.train.read([0, 1]), other.train.read([0, 1]))
+    assert one.report() == "train: 2 clips of 1 s from 2 recordings, 2 of 3 s used"
+
+
+def test_a_silent_part_is_not_used_and_named(data):
+    wave = noise(1, 4.0)
+    wave[16_000:32_000] = 0
+    write_sound(data / "fan/c/x.wav", wave)
+    opened = open_data(data, AUDIO, splits=["train"])
+    assert opened.dataset.problems == {"fan/c/x.wav at 1 s": "silent"}
+    assert starts(opened.train)[-3:] == [("c", 0), ("c", 2), ("c", 3)]
+    assert "train: 6 clips of 1 s from 3 recordings, 6 of 8 s used" in opened.report()
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0, 3.0])
+def test_a_store_is_its_folder_and_serves_the_first_clips_too(data, tmp_path, step):
+    audio = replace(AUDIO, clip_step=step)
+    assert open_data(data, audio).report() in pack(data, tmp_path / "store", audio)
+    for served in (audio, FIRST):
+        here, there = open_data(data, served), open_data(tmp_path / "store", served)
+        assert vars(here.dataset) == vars(there.dataset) and here.report() == there.report()
+        for one, other in ((here.train, there.train), (here.test, there.test)):
+            assert one.clips == other.clips and (one.recordings == other.recordings).all()
+            np.testing.assert_array_equal(one.read(range(len(one))), other.read(range(len(other))))
+    with pytest.raises(UserError, match=f"one every {step:g} s, .* --seconds 1 --step 0.25$"):
+        open_data(tmp_path / "store", replace(AUDIO, clip_step=0.25))
+    with pytest.raises(UserError, match="one every .*, not clips of 1 s at 16000 Hz, one per recording"):
+        pack(data, tmp_path / "store", FIRST)
+    assert "0 decoded" in pack(data, tmp_path / "store", audio, verify=True)
+
+
+def test_other_machines_are_cut_alike(data, tmp_path):
+    write_sound(tmp_path / "more/saw/x/long.wav", noise(3, 2.0))
+    both = with_others(open_data(data, AUDIO, splits=["train"]), tmp_path / "more", AUDIO, tmp_path)
+    assert both.train.recordings.tolist() == [0, 0, 1, 2, 2, 2, 2, 3, 3]
+    assert "more/train: 2 clips of 1 s from 1 recording, 2 of 2 s used" in both.report()
+
+
+def test_a_clip_of_a_long_file_is_read_alone(data, tmp_path, monkeypatch):
+    write_sound(tmp_path / "data/fan/c/x.wav", noise(1, 120.0))
+    read, blocks = [], module._blocks
+
+    def counted(file, frames, dtype):
+        read.append(frames)
+        return blocks(file, frames, dtype)
+
+    monkeypatch.setattr(module, "_blocks", counted)
+    reader = open_data(data, AUDIO, splits=["train"]).train
+    assert len(reader) == 3 + 120 == len(read) and max(read) < 1.1 * 16_000
+
+
+def test_inspect_and_pack_tell_how_much_is_used(data, tmp_path):
+    used = "train: 3 clips of 1 s from 3 recordings, 3 of 8 s used"
+    assert used in inspection.remarks(inspection.inspect(data, FIRST))
+    used = used.replace("3 clips", "7 clips").replace("3 of", "7 of")
+    completed = osscl("inspect", data, "--seconds", 1)
+    assert completed.returncode == 0 and used in completed.stdout
+    completed = osscl("pack", data, tmp_path / "store", "--seconds", 1)
+    assert completed.returncode == 0 and used in completed.stdout
+    assert inspection.inspect(tmp_path / "store", AUDIO) == inspection.inspect(data, AUDIO)

@@ -1,0 +1,107 @@
+"""Recordings longer than a clip: all of their sound trains, their windows stay together, and each counts once."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import tiny
+
+from osscl_min import checkpoint
+from osscl_min.config import AudioConfig, ModelConfig
+from osscl_min.data.reader import open_data
+from osscl_min.data.synth import SynthConfig, write_dataset
+from osscl_min.evaluate import evaluate, score_clips
+from osscl_min.inference.score import score
+from osscl_min.train import split_validation, train
+
+AUDIO = AudioConfig(seconds=1.0, clip_step=1.0)
+CONFIG = replace(
+    tiny({"epochs": 2, "validation_fraction": 0.3}, model=ModelConfig(audio=AUDIO)), preset="small"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four seconds per recording: six machines with four normal recordings each for training."""
+    config = SynthConfig(seconds=4.0, ids_per_type=1, train_clips=4, test_normal=1, test_anomaly=1)
+    return write_dataset(tmp_path_factory.mktemp("long") / "data", config)
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("long") / "run"
+    train(folder, out, CONFIG, device="cpu")
+    return out
+
+
+def test_windows_of_one_recording_stay_on_one_side():
+    recordings = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 9, 30))
+    training, held_out = split_validation(recordings, 0.2, seed=1)
+    assert len(held_out) == 6
+    together = np.concatenate(held_out)
+    assert sorted([*training, *together]) == list(range(len(recordings)))
+    assert not set(recordings[training]) & set(recordings[together])
+    assert all(len(set(recordings[clips])) == 1 and (np.diff(clips) == 1).all() for clips in held_out)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_each_recording_calibrates_once(folder, run, tmp_path, keep):
+    if keep == "best":
+        config = replace(CONFIG, train=replace(CONFIG.train, keep=keep))
+        run = train(folder, tmp_path / "best", config, device="cpu").parent
+    best = checkpoint.load(run / "best.pt")
+    assert best.recognition["recordings"] == 7 and "held-out recordings" in best.remark
+    for form in ("exact", "nearest"):
+        machines, scores = best.held_out(form)
+        assert len(machines) == len(scores) == (7 if keep == "last" else 3)
+        assert [len(own) for own in scores] == [4] * len(scores)
+    assert len(best.neighbours.labels) == 4 * (24 - 7)
+    machines, scores = best.held_out("profile")
+    assert len(machines) == 24 - 7 and all(len(own) == 4 for own in scores)
+    # the calibration's recordings were never trained on
+    reader = open_data(folder, AUDIO, splits=["train"]).train
+    assert not set(best.calibration["recordings"].tolist()) & set(best.neighbours.recordings.tolist())
+    positions = np.flatnonzero(np.isin(reader.recordings, best.calibration["recordings"]))
+    highest = score_clips(best, reader, positions=positions).scores
+    known = {tuple(machine): own for machine, own in zip(*best.held_out(best.form()), strict=True)}
+    assert len(highest) == len(best.held_out()[0])
+    if len(known) == len(highest) and best.form() == "nearest":
+        assert sorted(highest) == pytest.approx(sorted(own.max() for own in known.values()), rel=1e-3)
+
+
+def test_evaluation_and_scoring_hear_the_whole_recording(folder, run, tmp_path):
+    result = evaluate(run / "best.pt", folder, tmp_path / "evaluation", device="cpu")
+    assert result["clips"] == 12 and set(result["forms"]) == {"exact", "nearest", "profile", "gaussian"}
+    assert result["score"] in ("nearest", "profile")
+    rows = (tmp_path / "evaluation" / "scores.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    by_file = {tuple(row.split(",")[:3]): row.split(",")[columns.index("score")] for row in rows[1:]}
+    assert len(by_file) == 12
+    _, summary = score(run / "best.pt", [str(folder / "fan" / "test")], device="cpu")
+    for _, _, recording, row in summary.entries:
+        assert row["windows"] == 4
+        name = recording.file.rsplit("/", 1)[1], row["machine_type"], row["machine_id"]
+        assert row["score"] == pytest.approx(float(by_file[name]), rel=1e-4, abs=1e-5)
+
+
+def test_the_score_can_be_chosen(folder, run, tmp_path):
+    scores = {}
+    for form in ("exact", "nearest", "profile"):
+        scorer, summary = score(run / "best.pt", [str(folder / "fan" / "test")], form=form, device="cpu")
+        scores[form] = [row["score"] for *_, row in summary.entries]
+        assert f"score: {checkpoint.SCORES[form]}" in summary.text(scorer)
+        assert summary.thresholds
+    assert len({tuple(values) for values in scores.values()}) == 3
+
+
+def test_borrowed_machines_do_not_calibrate(folder, tmp_path):
+    own = tmp_path / "own"
+    (own / "fan").parent.mkdir()
+    (own / "fan").symlink_to(folder / "fan")
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "pump").symlink_to(folder / "pump")
+    best = checkpoint.load(train(own, tmp_path / "run", CONFIG, others=others, device="cpu"))
+    assert [best.classes[label][0] for label in best.borrowed] == ["pump"]
+    for form in ("exact", "nearest", "profile"):
+        assert {machine[0] for machine in best.held_out(form)[0]} <= {"fan"}
