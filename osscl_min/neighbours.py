@@ -106,7 +106,7 @@ class Neighbours:
     def scores(
         self, form: str, labels: np.ndarray, embeddings: np.ndarray, profiles: np.ndarray
     ) -> np.ndarray:
-        """Anomaly scores (m,) float64 of clips against their machines; NaN if the machine has no clips here.
+        """Anomaly scores (m,) float64 of clips against their machines; NaN if the machine has too few here.
 
         Parameters
         ----------
@@ -120,7 +120,8 @@ class Neighbours:
         for label in np.intersect1d(labels, self.labels):
             chosen, own = np.flatnonzero(labels == label), self.labels == label
             if form == "gaussian":
-                result[chosen] = _mahalanobis(self.profiles[own, 1:], profiles[chosen, 1:])
+                if own.sum() > 1:
+                    result[chosen] = _mahalanobis(self.profiles[own, 1:], profiles[chosen, 1:])
                 continue
             nobody = np.zeros((len(chosen), own.sum()), bool)
             result[chosen] = sum(

@@ -1,7 +1,7 @@
 """The packed store, a folder: every clip decoded once, to be read in batches without decoding.
 
   index.jsonl              a header, then one line per clip: what it is, what decoding gave (problem, remarks,
-                           hash of the samples) and, with a file's first clip, the file's hash and measurements
+                           hash of the samples); with a file's first clip, the file's hash and measurements
   train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
 While packing, the header has no digest, and rows and lines are those so far: `pack` resumes there.
