@@ -176,7 +176,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             machine: Machine type of all files; by default from their folders and names (fan/id_00/...).
             id: Machine id of all files; an unknown one is scored against every id of its type.
             false_alarm_rate: Share of normal recordings that may be called anomalous.
-            calibrate: More normal recordings, never trained on and as long as those to judge, for the thresholds.
+            calibrate: More normal recordings, never trained on, to set thresholds; as long as those to judge.
             window_step: Seconds between windows of a long recording; half a window by default.
             csv: Output file, one row per recording.
             json: Output file, with the scores over time of long recordings.
