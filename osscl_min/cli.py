@@ -1,7 +1,7 @@
 """OS-SCL anomalous sound detection. Every command has its own --help; --version prints the version.
 
-Settings start from a preset, by default small, for a few hundred clips of 10 s. --preset quick is for the
-simulated machines, --preset paper for the published experiment on the whole DCASE 2020 benchmark.
+Settings take their defaults from a preset: small (the default) suits a few hundred clips of 10 s, quick suits
+the simulated machines, and paper is the published experiment on the whole DCASE 2020 benchmark.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -17,9 +18,10 @@ import tyro
 from tyro.conf import Positional, arg
 
 from osscl_min import __version__
-from osscl_min.config import PRESETS, Config, EvaluateConfig
+from osscl_min.config import PRESETS, AudioConfig, Config, EvaluateConfig
 from osscl_min.data.synth import SynthConfig
 from osscl_min.runtime.files import UserError, printable
+from osscl_min.runtime.tables import markdown
 
 Experiment = Literal["components", "inputs", "training", "precision", "high-frequency-training",
                      "high-frequency", "bands", "noise", "scores", "embeddings", "all"]  # fmt: skip
@@ -28,20 +30,22 @@ Out = Annotated[Path, arg(help="Folder for the results.")]
 BestPt = Annotated[Path, arg(help="A run's best.pt, or a .pth file of the authors.")]
 Device = Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
 Strict = Annotated[bool, arg(help="Stop if any file cannot be used.")]
-Channel = Annotated[int | None, arg(help="Channel of files with several; else MIMII's first, or the mean.")]
+Channel = Annotated[int | None, arg(help="Channel of multichannel files; else MIMII's first, or the mean.")]
 Score = Literal["auto", "exact", "upstream", "nearest", "profile"]
-Preset = Annotated[Literal["paper", "small", "quick"], arg(help="Chooses the defaults of the settings.")]
+Preset = Annotated[Literal["paper", "small", "quick"], arg(help="Preset that gives the defaults.")]
 Settings = Annotated[Config, arg(name="")]
 
 
 def commands(preset: Config) -> dict[str, Callable]:
-    """Every command as a function, with the preset's defaults; imports wait until a command runs."""
+    """Every command as a function, with the preset's defaults; each prints or returns what it found."""
 
-    def synth(out: Positional[Out], config: Annotated[SynthConfig, arg(name="")] = SynthConfig()) -> None:
-        """Simulate machines: a data folder in the layout of DCASE 2020."""
-        from osscl_min.data.synth import write_dataset
+    def synth(directory: Positional[Path], config: Annotated[SynthConfig, arg(name="")] = SynthConfig()):
+        """Simulate machines: a data folder in the layout of DCASE 2020.
 
-        show(write_dataset(out, config))
+        Args:
+            directory: The data folder.
+        """
+        return load("data.synth").write_dataset(directory, config)
 
     def download(
         directory: Positional[Path],
@@ -50,7 +54,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         jobs: int = 2,
         mirror: str = "",
         trust_mirror: bool = False,
-    ) -> None:
+    ):
         """Download the DCASE 2020 Task 2 data; an interrupted download resumes.
 
         Exit status: 3 network or server, 4 wrong checksum, 5 disk full, 6 corrupt zip, 7 folder not writable.
@@ -61,12 +65,11 @@ def commands(preset: Config) -> dict[str, Callable]:
             types: Which machine types, separated by commas.
             jobs: Parallel downloads.
             mirror: Server to use instead of https://zenodo.org.
-            trust_mirror: Use its checksums instead of the published ones.
+            trust_mirror: Trust the mirror's checksums instead of the published ones.
         """
-        from osscl_min.data.download import download as run
-
         chosen = {"parts": parts.split(","), "types": types.split(",")}
-        show(run(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror))
+        function = load("data.download").download
+        return function(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror)
 
     def inspect(
         data: Positional[Data],
@@ -74,7 +77,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         seconds: float = preset.model.audio.seconds,
         step: float | None = None,
         preset: Preset = preset.preset,
-    ) -> None:
+    ):
         """Show what a data set holds: counts, lengths, rates, levels, duplicates, conflicts.
 
         Args:
@@ -83,16 +86,13 @@ def commands(preset: Config) -> dict[str, Callable]:
             step: Seconds from one clip of a longer recording to the next, by default their length; 0 takes
                 the first alone.
         """
-        from osscl_min.config import AudioConfig
-        from osscl_min.data import inspection
-        from osscl_min.runtime.tables import markdown
-
         folder(out)
+        inspection = load("data.inspection")
         audio = AudioConfig(seconds=seconds, clip_step=seconds if step is None else step)
         result = inspection.inspect(data, audio)
-        show(f"{markdown(inspection.table(result))}\n{inspection.remarks(result)}".strip())
         if out is not None:
             inspection.write(result, out)
+        return f"{markdown(inspection.table(result))}\n{inspection.remarks(result)}".strip()
 
     def pack(
         data: Positional[Data],
@@ -104,11 +104,11 @@ def commands(preset: Config) -> dict[str, Callable]:
         seconds: float = preset.model.audio.seconds,
         step: float | None = None,
         preset: Preset = preset.preset,
-    ) -> None:
+    ):
         """Decode every clip once, into a packed store that train and evaluate read instead of the data.
 
         Args:
-            store: The store's folder; the same command resumes an interrupted one or updates it.
+            store: The store's folder; the same command resumes an interrupted store or updates it.
             verify: Check every file and every packed clip against its hash.
             jobs: Parallel workers; all cores by default.
             sample_rate: Sample rate of the packed clips, Hz.
@@ -116,12 +116,9 @@ def commands(preset: Config) -> dict[str, Callable]:
             step: Seconds from one clip of a longer recording to the next, by default their length; 0 packs
                 the first alone.
         """
-        from osscl_min.config import AudioConfig
-        from osscl_min.data.store import pack as run
-
         step = seconds if step is None else step
         audio = AudioConfig(sample_rate=sample_rate, seconds=seconds, clip_step=step)
-        show(run(data, store, audio, channel=channel, verify=verify, jobs=jobs))
+        return load("data.store").pack(data, store, audio, channel=channel, verify=verify, jobs=jobs)
 
     def train(
         data: Data,
@@ -132,25 +129,23 @@ def commands(preset: Config) -> dict[str, Callable]:
         strict: Strict = False,
         resume: bool = False,
         seeds: Annotated[str, arg(metavar="0,1,2")] = "",
-    ) -> None:
+    ):
         """Train a detector on the normal clips of a data folder; an interrupted run resumes.
 
         Args:
-            out: The run's folder.
-            others: Other machines to tell yours from, needed where there is only one.
+            others: Other machines to tell yours from; needed if you have only one.
             resume: Fail unless there is a run to resume.
-            seeds: Train and evaluate once per seed, into OUT/runs, and average.
+            seeds: Train and evaluate once per seed, in OUT/runs, and average.
         """
-        from osscl_min.train import train as run
-
         folder(out)
-        if seeds:
-            if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
-                raise UserError(f"--seeds takes whole numbers separated by commas, not {seeds!r}")
-            if others or strict or resume:
-                raise UserError("--seeds does not go with --with, --strict or --resume")
-            run_experiment("seeds", data, out, config, seeds=list(map(int, seeds.split(","))), device=device)
-        show(run(data, out, config, others=others, device=device, strict=strict, resume=resume))
+        if not seeds:
+            options = {"others": others, "device": device, "strict": strict, "resume": resume}
+            return load("train").train(data, out, config, **options)
+        if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+            raise UserError(f"--seeds takes whole numbers separated by commas, not {seeds!r}")
+        if others or strict or resume:
+            raise UserError("--seeds does not go with --with, --strict or --resume")
+        run_experiment("seeds", data, out, config, seeds=list(map(int, seeds.split(","))), device=device)
 
     def evaluate(
         checkpoint: BestPt,
@@ -160,22 +155,19 @@ def commands(preset: Config) -> dict[str, Callable]:
         preset: Preset = preset.preset,
         device: Device = "auto",
         strict: Strict = False,
-    ) -> None:
+    ):
         """Score the test clips of a data folder and write scores, AUC and pAUC."""
-        from osscl_min.checkpoint import SCORES
-        from osscl_min.evaluate import evaluate as run
-        from osscl_min.metrics import table
-        from osscl_min.runtime.tables import markdown
-
         folder(out)
-        result = run(checkpoint, data, out, config=config, device=device, strict=strict)
-        if first_process() and result["metrics"] is None:
-            show(f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}")
-        elif first_process():
-            others = {name: entry for name, entry in result["forms"].items() if name != result["score"]}
-            show(markdown(table(result["metrics"], others)))
-            show(f"score: {SCORES[result['score']]}")
-            show("\n".join(f"  {name}: {SCORES[name]}" for name in others))
+        options = {"config": config, "device": device, "strict": strict}
+        result = load("evaluate").evaluate(checkpoint, data, out, **options)
+        if not first_process():
+            return None
+        if result["metrics"] is None:
+            return f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}"
+        forms, own = load("checkpoint").SCORES, result["score"]
+        others = {name: entry for name, entry in result["forms"].items() if name != own}
+        lines = [f"score: {forms[own]}", *(f"  {name}: {forms[name]}" for name in others)]
+        return "\n".join([markdown(load("metrics").table(result["metrics"], others)), *lines])
 
     def score(
         checkpoint: Positional[BestPt],
@@ -193,29 +185,26 @@ def commands(preset: Config) -> dict[str, Callable]:
         channel: Channel = None,
         score: Score = "auto",
         device: Device = "auto",
-    ) -> None:
+    ):
         """Score recordings of a machine and decide which are anomalous.
 
         Exit status: 0 if everything was scored, 1 if files or windows were skipped, 2 for an error.
 
         Args:
-            files: Sound files, folders, manifests (.csv), or - for names on standard input.
+            files: Sound files, folders, manifests (.csv), or - to read names from standard input.
             machine: Machine type of all files; by default from their folders and names (fan/id_00/...).
             id: Machine id of all files; an unknown one is scored against every id of its type.
             false_alarm_rate: Share of normal recordings that may be called anomalous.
-            calibrate: Further normal recordings that were never trained on, to set the thresholds with. Each
-                counts once; for long recordings, give ones that are as long.
-            window_step: Seconds between windows of a long recording; half a window by default.
+            calibrate: More normal recordings, never trained on, to set thresholds; as long as those to judge.
+            window_step: Seconds between windows of a long recording; as in training by default.
             csv: Output file, one row per recording.
             json: Output file, with the scores over time of long recordings.
             plot: Picture of the most anomalous recording: scores over time and spectrogram.
             explain: Picture of its highest window: which frequencies and times raise the score.
             batch_size: Windows per batch.
-            score: Which anomaly score; auto is the checkpoint's own choice.
+            score: Anomaly score; auto is that of the checkpoint's preset.
         """
-        from osscl_min.inference.score import score as run
-
-        scorer, summary = run(
+        scorer, summary = load("inference.score").score(
             checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate,
             calibrate_with=calibrate, step=window_step, batch_size=batch_size, channel=channel, csv_path=csv,
             json_path=json, plot_path=plot, explain_path=explain, device=device, form=score,
@@ -225,26 +214,24 @@ def commands(preset: Config) -> dict[str, Callable]:
 
     def metrics(
         scores: Positional[Path], out: Out | None = None, labels: Path | None = None, bootstrap: int = 1000
-    ) -> None:
+    ):
         """Compute AUC and pAUC from any folder of score files in the DCASE format.
 
         Args:
             scores: Folder with anomaly_score_TYPE_id_XX.csv or TYPE_anomaly_score_id_XX.csv.
             out: Folder for metrics.json and metrics.csv.
             labels: eval_data_list.csv, for file names without normal_ or anomaly_.
-            bootstrap: Resamples for the 95 % intervals; 0 for none.
+            bootstrap: Resamples for the 95 % intervals; 0 omits them.
         """
-        from osscl_min.metrics import evaluate_scores, read_scores, table, unmatched, write_metrics
-        from osscl_min.runtime.tables import markdown
-
         folder(out)
-        rows = read_scores(scores, labels)
-        if remark := unmatched(rows, labels):
+        library = load("metrics")
+        rows = library.read_scores(scores, labels)
+        if remark := library.unmatched(rows, labels):
             print(remark, file=sys.stderr)
-        result = evaluate_scores(rows, bootstrap)
+        result = library.evaluate_scores(rows, bootstrap)
         if out is not None:
-            write_metrics(result, out)
-        show(markdown(table(result)))
+            library.write_metrics(result, out)
+        return markdown(library.table(result))
 
     def ablate(
         name: Positional[Experiment],
@@ -257,49 +244,51 @@ def commands(preset: Config) -> dict[str, Callable]:
         cutoffs: tuple[float, ...] | None = None,
         config: Settings = preset,
         device: Device = "auto",
-    ) -> None:
+    ):
         """Compare variants of the training, or analyse trained detectors.
 
-        Finished runs are reused; a failure does not stop the others, and the exit status is then 1.
+        Finished runs are reused. A failed run does not stop the others; the exit status is then 1.
 
         Args:
-            name: The first five compare trainings, the next five analyse detectors; all leaves out precision.
-            checkpoint: A detector to analyse; by default those of the seeds, trained if needed.
+            name: The first five compare trainings, the next five analyse detectors; all omits precision.
+            checkpoint: A detector to analyse; by default one per seed, trained if needed.
             seeds: Train every variant once per seed.
-            variants: Only these, beside the baseline.
+            variants: Only these, besides the baseline.
             jobs: Parallel trainings.
             cutoffs: Cut-off frequencies in Hz, for high-frequency and high-frequency-training.
         """
-        keys = {"seeds": seeds, "only": variants, "checkpoint": checkpoint, "cutoffs": cutoffs, "jobs": jobs}
-        run_experiment(name, data, out, config, device=device, **keys)
+        options = {"seeds": seeds, "only": variants, "checkpoint": checkpoint, "cutoffs": cutoffs}
+        run_experiment(name, data, out, config, jobs=jobs, device=device, **options)
 
-    def report(run: Positional[Path], data: Data | None = None) -> None:
+    def report(run: Positional[Path], data: Data | None = None):
         """Write a run's report (HTML pages), figures (PNG, PDF) and tables (LaTeX) into the run's folder.
 
         Args:
             run: The folder of a trained and evaluated run.
             data: Its data; RUN/data by default.
         """
-        from osscl_min.report import pages, results
-
-        show(f"report: {pages.write(run, data)}")
-        show(f"{results.headline(run)}\n{results.expectation(run)}".strip())
+        page, results = load("report.pages").write(run, data), load("report.results")
+        return f"report: {page}\n{results.headline(run)}\n{results.expectation(run)}".strip()
 
     def bench(
-        name: Positional[Literal["model", "train", "data", "score"]], out: Out = Path("results"),
+        name: Positional[Literal["model", "train", "data", "score"]],
+        out: Out = Path("results"),
         data: Data | None = None,
-    ) -> None:  # fmt: skip
+    ):
         """Measure the speed of the model, of training, of reading data or of scoring on this machine.
 
         Args:
             data: For the benchmarks that read data; simulated machines by default.
         """
-        from osscl_min.bench import bench as run
-
-        show(run(name, out, data).read_text(encoding="utf-8").strip())
+        return load("bench").bench(name, out, data).read_text(encoding="utf-8").strip()
 
     functions = (synth, download, inspect, pack, train, evaluate, score, metrics, ablate, report, bench)
     return {function.__name__: function for function in functions}
+
+
+def load(name: str) -> Any:
+    """A module of this package, imported when a command runs: --help does not wait for PyTorch."""
+    return import_module(f"osscl_min.{name}")
 
 
 def first_process() -> bool:
@@ -321,23 +310,26 @@ def folder(out: Path | None) -> None:
 
 def run_experiment(name: str, data: Path, out: Path, config: Config, **settings: Any) -> NoReturn:
     """Run an experiment, or all, and print the tables; exit status 1 where something failed."""
-    from osscl_min.experiments.variants import run, run_all
-
     folder(out)
-    if not settings.get("seeds"):
+    if not settings["seeds"]:
         raise UserError("--seeds takes at least one number")
     if "RANK" in os.environ:
         raise UserError("experiments train in processes of their own: start them without torchrun")
-    all_of = run_all(data, out, config, **settings) if name == "all" else None
+    variants = load("experiments.variants")
+    if name == "all":
+        results = variants.run_all(data, out, config, **settings)
+    else:
+        results = [(name, variants.run(name, data, out, config, **settings))]
     failures = []
-    for each, result in all_of or [(name, run(name, data, out, config, **settings))]:
+    for each, result in results:
         if isinstance(result, UserError):
             failures.append(f"failed: {each}: {result}")
             continue
         stem = out / each.replace("-", "_")
         show(f"{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem.with_suffix('.json')}")
         failures += [f"failed: {variant}: {reason}" for variant, reason in result["failed"].items()]
-    print("\n".join(failures), end="\n" if failures else "", file=sys.stderr)
+    for line in failures:
+        print(line, file=sys.stderr)
     sys.exit(bool(failures))
 
 
@@ -347,19 +339,15 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # any file name can be printed
             stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:] == ["--version"]:
-        print(f"osscl-min {__version__}")
-        return
+        return print(f"osscl-min {__version__}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=PRESETS, default="small")
+    functions = commands(PRESETS[first.parse_known_args()[0].preset])
     try:
-        preset = PRESETS[first.parse_known_args()[0].preset]
-        tyro.extras.subcommand_cli_from_dict(commands(preset), prog="osscl", description=__doc__)
-    except UserError as error:
-        print(f"osscl: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        show(tyro.extras.subcommand_cli_from_dict(functions, prog="osscl", description=__doc__))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"osscl: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_status", 2))

@@ -26,7 +26,7 @@ def osscl(*arguments):
 def test_version_and_default_preset():
     assert osscl("--version").stdout == f"osscl-min {__version__}\n"
     text = " ".join(osscl("train", "--help").stdout.split())
-    assert "(default: small)" in text and "by default small" in " ".join(osscl("--help").stdout.split())
+    assert "(default: small)" in text and "small (the default)" in " ".join(osscl("--help").stdout.split())
 
 
 def test_the_preset_gives_the_defaults():

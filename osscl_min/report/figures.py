@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
@@ -22,19 +25,21 @@ from osscl_min.runtime.files import UserError, read_csv, read_json
 from osscl_min.train import read_log
 
 MOST_POINTS = 3000  # of the embedding map, for t-SNE's time
+LOOK = {  # of an input map: title, colours, vertical axis, colour bar
+    "log_mel": ("log-mel", "magma", "frequency (Hz)", "dB"),
+    "tgram": ("Tgram", "PuOr", "learned channel", "activation"),
+    "tfgram": ("TFgram", "viridis", "learned channel", "activation"),
+}
 TRUTH = {0: ("normal", plot.BLUE), 1: ("anomalous", plot.VERMILLION)}
 
 
 def _scores(evaluation: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Machine type -> truth, score and machine id of the clips that metrics.json measures."""
-    clips = clip_scores(evaluation)
-    types = sorted({clip.machine_type for clip in clips}, key=str.lower)
+    types = defaultdict(list)
+    for clip in clip_scores(evaluation):
+        types[clip.machine_type].append((clip.anomaly, clip.score, clip.machine_id))
     return {
-        name: tuple(
-            np.array([getattr(clip, field) for clip in clips if clip.machine_type == name])
-            for field in ("anomaly", "score", "machine_id")
-        )
-        for name in types
+        name: tuple(map(np.array, zip(*types[name], strict=True))) for name in sorted(types, key=str.lower)
     }
 
 
@@ -43,13 +48,7 @@ def _is_synthetic(evaluation: Path) -> bool:
 
 
 def normal_and_anomalous(clips: Sequence[Clip], machine_type: str | None = None) -> list[int]:
-    """Positions of a normal and an anomalous clip of one machine: the first (of a type) that has both.
-
-    Raises
-    ------
-    UserError
-        If there is no such machine.
-    """
+    """Positions of a normal and an anomalous clip of the first machine (of a type) that has both."""
     first: dict[tuple, int] = {}
     for position, clip in enumerate(clips):
         if machine_type in (None, clip.machine_type):
@@ -72,33 +71,30 @@ def input_maps(
     with torch.no_grad():
         maps = trained.model.maps(wave, LogMel(audio).to(wave.device)(wave)).cpu().numpy()
     clips = [reader.clips[position] for position in positions]
-    heads = [
-        f"{clip.machine_type} id {clip.machine_id}, {TRUTH.get(clip.anomaly, ('unlabelled',))[0]}"
-        for clip in clips
+    truths = [TRUTH.get(clip.anomaly, ("unlabelled",))[0] for clip in clips]
+    titles = [
+        f"{LOOK[name][0]}: {clip.machine_type} id {clip.machine_id}, {truth}"
+        for name in inputs
+        for clip, truth in zip(clips, truths, strict=True)
     ]
-    look = {  # colours, title, vertical axis, colour bar
-        "log_mel": ("magma", "log-mel", "frequency (Hz)", "dB"),
-        "tgram": ("PuOr", "Tgram", "learned channel", "activation"),
-        "tfgram": ("viridis", "TFgram", "learned channel", "activation"),
-    }
-    names = [f"{look[name][1]}: {head}" for name in inputs for head in heads]
+    size = (5, 2.5)
     figure, axes = plot.panels(
-        "The encoder's input maps", synthetic, names, len(clips), (5, 2.5), sharex=True
+        "The encoder's input maps", synthetic, titles, len(clips), size, sharex=True, sharey="row"
     )
     frame = audio.hop / audio.sample_rate  # s; a frame is centred on its time
     extent = (-frame / 2, (audio.frames - 0.5) * frame, 0, audio.mels)
-    for row, name in enumerate(inputs):
-        across = axes[row * len(clips) : (row + 1) * len(clips)]
+    grid = np.reshape(axes, (len(inputs), len(clips)))
+    for row, (name, across) in enumerate(zip(inputs, grid, strict=True)):
+        _, colours, vertical, unit = LOOK[name]
         low, high = np.percentile(maps[:, row], (1, 99.5))
         if name == "tgram":  # of both signs: white is zero
             low, high = -max(-low, high), max(-low, high)
         for ax, values in zip(across, maps[:, row], strict=True):
-            image = plot.picture(ax, values, look[name][0], (low, high), extent)
-            ax.set(xlim=(0, audio.seconds), ylim=(0, audio.mels))
-            if name == "log_mel":
-                ax.set_yticks(*mel_ticks(audio))
-        across[0].set_ylabel(look[name][2])
-        figure.colorbar(image, ax=across, label=look[name][3], pad=0.015, extend="both")
+            image = plot.picture(ax, values, colours, (low, high), extent)
+        if name == "log_mel":
+            ax.set_yticks(*mel_ticks(audio))
+        across[0].set(ylabel=vertical, xlim=(0, audio.seconds), ylim=(0, audio.mels))
+        figure.colorbar(image, ax=list(across), label=unit, pad=0.015, extend="both")
     for ax in across:
         ax.set_xlabel("time (s)")
     return figure
@@ -109,19 +105,18 @@ def training_curves(run: Path) -> Figure:
     log = read_log(run)
     synthetic = read_json(run / "config.json")["data"]["synthetic"]
     kept = checkpoint.load(run / "best.pt").epoch
-    titles = ("loss on mixed clips", "validation loss of the EMA", "validation accuracy", "learning rate")
-    figure, axes = plot.panels("Training", synthetic, titles, 2, (4.8, 2.7), sharex=True)
-    for panel, name, label, colour in (
-        (0, "total", "total", plot.BLACK),
-        (0, "cross_entropy", "cross-entropy", plot.BLUE),
-        (0, "contrastive", "SupCon", plot.ORANGE),
-        (1, "validation_loss", None, plot.GREEN),
-        (2, "validation_accuracy", None, plot.GREEN),
-        (3, "learning_rate", None, plot.PURPLE),
-    ):
-        epochs, values = zip(*((entry["epoch"], entry[name]) for entry in log), strict=True)
-        axes[panel].plot(epochs, values, ".-" if len(log) < 40 else "-", color=colour, label=label)
-    for ax in axes:
+    panels = {
+        "loss on mixed clips": {"total": plot.BLACK, "cross_entropy": plot.BLUE, "contrastive": plot.ORANGE},
+        "validation loss of the EMA": {"validation_loss": plot.GREEN},
+        "validation accuracy": {"validation_accuracy": plot.GREEN},
+        "learning rate": {"learning_rate": plot.PURPLE},
+    }
+    figure, axes = plot.panels("Training", synthetic, list(panels), 2, (4.8, 2.7), sharex=True)
+    for ax, curves in zip(axes, panels.values(), strict=True):
+        for name, colour in curves.items():
+            label = name.replace("_", "-") if len(curves) > 1 else None
+            epochs, values = zip(*((entry["epoch"], entry[name]) for entry in log), strict=True)
+            ax.plot(epochs, values, ".-" if len(log) < 40 else "-", color=colour, label=label)
         ax.axvline(kept, color=plot.GREY, linestyle=":", linewidth=1.2, label=f"epoch {kept}, kept")
         ax.set(xlabel="epoch", ylim=(0, 1.06 * ax.dataLim.ymax or 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -149,15 +144,14 @@ def score_histograms(evaluation: Path) -> Figure:
 
 def machine_intervals(evaluation: Path) -> Figure:
     """AUC of each machine with its 95 % interval."""
-    metrics = read_metrics(evaluation)
-    entries = [entry for entry in metrics["ids"] if entry["auc"] is not None]
+    entries = [entry for entry in read_metrics(evaluation)["ids"] if entry["auc"] is not None]
     size = (6.5, 0.8 + 0.2 * len(entries))
     figure, (ax,) = plot.panels("AUC of each machine", _is_synthetic(evaluation), [""], 1, size)
     types = list(dict.fromkeys(entry["type"] for entry in entries))
     for place, entry in enumerate(entries):
         colour = plot.COLOURS[types.index(entry["type"]) % 7]
-        if bounds := entry.get("interval", {}).get("auc"):
-            ax.plot(100 * np.array(bounds), [place] * 2, color=colour, linewidth=2, alpha=0.5)
+        bounds = entry.get("interval", {}).get("auc") or [np.nan] * 2
+        ax.plot(100 * np.array(bounds), [place] * 2, color=colour, linewidth=2, alpha=0.5)
         ax.plot(100 * entry["auc"], place, "o", color=colour, markersize=5)
     ax.axvline(50, color=plot.GREY, linestyle=":", label="chance")
     ax.set_yticks(range(len(entries)), [f"{entry['type']} {entry['id']}" for entry in entries], fontsize=8)
@@ -173,24 +167,24 @@ def roc_curves(evaluation: Path, untrained: Path | None = None) -> Figure:
     types, before = _scores(evaluation), _scores(untrained) if untrained else {}
     figure, axes = plot.panels("ROC curves", _is_synthetic(evaluation), list(types), size=(3.6, 3.4))
     for ax, (name, (truth, scores, ids)) in zip(axes, types.items(), strict=True):
-        lines = [
-            (truth[ids == k], scores[ids == k], "each id", plot.BLUE, "-", 0.8) for k in sorted(set(ids))
-        ]
-        if name in before:
-            lines.append((*before[name][:2], "untrained, pooled", plot.VERMILLION, "--", 1.5))
-        lines.append((truth, scores, "ids pooled", plot.BLACK, "-", 2))
         ax.axvspan(0, MAX_FPR, color=plot.SKY, alpha=0.25, linewidth=0, label=f"pAUC's range, to {MAX_FPR:g}")
-        for true, score, label, colour, dashes, width in lines:
-            area = auc(true, score)
-            if area is not None:
-                rates = roc_curve(true, score)[:2]
-                ax.plot(*rates, dashes, color=colour, linewidth=width, label=label, clip_on=False)
-        if area is not None:
+        for machine in np.unique(ids):
+            own = ids == machine
+            _roc(ax, truth[own], scores[own], color=plot.BLUE, linewidth=0.8, label="each id")
+        if name in before:
+            _roc(ax, *before[name][:2], color=plot.VERMILLION, dashes=(4, 2), label="untrained, pooled")
+        _roc(ax, truth, scores, color=plot.BLACK, linewidth=2, label="ids pooled")
+        if (area := auc(truth, scores)) is not None:
             ax.set_title(f"{name}: AUC pooled {100 * area:.1f} %", fontsize=10.5)
         ax.plot([0, 1], [0, 1], color=plot.GREY, linestyle=":", linewidth=1, label="chance")
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="false-positive rate", ylabel="true-positive rate")
     plot.legend_below(figure, axes)
     return figure
+
+
+def _roc(ax: Axes, truth: np.ndarray, scores: np.ndarray, **look: Any) -> None:
+    if len(set(truth)) == 2:
+        ax.plot(*roc_curve(truth, scores)[:2], clip_on=False, **look)
 
 
 def embedding_map(evaluation: Path, seed: int = 0) -> Figure:
@@ -199,11 +193,10 @@ def embedding_map(evaluation: Path, seed: int = 0) -> Figure:
     chosen = np.random.default_rng(seed).permutation(len(rows))[:MOST_POINTS]
     with np.load(evaluation / "embeddings.npz") as file:
         embeddings = file["embeddings"][chosen]
-    types = np.array([rows[position]["machine_type"] for position in chosen])
-    anomalous = np.array([rows[position]["anomaly"] == "1" for position in chosen])
+    types, truths = np.array([(row["machine_type"], row["anomaly"]) for row in rows])[chosen].T
     title = f"Embeddings of {len(chosen)} test clips, t-SNE"
     figure, (ax,) = plot.panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
-    draw_map(ax, embeddings, types, anomalous, seed)
+    draw_map(ax, embeddings, types, truths == "1", seed)
     ax.spines[:].set_visible(False)
     plot.legend(figure, [ax], "right center", title="machine type")
     return figure
@@ -212,7 +205,6 @@ def embedding_map(evaluation: Path, seed: int = 0) -> Figure:
 def draw(run: Path, data: Path | str | None = None) -> dict[str, Figure]:
     """Every figure of an evaluated run by name; without `data`, its data folder, no input maps."""
     evaluation, untrained = run / "evaluation", run / "untrained"
-    ablation = run / "high_frequency" / "high_frequency.json"
     figures = {}
     if data is not None:
         trained = checkpoint.load(run / "best.pt")
@@ -230,6 +222,6 @@ def draw(run: Path, data: Path | str | None = None) -> dict[str, Figure]:
         figures["roc"] = roc_curves(evaluation, untrained if (untrained / "scores.csv").is_file() else None)
     if (evaluation / "embeddings.npz").is_file():
         figures["embeddings"] = embedding_map(evaluation)
-    if ablation.is_file():
+    if (ablation := run / "high_frequency" / "high_frequency.json").is_file():
         figures["high_frequency"] = high_frequency(ablation)
     return figures

@@ -14,12 +14,13 @@ from osscl_min.report import figures, results
 from osscl_min.runtime.files import ROOT, UserError, printable, write_text
 from osscl_min.runtime.plotting import save_all
 
-# What a notebook needs besides an evaluated run: its data, test clips of known truth, a file of the run.
+ABLATION = "high_frequency/high_frequency.json"
+# what a notebook needs besides an evaluated run: its data, test clips of known truth, a file of the run
 NEEDS = {
     "01_data": ("data", "truth"),
     "02_training": ("data",),
     "03_evaluation": ("truth",),
-    "04_high_frequency_ablation": ("data", "truth", "high_frequency/high_frequency.json"),
+    "04_high_frequency_ablation": ("data", "truth", ABLATION),
     "05_kernels": (),
     "report": (),
 }
@@ -33,19 +34,12 @@ TEMPLATE = """{% extends 'lab/index.html.j2' %}{% block html_head_js %}{% endblo
 def write(run: Path | str, data: Path | str | None = None) -> Path:
     """Write RUN/figures (PNG, PDF), RUN/paper (LaTeX), RUN/notebooks (executed) and RUN/report (HTML).
 
-    `data` is the run's data folder or packed store, RUN/data where that exists; what shows clips needs it.
-    An executed notebook that is newer than its source and the run is kept. Returns RUN/report/report.html,
-    the first page.
-
-    Raises
-    ------
-    UserError
-        If there is no such run, it is not evaluated, one of its files is damaged, or Jupyter is missing.
+    `data` is the run's data folder or packed store, by default RUN/data; what shows clips needs it. An executed
+    notebook that is newer than its source and the run is kept. Returns the first page, RUN/report/report.html.
     """
     run = results.check(run).resolve()
-    data = Path(data).resolve() if data is not None else run / "data"
-    if data == run / "data" and not data.is_dir():
-        data = None
+    if data is not None or (run / "data").is_dir():
+        data = Path(data or run / "data").resolve()
     sources = _notebooks(run, data)
     try:
         drawn, tables = figures.draw(run, data), results.paper_tables(run)
@@ -58,9 +52,8 @@ def write(run: Path | str, data: Path | str | None = None) -> Path:
     for source in tqdm(sources, "notebooks", unit="notebook", disable=None, leave=False):
         executed = run / "notebooks" / source.name
         made_from = (source, run / "best.pt", run / "evaluation" / "evaluation.json")
-        if not executed.is_file() or any(
-            part.stat().st_mtime > executed.stat().st_mtime for part in made_from
-        ):
+        newest = max(part.stat().st_mtime for part in made_from)
+        if not executed.is_file() or executed.stat().st_mtime < newest:
             write_text(executed, _execute(source, run, data))
         write_text(run / "report" / f"{source.stem}.html", _page(executed))
     return run / "report" / "report.html"
@@ -77,12 +70,8 @@ def _notebooks(run: Path, data: Path | None) -> list[Path]:
     if not sources:
         raise UserError("the report needs the folder notebooks/: run it from a clone of the repository")
     have = {"data": data is not None, "truth": bool(results.read_metrics(run / "evaluation"))}
-
-    def possible(source: Path) -> bool:
-        needs = NEEDS.get(source.stem, ())
-        return all(have[need] if need in have else (run / need).is_file() for need in needs)
-
-    return [source for source in sources if possible(source)]
+    have[ABLATION] = (run / ABLATION).is_file()
+    return [source for source in sources if all(have[need] for need in NEEDS.get(source.stem, ()))]
 
 
 def _execute(source: Path, run: Path, data: Path | None) -> str:

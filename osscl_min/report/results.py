@@ -37,19 +37,13 @@ PUBLISHED = [
     ("autoencoder baseline", "65.16/52.59 72.59/60.00 84.99/66.93 66.46/50.60 80.09/67.22 72.68/60.66",
      "73.66/59.67", "its README"),
 ]  # fmt: skip
-# AUC id-mean of the quick run and of its untrained network; processors and seeds move it by a few points.
-EXPECTED = {"trained": (0.88, 0.99), "untrained": (0.35, 0.65)}
+# AUC id-mean of the quick run and of its untrained network, %; processors and seeds move it by a few points.
+EXPECTED = {"trained": (88, 99), "untrained": (35, 65)}
 QUICK_CLIPS = 360  # test clips of `osscl synth` with its defaults
 
 
 def check(run: Path | str) -> Path:
-    """The folder of a run, which must hold a trained and evaluated detector.
-
-    Raises
-    ------
-    UserError
-        If it does not; the message names the command that is missing.
-    """
+    """The folder of a trained and evaluated run; otherwise a UserError that names the missing command."""
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"no such run: {printable(run)}")
@@ -70,6 +64,11 @@ def read_metrics(evaluation: Path) -> dict[str, Any]:
     return {}
 
 
+def averages(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The average metrics of a run's detector and of the untrained network; empty where there are none."""
+    return tuple(read_metrics(run / name).get("average", {}) for name in ("evaluation", "untrained"))
+
+
 def clip_scores(evaluation: Path) -> list[Score]:
     """The scores of the clips that the metrics are made of."""
     return measured(read_clip_scores(evaluation))
@@ -77,15 +76,15 @@ def clip_scores(evaluation: Path) -> list[Score]:
 
 def results_table(run: Path) -> Table:
     """Percent: machine types, their average, and that of the untrained network; empty without known truth."""
-    trained, untrained = (read_metrics(run / name) for name in ("evaluation", "untrained"))
+    trained, (_, before) = read_metrics(run / "evaluation"), averages(run)
     if not trained:
         return []
-    rows = table(trained, [("average, untrained", untrained["average"])] if untrained else [])
     recognised = {"machine type": "machine recognised"}
     for label, name in (("average", "evaluation"), ("average, untrained", "untrained")):
-        if (run / name / "evaluation.json").is_file():
-            accuracy = read_json(run / name / "evaluation.json")["identity_accuracy"]
+        if (path := run / name / "evaluation.json").is_file():
+            accuracy = read_json(path)["identity_accuracy"]
             recognised[label] = "-" if accuracy is None else f"{100 * accuracy:.1f}"
+    rows = table(trained, [("average, untrained", before)] if before else [])
     return [[*row, recognised.get(row[0], "")] for row in rows]
 
 
@@ -101,31 +100,30 @@ def machines_table(run: Path) -> Table:
 
 def headline(run: Path) -> str:
     """Mean AUC with its interval, trained and untrained, in one sentence."""
-    trained, untrained = (read_metrics(run / name).get("average") for name in ("evaluation", "untrained"))
-    if not trained:
+    means = [
+        percent(average["auc_id_mean"], average.get("interval", {}).get("auc_id_mean"))
+        for average in averages(run)
+        if average
+    ]
+    if not means:
         return "No test clip has a known truth: there are scores and nothing to measure."
-
-    def mean(average: dict[str, Any]) -> str:
-        return percent(average["auc_id_mean"], average.get("interval", {}).get("auc_id_mean"))
-
-    before = f"; before training {mean(untrained)}" if untrained else ""
     what = "Mean AUC in percent (mean over the machines of a type, then over the types)"
-    return f"{what}: {mean(trained)}{before}."
+    return f"{what}: {'; before training '.join(means)}."
 
 
 def expectation(run: Path) -> str:
     """Whether the quick run came out as it should, in one line; empty for any other run."""
     evaluation = read_json(run / "evaluation" / "evaluation.json")
-    trained, untrained = (read_metrics(run / name).get("average") for name in ("evaluation", "untrained"))
     quick = evaluation["synthetic"] and evaluation["config"]["preset"] == "quick"
-    if not (quick and evaluation["clips"] == QUICK_CLIPS and trained and untrained):
+    if not (quick and evaluation["clips"] == QUICK_CLIPS and all(averages(run))):
         return ""
-    parts, within = [], True
-    for name, average in (("trained", trained), ("untrained", untrained)):
-        value, (low, high) = average["auc_id_mean"], EXPECTED[name]
-        parts.append(f"{name} {100 * value:.1f} % (expected {100 * low:.0f} to {100 * high:.0f} %)")
-        within &= low <= value <= high
-    return f"average AUC: {', '.join(parts)}: {'as expected' if within else 'NOT as expected'}"
+    parts, verdict = [], "as expected"
+    for (name, (low, high)), average in zip(EXPECTED.items(), averages(run), strict=True):
+        value = 100 * average["auc_id_mean"]
+        parts.append(f"{name} {value:.1f} % (expected {low} to {high} %)")
+        if not low <= value <= high:
+            verdict = "NOT as expected"
+    return f"average AUC: {', '.join(parts)}: {verdict}"
 
 
 def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
@@ -140,14 +138,13 @@ def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
     rows = [["rate", "machine type", "threshold from", "false alarms", "expected by chance", "detected"]]
     for rate in rates if held_out[0] and clips else ():
         for counts in Calibration(*held_out, rate).alarms(machines, scores, truth):
-            false_alarms, detected = (
-                f"{'-' if counts[count] is None else counts[count]} of {counts[total]}"
-                for count, total in (("false_alarms", "normal_clips"), ("detected", "anomalous_clips"))
-            )
+            cells = {name: "-" if count is None else str(count) for name, count in counts.items()}
             chance = "-"  # unknown where too few clips were held out to resolve the rate
             if counts["chance"]:
                 chance = "{:.0f} to {:.0f} %".format(*(100 * bound for bound in counts["chance"]))
-            asked = [f"{100 * rate:g} %", counts["machine_type"], counts["threshold_from"]]
+            false_alarms = f"{cells['false_alarms']} of {cells['normal_clips']}"
+            detected = f"{cells['detected']} of {cells['anomalous_clips']}"
+            asked = [f"{100 * rate:g} %", cells["machine_type"], cells["threshold_from"]]
             rows.append([*asked, false_alarms, chance, detected])
     return rows if len(rows) > 1 else []
 

@@ -16,7 +16,7 @@ from osscl_min.runtime.files import ROOT, UserError, read_csv, read_json, replac
 from osscl_min.runtime.tables import Rows, markdown
 from osscl_min.train import read_log
 
-PICTURES = ("embeddings.png", "machines.png", "maps.png", "scores.png")
+PICTURES = ("embeddings.png", "scores.png")
 DOCUMENTS = ("README.md", "results/README.md", "kernels/README.md")
 BLOCK = re.compile(r"(<!-- generated from (\S+) by: [^>]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -28,8 +28,8 @@ def keep(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) ->
         run: An evaluated run; of one of `reproduce.sh --experiments`, only cost.md is kept.
         folder: Such as results/quick; results/paper gets the LaTeX tables.
     """
-    is_experiments = (run / "runs").is_dir()
-    run = run if is_experiments else results.check(run)
+    if not (is_experiments := (run / "runs").is_dir()):
+        results.check(run)
     write_text(folder / "cost.md", markdown(cost_table(run)) + "\n")
     if is_experiments:
         return

@@ -31,8 +31,7 @@ _PRECIOUS_STARTS = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"FORM", b"PK\x03\x04", b
 
 
 class UserError(Exception):
-    """A user's mistake in one line: what, where, what to do. The command line prints it and exits with
-    `exit_status`."""
+    """A user's mistake in one line: what, where, what to do; the command line ends with `exit_status`."""
 
     def __init__(self, message: str, exit_status: int = 2):
         super().__init__(message)
@@ -51,11 +50,7 @@ def printable(path: Path | str) -> str:
 
 
 def safe_name(text: str) -> str:
-    """A text from outside, such as a machine type, as part of a file name.
-
-    Letters, digits, spaces and ``_.+-`` stay; a changed name gets a digest, so that different texts never
-    share a file.
-    """
+    """A text from outside as part of a file name; a text that must change gets a digest against clashes."""
     name = re.sub(r"[^\w .+-]", "_", text).strip(" .")
     if name and name == text and len(os.fsencode(name)) <= 100:
         return name
@@ -63,77 +58,66 @@ def safe_name(text: str) -> str:
 
 
 def walk(root: Path | str) -> Iterator[tuple[Path, str]]:
-    """Every visible file under a folder, sorted, with the reason why it cannot be used ("" if it can).
+    """Every visible file under a folder, and why it cannot be used ("" if it can); then unreadable folders.
 
     Each real folder is entered once, so loops of links end; pipes and devices are never opened.
     """
-    entered = set()
-
-    def enter(folder: Path) -> Iterator[tuple[Path, str]]:
-        try:
-            status = folder.stat()
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            yield folder, f"this folder cannot be read ({error.strerror})"
-            return
-        if (status.st_dev, status.st_ino) in entered:
-            return
-        entered.add((status.st_dev, status.st_ino))
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = folder / entry.name
-            try:
-                mode = path.stat().st_mode
-            except OSError as error:
-                yield path, f"cannot be read ({error.strerror})"
-                continue
-            if stat.S_ISDIR(mode):
-                yield from enter(path)
-            elif not stat.S_ISREG(mode):
-                yield path, "not a regular file"
-            elif printable(path) != str(path):
-                yield path, "its name is not UTF-8"
-            else:
-                yield path, ""
-
-    return enter(Path(root))
+    entered, unreadable = set(), []
+    for folder, folders, names in os.walk(root, onerror=unreadable.append, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            yield path, _problem(path)
+    for error in unreadable:
+        yield Path(error.filename), f"this folder cannot be read ({error.strerror})"
 
 
-def check_output(path: Path | str, inputs: Iterable[Path | str] = (), suffixes: Sequence[str] = ()) -> Path:
-    """The path of a result, unless writing it would replace an input, a sound, a checkpoint, an archive, a
-    folder or a special file, or its suffix is not one of `suffixes` (any, if there are none)."""
-    path = Path(path)
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UserError(f"cannot write {printable(path)}: its name must end in {' or '.join(suffixes)}")
+def _problem(path: Path) -> str:
     try:
-        precious = path.suffix.lower() in _PRECIOUS_SUFFIXES
-        if path.exists():
-            if not path.is_file():
-                raise UserError(f"cannot write {printable(path)}: it is not a regular file")
-            if any(os.path.exists(name) and os.path.samefile(name, path) for name in map(os.fspath, inputs)):
-                raise UserError(f"cannot write {printable(path)}: it is one of the inputs")
-            with open(path, "rb") as file:
-                precious |= file.read(8).startswith(_PRECIOUS_STARTS)
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not regular:
+        return "not a regular file"
+    return "" if printable(path) == str(path) else "its name is not UTF-8"
+
+
+def check_output(path: Path, inputs: Iterable[str], suffixes: Sequence[str] = ()) -> None:
+    """Refuse to write a result over an input, a sound, a checkpoint, an archive, a folder or a special file,
+    or under a name that ends in none of `suffixes` (any will do without)."""
+    suffix = path.suffix.lower()
+    try:
+        exists = path.exists()
+        if suffixes and suffix not in suffixes:
+            reason = f"its name must end in {' or '.join(suffixes)}"
+        elif exists and not path.is_file():
+            reason = "it is not a regular file"
+        elif exists and any(os.path.exists(name) and path.samefile(name) for name in inputs):
+            reason = "it is one of the inputs"
+        elif suffix in _PRECIOUS_SUFFIXES or (exists and _first_bytes(path).startswith(_PRECIOUS_STARTS)):
+            reason = "it has the name or content of a sound, checkpoint or archive"
+        else:
+            return
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {printable(path)}: {error}") from error
-    if precious:
-        raise UserError(
-            f"cannot write {printable(path)}: it has the name or content of a sound, checkpoint or archive"
-        )
-    return path
+        reason = error
+    raise UserError(f"cannot write {printable(path)}: {reason}")
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(8)
 
 
 @contextmanager
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` ("w" or "wb"); rename it to `path` if the block succeeds.
 
-    An existing file stays whole until then, and for good if the block fails.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be written or the disk is full. Other errors of the block pass through.
+    If it fails, an existing file stays as it is. A file that cannot be written is a UserError; the block's
+    other errors pass through.
     """
     path = Path(path)
     temporary = path.parent / f".{secrets.token_hex(8)}.part"
@@ -215,10 +199,7 @@ def write_json(path: Path | str, content: Any) -> None:
 
 
 def read_rows(path: Path | str) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a CSV file in UTF-8: "FILE, line N" for messages, and the cells without outer spaces.
-
-    Empty rows and a byte-order mark are dropped. A file that is not CSV in UTF-8 is a UserError.
-    """
+    """The non-empty rows of a CSV file in UTF-8: "FILE, line N" for messages, and the stripped cells."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -230,17 +211,12 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, list[str]]]:
                     yield place, cells
     except UnicodeDecodeError as error:
         raise UserError(f"{printable(path)}: not in UTF-8; save it as CSV in UTF-8") from error
-    except csv.Error as error:
-        raise UserError(f"{printable(path)}: not a CSV file ({error})") from error
-    except OSError as error:
-        raise UserError(f"{printable(path)}: cannot be read ({error.strerror})") from error
+    except (csv.Error, OSError) as error:
+        raise UserError(f"{printable(path)}: cannot be read as CSV ({error})") from error
 
 
 def read_csv(path: Path | str, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV file by the names in its header, which must have `columns`.
-
-    A missing column, or a row with another number of cells than the header, is a UserError.
-    """
+    """The rows of a CSV file by the names in its header, which must have `columns`."""
     rows = read_rows(path)
     _, header = next(rows, ("", []))
     if missing := [name for name in columns if name not in header]:
@@ -268,34 +244,30 @@ def provenance(device: Any = None) -> dict[str, str]:
 
     describe = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= with changes"]
     try:
-        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
-        version = commit.stdout.strip()
+        commit = subprocess.check_output(describe, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
-        version = "not a git checkout"
-    name = "cpu" if device is None else str(device)
-    if name.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+        commit = "not a git checkout"
+    processor = _search(r"model name\s*: (.+)", "/proc/cpuinfo") or platform.processor() or platform.machine()
     return {
-        "commit": version,
+        "commit": commit,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "device": name,
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(device) if "cuda" in str(device) else "cpu",
+        "processor": f"{processor}, {os.cpu_count()} cores",
     }
 
 
 def peak_memory_mb() -> float | None:
     """The largest resident memory of this process so far in MB; None if the system does not tell."""
-    try:  # getrusage would count the parent's memory at the start of this process
-        return round(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3, 1)
+    # getrusage would count the parent's memory at the start of this process
+    peak = _search(r"VmHWM:\s+(\d+) kB", "/proc/self/status")
+    return peak and round(int(peak) / 1e3, 1)
+
+
+def _search(pattern: str, path: str) -> str | None:
+    try:
+        return re.search(pattern, Path(path).read_text())[1]
     except (OSError, TypeError):  # not Linux
         return None
-
-
-def _processor() -> str:
-    try:
-        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,52 +12,38 @@ from osscl_min.runtime.files import write_csv, write_text
 
 Rows = Sequence[Sequence[str]]  # the first row is the header
 
-_LATEX = {"±": r"$\pm$", "−": "$-$", "≤": r"$\le$", "≥": r"$\ge$", "\\": r"\textbackslash{}",
-          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-          **{character: rf"\{character}" for character in "%&_#${}"}}  # fmt: skip
+_LATEX = str.maketrans({
+    "±": r"$\pm$", "−": "$-$", "≤": r"$\le$", "≥": r"$\ge$", "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    **{character: rf"\{character}" for character in "%&_#${}"},
+})  # fmt: skip
 
 
 def markdown(rows: Rows) -> str:
     """Aligned Markdown, which reads well in a terminal too."""
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    line = "".join(f"| {{:<{max(map(len, column))}}} " for column in zip(*rows, strict=True)) + "|"
+    header, *body = [line.format(*row) for row in rows]
+    rule = line.format(*[""] * len(rows[0])).replace(" ", "-")
+    return "\n".join([header, rule, *body])
 
 
 def latex(rows: Rows, note: str = "") -> str:
     """A booktabs tabular to \\input in a paper; `note` is a comment on top."""
-
-    def line(row: Sequence[str]) -> str:
-        return " & ".join(re.sub(".", lambda m: _LATEX.get(m[0], m[0]), cell) for cell in row) + r" \\"
-
-    header, *body = map(line, rows)
-    columns = "l" + "r" * (len(rows[0]) - 1)
-    comment = [f"% {' '.join(note.split())}"] if note else []
-    top = [*comment, rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule"]
-    return "\n".join([*top, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    header, *body = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in rows]
+    comment = f"% {' '.join(note.split())}\n" * bool(note)
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
+    lines = [begin, r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return comment + "\n".join(lines) + "\n"
 
 
 def write_table(
     stem: Path | str, rows: Rows, records: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = ()
 ) -> None:
-    """Write a table as STEM.md and STEM.tex with its notes, and its `records` in full precision as STEM.csv.
+    """Write a table as STEM.md and STEM.tex with its notes below it, and its `records` as STEM.csv.
 
-    Parameters
-    ----------
-    stem : Path or str
-        Path without a suffix.
-    rows : sequence of rows of str
-    records : sequence of mappings
-        The CSV's rows by column; the first one names the columns. Without any, there is no CSV.
-    notes : sequence of str
-        Paragraphs below the table.
+    The first record names the CSV's columns; without records there is no CSV.
     """
-    stem = str(stem)
     write_text(f"{stem}.md", "\n\n".join([markdown(rows), *filter(None, notes)]) + "\n")
     write_text(f"{stem}.tex", latex(rows, " ".join(filter(None, notes))))
     if records:
