@@ -74,13 +74,7 @@ class Layer:
         means = centre + first / counts
         mean = (counts * means).sum(0) / counts.sum()
         squares = (second - first.square() / counts).clamp(min=0) + counts * (means - mean).square()
-        self.normalise(mean, squares.sum(0) / counts.sum())
-        if self.pool:
-            self.output = torch.empty(chain.clips, len(self.pool[0]), outputs, dtype=chain.dtype)
-            chain.run("pool_forward", y=self.output, **self._pool_fields())
-
-    def normalise(self, mean: Tensor, variance: Tensor) -> None:
-        """Set what BatchNorm multiplies by and adds, from the batch's mean and biased variance in float64."""
+        variance = squares.sum(0) / counts.sum()
         self.mean, self.variance = mean.float(), variance.float()
         self.rstd = (variance + self.norm.eps).rsqrt()
         self.gain = self.norm.weight.detach() * self.rstd
@@ -90,6 +84,9 @@ class Layer:
             "slope": torch.zeros_like(self.mean) + torch.as_tensor(self.slope).detach(),
             "mean": self.mean,
         }
+        if self.pool:
+            self.output = torch.empty(chain.clips, len(self.pool[0]), outputs, dtype=chain.dtype)
+            chain.run("pool_forward", y=self.output, **self._pool_fields())
 
     def fields(self) -> dict[str, Tensor | None]:
         """Fields of a step that reads the output."""
@@ -194,13 +191,10 @@ class Chain:
         """The output (clips, rows, channels) in float32; updates BatchNorm's running statistics."""
         parameters = [p for node in (self.source, *self.layers) for p in node.parameters]
         output = _Train.apply(self, *parameters)
-        nodes = [node for node in (self.source, *self.layers) if hasattr(node, "norm")]
-        update_running_statistics(
-            [node.norm for node in nodes],
-            [node.mean for node in nodes],
-            [node.variance for node in nodes],
-            [self.clips * math.prod(node.out_size) for node in nodes],
-        )
+        for node in (self.source, *self.layers):
+            if hasattr(node, "norm"):
+                count = self.clips * math.prod(node.out_size)
+                update_running_statistics([node.norm], [node.mean], [node.variance], [count])
         return output
 
     def run(self, name: str, **fields: Tensor | int | None) -> None:
