@@ -27,27 +27,20 @@ from torch import Tensor, nn
 
 from . import native
 
-PARTS = 32
-
-
-def part_count(clips: int) -> int:
-    """Number of parts that clips are divided into; each part has its own sums and weight gradients."""
-    return min(PARTS, clips)
+PARTS = 32  # each part has its own sums and weight gradients
 
 
 @dataclass
 class Layer:
     """A convolution, its BatchNorm and its activation in one step of training.
 
-    Convolutions are 1 x 1, 3 x 3 depthwise, along the rows of a map of height 1, or 3 x 3 over an image.
+    Convolutions are 1 x 1, 3 x 3 depthwise, along the rows of a map of height 1, or over an image's patches.
     """
 
     conv: nn.Module
     norm: nn.Module
-    size: tuple[int, int]  # height and width of the input
-    out_size: tuple[int, int]
     slope: Tensor | float  # (outputs,) of a PReLU; 0 for ReLU, 1 without activation
-    image: bool = False  # the input is an image, read in 3 x 3 patches
+    size: tuple[int, int]  # height and width of the input
     shortcut: Layer | None = None  # its output is added
     pool: tuple[Tensor, Tensor] | None = None  # maximum over rows start[w] <= r < end[w] for each window w
     output: Tensor | None = None  # (clips, rows or windows, outputs), if stored
@@ -57,15 +50,16 @@ class Layer:
         slopes = [self.slope] if isinstance(self.slope, Tensor) else []
         self.parameters = [self.conv.weight, self.norm.weight, self.norm.bias, *slopes]
         self.linear = not slopes and self.slope == 1.0
-        self.kind = "depthwise" if self.conv.groups > 1 else "product"
-        weight = self.conv.weight.detach()
-        if self.image:
-            weight = weight.permute(0, 2, 3, 1).flatten(1)
-            weight = F.pad(weight, (0, -weight.shape[1] % native.CHANNELS)).unsqueeze(2)
-        weight = weight.flatten(1) if self.kind == "depthwise" else weight.flatten(2)
+        weight, self.out_size, self.stride = self.conv.weight.detach(), self.size, 1
+        if self.conv.groups > 1:
+            self.kind, weight, self.stride = "depthwise", weight.flatten(1), self.conv.stride[0]
+            self.out_size = tuple((length - 1) // self.stride + 1 for length in self.size)
+        else:
+            self.kind, weight = "product", weight.flatten(1)[..., None] if weight.dim() == 4 else weight
+            weight = F.pad(weight, (0, 0, 0, -weight.shape[1] % native.CHANNELS))
         self.matrix = weight.transpose(0, -1)  # (taps, inputs, outputs) or (9, channels)
 
-    def forward(self, chain: Chain, below: Layer | Image) -> None:
+    def forward(self, chain: Chain, below: Layer | Rows) -> None:
         """Compute the raw output from the layer below, and its statistics."""
         outputs, fields = self.matrix.shape[-1], below.fields()
         self.y = torch.empty(chain.clips, math.prod(self.out_size), outputs, dtype=chain.dtype)
@@ -80,13 +74,7 @@ class Layer:
         means = centre + first / counts
         mean = (counts * means).sum(0) / counts.sum()
         squares = (second - first.square() / counts).clamp(min=0) + counts * (means - mean).square()
-        self.normalise(mean, squares.sum(0) / counts.sum())
-        if self.pool:
-            self.output = torch.empty(chain.clips, len(self.pool[0]), outputs, dtype=chain.dtype)
-            chain.run("pool_forward", y=self.output, **self._pool_fields())
-
-    def normalise(self, mean: Tensor, variance: Tensor) -> None:
-        """Set what BatchNorm multiplies by and adds, from the batch's mean and biased variance in float64."""
+        variance = squares.sum(0) / counts.sum()
         self.mean, self.variance = mean.float(), variance.float()
         self.rstd = (variance + self.norm.eps).rsqrt()
         self.gain = self.norm.weight.detach() * self.rstd
@@ -96,6 +84,9 @@ class Layer:
             "slope": torch.zeros_like(self.mean) + torch.as_tensor(self.slope).detach(),
             "mean": self.mean,
         }
+        if self.pool:
+            self.output = torch.empty(chain.clips, len(self.pool[0]), outputs, dtype=chain.dtype)
+            chain.run("pool_forward", y=self.output, **self._pool_fields())
 
     def fields(self) -> dict[str, Tensor | None]:
         """Fields of a step that reads the output."""
@@ -120,7 +111,7 @@ class Layer:
             chain.run("pool_backward", dz=gradient, d=d, sums=sums, **self._pool_fields())
         self.dz, self.sums = d, sums.sum(0)
 
-    def backward(self, chain: Chain, below: Layer | Image) -> list[Tensor]:
+    def backward(self, chain: Chain, below: Layer | Rows) -> list[Tensor]:
         """Gradients of `parameters`; the layer below receives its own."""
         if self.shortcut:
             self.shortcut.extra = self.dz
@@ -131,15 +122,13 @@ class Layer:
         if self.kind == "product":
             matrix = matrix.flip(0).transpose(1, 2)
         gradient = torch.empty(chain.parts, *self.matrix.shape)
-        chain.run(
-            self.kind + "_backward", dz=self.dz, y=self.y, weight_gradient=gradient,
-            weight=self._packed(chain, matrix) if to else None, centre_scale=scale.float(),
-            centre_shift=shift.float(), **self._sizes(), **below.fields() | to,
-        )  # fmt: skip
+        fields = {"dz": self.dz, "y": self.y, "weight_gradient": gradient, **self._sizes(), **below.fields()}
+        fields |= {"centre_scale": scale.float(), "centre_shift": shift.float(), **to}
+        chain.run(self.kind + "_backward", weight=self._packed(chain, matrix) if to else None, **fields)
         below.receive(chain, **to)
-        weight, inputs = (gradient.sum(0) * self.gain).transpose(0, -1), self.conv.in_channels
-        if self.image:
-            weight = weight[:, : 9 * inputs, 0].unflatten(1, (3, 3, inputs)).permute(0, 3, 1, 2)
+        weight = (gradient.sum(0) * self.gain).transpose(0, -1)
+        if self.conv.weight.dim() == 4:
+            weight = weight.flatten(1)[:, : self.conv.weight[0].numel()]
         self.y = self.dz = self.output = self.extra = None  # frees memory
         return [weight, dgamma, dbeta, self.sums[2]][: len(self.parameters)]
 
@@ -153,30 +142,30 @@ class Layer:
 
     def _sizes(self) -> dict[str, int]:
         taps, inputs, outputs = (1, *self.matrix.shape)[-3:]
+        (height, width), (out_height, out_width) = self.size, self.out_size
         return {
-            "rows": math.prod(self.out_size if self.image else self.size),
+            "rows": height * width,
             "inputs": inputs if self.kind == "product" else outputs,
             "outputs": outputs,
             "taps": taps,
             "dilation": self.conv.dilation[0],
-            "height": self.size[0],
-            "width": self.size[1],
-            "out_height": self.out_size[0],
-            "out_width": self.out_size[1],
-            "stride": self.conv.stride[0],
-            "maps": self.conv.in_channels if self.image else 0,
+            "height": height,
+            "width": width,
+            "out_height": out_height,
+            "out_width": out_width,
+            "stride": self.stride,
         }
 
 
-class Image:
-    """Input of a chain below its first layer: maps (B, C, H, W)."""
+class Rows:
+    """Input of a chain below its first layer: rows (clips, rows, channels)."""
 
-    def __init__(self, maps: Tensor):
-        self.parameters = [maps]
+    def __init__(self, rows: Tensor):
+        self.parameters = [rows]
 
     def start(self, chain: Chain) -> None:
         """Prepare to be read."""
-        self.x = self.parameters[0].detach().to(chain.dtype).permute(0, 2, 3, 1).contiguous()
+        self.x = self.parameters[0].detach().to(chain.dtype).contiguous()
 
     def fields(self) -> dict[str, Tensor]:
         """As of a layer."""
@@ -184,31 +173,28 @@ class Image:
 
     def gradient_fields(self, chain: Chain) -> dict[str, Tensor]:
         """As of a layer; empty if no gradient is needed."""
-        return {"d": torch.zeros(self.x.shape)} if self.parameters[0].requires_grad else {}
+        return {"d": torch.empty_like(self.x)} if self.parameters[0].requires_grad else {}
 
     def receive(self, chain: Chain, d: Tensor | None = None) -> None:
         """Take the gradient."""
-        self.gradients = [None if d is None else d.permute(0, 3, 1, 2)]
+        self.gradients = [d]
 
 
 class Chain:
     """Layers over an input, for one step of training with activations stored in `dtype`."""
 
-    def __init__(self, source: Image, layers: list[Layer], dtype: torch.dtype, clips: int):
+    def __init__(self, source: Rows, layers: list[Layer], dtype: torch.dtype, clips: int):
         self.source, self.layers, self.dtype = source, layers, dtype
-        self.clips, self.parts = clips, part_count(clips)
+        self.clips, self.parts = clips, min(PARTS, clips)
 
     def __call__(self) -> Tensor:
         """The output (clips, rows, channels) in float32; updates BatchNorm's running statistics."""
         parameters = [p for node in (self.source, *self.layers) for p in node.parameters]
         output = _Train.apply(self, *parameters)
-        nodes = [node for node in (self.source, *self.layers) if hasattr(node, "norm")]
-        update_running_statistics(
-            [node.norm for node in nodes],
-            [node.mean for node in nodes],
-            [node.variance for node in nodes],
-            [self.clips * math.prod(node.out_size) for node in nodes],
-        )
+        for node in (self.source, *self.layers):
+            if hasattr(node, "norm"):
+                count = self.clips * math.prod(node.out_size)
+                update_running_statistics([node.norm], [node.mean], [node.variance], [count])
         return output
 
     def run(self, name: str, **fields: Tensor | int | None) -> None:

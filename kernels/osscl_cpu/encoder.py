@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chain import Chain, Image, Layer
+from .chain import Chain, Layer, Rows
 from .native import CHANNELS
 
 
 def forward(module: nn.Module, maps: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, maps, mels, frames) -> (B, embedding), with the batch's own statistics."""
-    x = Chain(Image(maps), chain_layers(module, tuple(maps.shape[2:])), dtype, len(maps))()
-    last = module.linear7  # its kernel is as large as the map
+    first, last = module.conv1.conv, module.linear7  # the last kernel is as large as the map
+    patches = F.unfold(maps, first.kernel_size, padding=first.padding, stride=first.stride).transpose(1, 2)
+    rows = Rows(F.pad(patches, (0, -patches.shape[2] % CHANNELS)))
+    x = Chain(rows, chain_layers(module, tuple(maps.shape[2:])), dtype, len(maps))()
     x = (x * last.conv.weight.flatten(1).T).sum(1)[:, :, None, None]
     return module.linear1(last.bn(x)).flatten(1)
 
@@ -28,10 +31,11 @@ def chain_layers(module: nn.Module, size: tuple[int, int]) -> list[Layer]:
         shape = conv.kernel_size, conv.padding, conv.groups in (1, conv.in_channels), conv.stride in strides
         if shape != ((kernel,) * 2, (kernel // 2,) * 2, True, True) or conv.out_channels % CHANNELS:
             raise ValueError(f"no compiled {conv}")
-        out_size = tuple((length - 1) // conv.stride[0] + 1 for length in size)
+        if not layers:  # its input is one row per patch
+            size = tuple((length - 1) // conv.stride[0] + 1 for length in size)
         slope, shortcut = 1.0 if prelu is None else prelu.weight, layers[-3] if residual else None
-        layers.append(Layer(conv, norm, size, out_size, slope, image=not layers, shortcut=shortcut))
-        size = out_size
+        layers.append(Layer(conv, norm, slope, size, shortcut))
+        size = layers[-1].out_size
     return layers
 
 

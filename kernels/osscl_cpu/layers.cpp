@@ -36,9 +36,9 @@ struct Step {
   int64_t rows, inputs, outputs;                          // input rows per clip (height * width), channels
   int64_t taps, dilation;                                 // of a product along the rows
   int64_t height, width, out_height, out_width, stride;   // of a map
-  int64_t samples, maps;                                  // per clip of an input wave; channels of an input image
+  int64_t samples;                                        // per clip of an input wave
   // The input is one of: `x`; f(below scale + shift) + other with f(z) = z above 0 and slope z elsewhere; the first
-  // layer, max(0, windows of wave first_weight + shift); 3 x 3 patches of the image `x`.
+  // layer, max(0, windows of wave first_weight + shift).
   const void *x, *below;
   const float *scale, *shift, *slope;
   const void* other;
@@ -114,34 +114,6 @@ inline void store(bfloat16* p, Vector v) {  // to the nearest, ties to even; NaN
   Halves h = __builtin_convertvector(rounded, Halves);
   std::memcpy(p, &h, sizeof h);
 #endif
-}
-
-// Stores past the caches what is too large to stay there, and returns what a later load gives.
-inline Vector stream(float* p, Vector v) {
-#ifdef __AVX512F__
-  _mm512_stream_ps(p, (__m512)v);
-#elif defined(__AVX__)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  store(p, v);
-#endif
-  return v;
-}
-inline Vector stream(bfloat16* p, Vector v) {  // half a cache line: an ordinary store is faster
-  store(p, v);
-  return load(p);
-}
-inline void settle_streams() {
-#ifdef __AVX__
-  _mm_sfence();
-#endif
-}
-
-inline void convert(float from, float& to) { to = from; }
-inline void convert(bfloat16 from, bfloat16& to) { to = from; }
-inline void convert(bfloat16 from, float& to) {
-  uint32_t bits = (uint32_t)from.bits << 16;
-  std::memcpy(&to, &bits, sizeof to);
 }
 
 inline void add(double* total, Vector part) {
@@ -228,25 +200,20 @@ inline void add_products(const bfloat16* upper, const bfloat16* lower, int64_t r
   _tile_dpbf16ps(3, 5, 7);
 }
 
-void transpose(__m512i* r) {  // 16 x 16 values of 32 bits
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-    }
-  for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 16; i += 8) {
-      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0x88);
-      t[i + 4 + j] = _mm512_shuffle_i32x4(r[i + j], r[i + 4 + j], 0xdd);
-    }
-  for (int j = 0; j < 8; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+// Transposes 16 x 16 values of 32 bits: swaps the off-diagonal blocks of 8 x 8 values, of 4 x 4 in each block, ...
+void transpose(__m512i* r) {
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step; step /= 2) {
+    Mask lane, lower, upper;  // lanes from LANES on are the second operand's
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    lower = (lane & step) ? lane + (LANES - step) : lane;
+    upper = (lane & step) ? lane + LANES : lane + step;
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & step)) {
+        __m512i a = r[i], b = r[i + step];
+        r[i] = _mm512_permutex2var_epi32(a, (__m512i)lower, b);
+        r[i + step] = _mm512_permutex2var_epi32(a, (__m512i)upper, b);
+      }
   }
 }
 #else
@@ -431,60 +398,30 @@ inline int64_t first_clip(const Step& s, int64_t part) { return part * s.clips /
 template <class Body>
 void by_runs(const Step& s, int64_t part, Body body) {
   int64_t first = first_clip(s, part), last = first_clip(s, part + 1);
-  if (s.taps == 1 && !s.wave && !s.maps) return body(Run{first, first * s.rows, (last - first) * s.rows});
+  if (s.taps == 1 && !s.wave) return body(Run{first, first * s.rows, (last - first) * s.rows});
   for (int64_t clip = first; clip < last; ++clip) body(Run{clip, clip * s.rows, s.rows});
-}
-
-template <int R, int K, class E>
-inline void first_rows(const float* x, const float* weight, const float* shift, E* out, int64_t channels) {
-  Vector sum[R][K];
-  for (int r = 0; r < R; ++r)
-    for (int k = 0; k < K; ++k) sum[r][k] = load(shift + k * LANES);
-#pragma GCC unroll 11
-  for (int i = 0; i < WINDOW; ++i)
-    for (int r = 0; r < R; ++r)
-      for (int k = 0; k < K; ++k) sum[r][k] += load(weight + i * channels + k * LANES) * x[r * STRIDE + i];
-  for (int r = 0; r < R; ++r)
-    for (int k = 0; k < K; ++k) store(out + r * channels + k * LANES, sum[r][k] > 0.f ? sum[r][k] : Vector{});
-}
-
-// The nine pixels under row r of an image's output: calls body(offset in the patch, offset in the image, values) for
-// what lies inside of each row of three.
-template <class Body>
-inline void patch(const Step& s, int64_t clip, int64_t r, Body body) {
-  int64_t h = r / s.out_width * s.stride - 1, w = r % s.out_width * s.stride - 1;
-  int64_t left = std::max<int64_t>(0, -w), right = std::min<int64_t>(3, s.width - w);
-  for (int64_t i = std::max<int64_t>(0, -h); i < std::min<int64_t>(3, s.height - h); ++i)
-    body((3 * i + left) * s.maps, ((clip * s.height + h + i) * s.width + w + left) * s.maps, (right - left) * s.maps);
 }
 
 // Rows first <= r < last of the layer's input, zeros outside the run (for dense rows only).
 template <class T, class E>
 void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layout layout) {
-  int64_t n = s.inputs, from = std::min(std::max<int64_t>(first, 0), last);
-  int64_t end = std::max(std::min(last, run.rows), from);
-  if (from > first) std::memset((void*)to, 0, (from - first) * n * sizeof(E));
+  int64_t n = s.inputs, from = std::max<int64_t>(first, 0), end = std::min(last, run.rows);
+  if (first < from || end < last) std::memset((void*)to, 0, (last - first) * n * sizeof(E));
   to += layout(from - first, 0);
-  if (last > end) std::memset((void*)(to + layout(end - from, 0)), 0, (last - end) * n * sizeof(E));
   if (s.wave) {
-    constexpr int K = LANES == 8 ? 2 : 4;
     const float* x = s.wave + run.clip * s.samples;
-    for (int64_t c = 0; c < n; c += K * LANES) {
-      int64_t r = from;
-      for (; r + 4 <= end; r += 4)
-        first_rows<4, K>(x + r * STRIDE, s.first_weight + c, s.shift + c, to + (r - from) * n + c, n);
-      for (; r < end; ++r)
-        first_rows<1, K>(x + r * STRIDE, s.first_weight + c, s.shift + c, to + (r - from) * n + c, n);
-    }
-    return;
-  }
-  if (s.maps) {
-    std::memset((void*)to, 0, (end - from) * n * sizeof(E));
-    for (int64_t r = from; r < end; ++r, to += n)
-      patch(s, run.clip, r, [&](int64_t place, int64_t at, int64_t values) {
-        for (int64_t i = 0; i < values; ++i) convert(((const T*)s.x)[at + i], to[place + i]);
-      });
-    return;
+    return by_channels(n, [=](int64_t c, auto vectors) {
+      constexpr int K = decltype(vectors)::value;
+      for (int64_t r = from; r < end; ++r) {
+        Vector sum[K];
+        for (int k = 0; k < K; ++k) sum[k] = load(s.shift + c + k * LANES);
+#pragma GCC unroll 11
+        for (int i = 0; i < WINDOW; ++i)
+          for (int k = 0; k < K; ++k) sum[k] += load(s.first_weight + i * n + c + k * LANES) * x[r * STRIDE + i];
+        for (int k = 0; k < K; ++k)
+          store(to + layout(r - from, c + k * LANES), sum[k] > 0.f ? sum[k] : Vector{});
+      }
+    });
   }
   int64_t at = (run.offset + from) * n, count = end - from;
   const T* x = (const T*)(s.x ? s.x : s.below) + at;
@@ -518,11 +455,9 @@ void input_rows(const Step& s, Run run, int64_t first, int64_t last, E* to, Layo
 // Rows first <= r < last of the output's gradient, zeros outside of `rows` (for dense rows only).
 template <class T, class E>
 void gradient_rows(const Step& s, int64_t offset, int64_t rows, int64_t first, int64_t last, E* to, Layout layout) {
-  int64_t n = s.outputs, from = std::min(std::max<int64_t>(first, 0), last);
-  int64_t end = std::max(std::min(last, rows), from);
-  if (from > first) std::memset((void*)to, 0, (from - first) * n * sizeof(E));
+  int64_t n = s.outputs, from = std::max<int64_t>(first, 0), end = std::min(last, rows);
+  if (first < from || end < last) std::memset((void*)to, 0, (last - first) * n * sizeof(E));
   to += layout(from - first, 0);
-  if (last > end) std::memset((void*)(to + layout(end - from, 0)), 0, (last - end) * n * sizeof(E));
   const T *dz = (const T*)s.dz + (offset + from) * n, *y = (const T*)s.y + (offset + from) * n;
   by_channels(n, [=](int64_t c, auto vectors) {
     constexpr int K = decltype(vectors)::value;
@@ -563,8 +498,8 @@ void finish(const Step& s, int64_t part, const float* out, Layout layout, int64_
     for (int64_t r = 0; r < count; ++r)
 #pragma GCC unroll 4
       for (int k = 0; k < K; ++k) {
-        T* to = y + r * n + c + k * LANES;
-        Vector x = stream(to, load(out + layout(r, c + k * LANES))) - about[k];
+        store(y + r * n + c + k * LANES, load(out + layout(r, c + k * LANES)));
+        Vector x = load(y + r * n + c + k * LANES) - about[k];
         first[k] += x;
         second[k] += x * x;
       }
@@ -600,7 +535,7 @@ void descend(const Step& s, int64_t part, Run run, const float* gradient, Layout
           products[k] += g * (x - load(s.mean + channel));
           total[k] += g;
         }
-        stream(d + i, g);
+        store(d + i, g);
       }
     if (s.below)
       for (int k = 0; k < K; ++k) {
@@ -611,35 +546,23 @@ void descend(const Step& s, int64_t part, Run run, const float* gradient, Layout
   });
 }
 
-// The same for the first layer, whose output is `a`: sums of dz (window - mean) and of dz.
+// The same for the first layer, whose output is `a`: sums of dz times the window and of dz.
 template <class E>
 void descend_to_wave(const Step& s, int64_t part, Run run, const float* gradient, const E* a, int64_t first,
                      int64_t count) {
   int64_t n = s.inputs;
+  const float* x = s.wave + run.clip * s.samples + first * STRIDE;
   double* sums = s.sums + part * (WINDOW + 1) * n;
-  float window[BLOCK][WINDOW + 1];
-  for (int64_t r = 0; r < count; ++r) {
-    const float* at = s.wave + run.clip * s.samples + (first + r) * STRIDE;
-    for (int i = 0; i < WINDOW; ++i) window[r][i] = at[i] - s.mean[i];
-    window[r][WINDOW] = 1.f;
-  }
   for (int64_t c = 0; c < n; c += LANES) {
     Vector sum[WINDOW + 1] = {};
     for (int64_t r = 0; r < count; ++r) {
       Vector dz = load(a + r * n + c) > 0.f ? load(gradient + r * n + c) : Vector{};
-#pragma GCC unroll 12
-      for (int i = 0; i <= WINDOW; ++i) sum[i] += dz * window[r][i];
+#pragma GCC unroll 11
+      for (int i = 0; i < WINDOW; ++i) sum[i] += dz * x[r * STRIDE + i];
+      sum[WINDOW] += dz;
     }
     for (int i = 0; i <= WINDOW; ++i) add(sums + i * n + c, sum[i]);
   }
-}
-
-// The same for the image: adds the patches' gradients to `d`, float32.
-void descend_to_image(const Step& s, Run run, const float* gradient, int64_t first, int64_t count) {
-  for (int64_t r = first; r < first + count; ++r, gradient += s.inputs)
-    patch(s, run.clip, r, [&](int64_t place, int64_t at, int64_t values) {
-      for (int64_t i = 0; i < values; ++i) ((float*)s.d)[at + i] += gradient[place + i];
-    });
 }
 
 // Zeroes what a part adds to.
@@ -706,8 +629,6 @@ void product_backward(const Step& s, int64_t part) {
       product(dy, (const E*)s.weight, d, rows, s.taps, s.dilation, s.outputs, s.inputs);
       if (s.wave)
         descend_to_wave(s, part, run, d, input, first, count);
-      else if (s.maps)
-        descend_to_image(s, run, d, first, count);
       else
         descend<T>(s, part, run, d, dense(s.inputs), first, count);
     }
@@ -897,11 +818,11 @@ void pool_backward(const Step& s, int64_t part) {
     const T *x = (const T*)s.below + clip * s.rows * n, *dz = (const T*)s.dz + clip * s.windows * n;
     T* d = (T*)s.d + clip * s.rows * n;
     for (int64_t first = 0; first < s.windows; first += BLOCK) {
-      int64_t last = std::min(first + BLOCK, s.windows);
+      int64_t last = std::min(first + BLOCK, s.windows), from = first ? s.end[first - 1] : 0;
+      std::memset((void*)(d + from * n), 0, ((last == s.windows ? s.rows : s.end[last - 1]) - from) * n * sizeof(T));
       for (int64_t c = 0; c < n; c += LANES) {
         Vector mean = load(s.mean + c), scale = load(s.scale + c), shift = load(s.shift + c);
         Vector products = {}, total = {};
-        int64_t written = first ? s.end[first - 1] : 0;
         for (int64_t w = first; w < last; ++w) {
           Vector best = {}, raw = {}, g = load(dz + w * n + c);
           Mask place = Mask{} - 1;
@@ -912,19 +833,15 @@ void pool_backward(const Step& s, int64_t part) {
             raw = wins ? v : raw;
             place = wins ? Mask{} + (int32_t)(r - s.start[w]) : place;
           }
-          for (; written < s.start[w]; ++written) store(d + written * n + c, Vector{});
           for (int64_t r = s.start[w]; r < s.end[w]; ++r) {
             T* at = d + r * n + c;
             Vector share = place == (int32_t)(r - s.start[w]) ? g : Vector{};
-            store(at, r < written ? load(at) + share : share);  // windows may overlap
+            store(at, load(at) + share);  // windows may overlap
           }
-          written = s.end[w];
           g = place >= 0 ? g : Vector{};
           products += g * (raw - mean);
           total += g;
         }
-        if (last == s.windows)
-          for (; written < s.rows; ++written) store(d + written * n + c, Vector{});
         add(sums + c, products);
         add(sums + n + c, total);
       }
@@ -940,7 +857,6 @@ void call(F function, const Step& step) {
   std::atomic<int64_t> next{0};
   auto work = [&] {
     for (int64_t part; (part = next++) < step.parts;) function(step, part);
-    settle_streams();
   };
   std::vector<std::thread> threads;
   try {

@@ -17,13 +17,12 @@ from collections.abc import Iterator
 import torch
 
 SOURCE = pathlib.Path(__file__).with_name("layers.cpp")
-ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_NATIVE"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
-FOR_THIS_CPU = (
+FOR_THIS_CPU = (  # the first that compiles
     ("-march=native", "-mprefer-vector-width=512"),
     ("-mcpu=native",),
     (),
-)  # the first that compiles
+)
 CHANNELS = 32  # channel counts must be multiples of this
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -33,7 +32,7 @@ class Step(ctypes.Structure):
 
     SIZES = (
         "clips parts threads rows inputs outputs taps dilation "
-        "height width out_height out_width stride samples maps"
+        "height width out_height out_width stride samples"
     ).split()
     POINTERS = (
         "x below scale shift slope other wave first_weight weight kept y centre sums dz centre_scale "
@@ -54,29 +53,26 @@ class Step(ctypes.Structure):
 @functools.cache
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The compiled library, or None and the reason why there is none."""
+    if os.environ.get("OSSCL_KERNELS_NATIVE") == "0":
+        return None, "OSSCL_KERNELS_NATIVE=0"
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
-        return None, f"{ENVIRONMENT_VARIABLE}=0"
     if compiler is None:
         return None, "no C++ compiler"
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _processor())).encode())
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _processor())).encode()).hexdigest()
     try:
-        path = cache_folder() / f"layers-{key.hexdigest()[:16]}.so"
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        path = cache / "osscl_cpu" / f"layers-{key[:16]}.so"
         if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             compile_library(compiler, path)
         return ctypes.CDLL(str(path)), ""
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         return None, str(error).splitlines()[0]
-
-
-def library() -> ctypes.CDLL | None:
-    """The compiled library, if there is one."""
-    return load()[0]
 
 
 def run(name: str, dtype: torch.dtype, **fields: torch.Tensor | int | None) -> None:
     """Call a function of the library, such as "product_forward", with the fields of its step."""
-    getattr(library(), f"{name}_{DTYPES[dtype]}")(ctypes.byref(Step(**fields)))
+    getattr(load()[0], f"{name}_{DTYPES[dtype]}")(ctypes.byref(Step(**fields)))
 
 
 @contextlib.contextmanager
@@ -97,9 +93,9 @@ def threads() -> Iterator[int]:
 
 def pack(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Weights (taps, inputs, outputs) in the order in which products with `dtype` activations read them."""
-    taps, inputs, outputs = matrix.shape
-    panel = library().panel()
-    if dtype == torch.bfloat16 and library().pairs():
+    (taps, inputs, outputs), library = matrix.shape, load()[0]
+    panel = library.panel()
+    if dtype == torch.bfloat16 and library.pairs():
         matrix = matrix.to(dtype).view(taps, inputs // 2, 2, outputs // panel, panel).permute(3, 0, 1, 4, 2)
     else:
         matrix = matrix.float().view(taps, inputs, outputs // panel, panel).permute(2, 0, 1, 3)
@@ -108,47 +104,21 @@ def pack(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def compile_library(compiler: str, path: pathlib.Path, *options: str) -> None:
     """Compile `layers.cpp` for this processor; SubprocessError with the compiler's first error on failure."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".so")
-    os.close(descriptor)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = pathlib.Path(folder) / path.name
         for flags in FOR_THIS_CPU:
-            command = [compiler, *FLAGS, *flags, *options, "-o", temporary, str(SOURCE)]
+            command = [compiler, *FLAGS, *flags, *options, "-o", str(temporary), str(SOURCE)]
             run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
             if not run.returncode:
                 os.replace(temporary, path)
                 return
-        message = next(
-            (line for line in run.stderr.splitlines() if "error" in line), f"status {run.returncode}"
-        )
-        raise subprocess.SubprocessError(f"{compiler} does not compile {SOURCE.name}: {message}")
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def cache_folder() -> pathlib.Path:
-    """A folder that only this user can write, because the library in it is loaded as code.
-
-    It lies in the user's cache folder, or, without a home folder that can be written, among temporary files.
-    """
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    places = [pathlib.Path(tempfile.gettempdir()) / f"osscl_cpu-{user}"]
-    with contextlib.suppress(RuntimeError):  # HOME is unset and the user id has no entry in the user database
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        places.insert(0, pathlib.Path(home) / "osscl_cpu")
-    for place in places:
-        with contextlib.suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True, mode=0o700)
-            status = place.stat()
-            if status.st_uid == user and not status.st_mode & 0o022 and os.access(place, os.W_OK):
-                return place
-    raise OSError(f"no private cache folder: {' and '.join(map(str, places))} cannot be used")
+    errors = [line for line in run.stderr.splitlines() if "error" in line] or [f"status {run.returncode}"]
+    raise subprocess.SubprocessError(f"{compiler} does not compile {SOURCE.name}: {errors[0]}")
 
 
 def _processor() -> str:
     """The processor's instruction sets: machines of several kinds may share a cache folder."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.processor() + platform.node()
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line for line in lines if line.startswith(("flags", "Features")))
+    return next(named, platform.processor() + platform.node())

@@ -23,7 +23,7 @@ def forward(module: nn.Module, wave: Tensor, dtype: torch.dtype) -> Tensor:
     length, layers = source.out_size[1], []
     for spec, conv, norm in zip(LAYERS[1:], module.conv[1:], module.norm[1:], strict=True):
         pool = _windows(spec.pool, length, frames(wave.shape[1], module.hop)) if spec.pool else None
-        layers.append(Layer(conv, norm, (1, length), (1, length), 0.0, pool=pool))
+        layers.append(Layer(conv, norm, 0.0, (1, length), pool=pool))
         length = len(pool[0]) if pool else length
     return Chain(source, layers, dtype, len(wave))().transpose(1, 2)
 
@@ -48,20 +48,16 @@ class Wave:
 
     def start(self, chain: Chain) -> None:
         """Compute the first layer's statistics."""
-        # BatchNorm ignores an offset of the wave; without it nothing cancels. Padding becomes -offset.
-        x, pad, width = self.wave.float(), self.conv.padding[0], self.conv.kernel_size[0]
-        offset = x.mean(dtype=torch.float64).float()
-        self.x = F.pad(x - offset, (pad, pad + LANES - width))
-        self.x[:, :pad] = self.x[:, pad + x.shape[1] :] = -offset
-        sums, count = chain.sums(width + 1, LANES), len(x) * self.out_size[1]
+        pad, width = self.conv.padding[0], self.conv.kernel_size[0]
+        self.x = F.pad(self.wave.float(), (pad, pad + LANES - width))
+        sums, count = chain.sums(width + 1, LANES), len(self.x) * self.out_size[1]
         sizes = {"rows": self.out_size[1], "samples": self.x.shape[1]}
         chain.run("window_moments", wave=self.x, sums=sums, **sizes)
         sums = sums.sum(0)[:, :width] / count
         self.window_mean = sums[-1]
         self.covariance = sums[:-1] - torch.outer(self.window_mean, self.window_mean)
         self.weight = self.conv.weight.detach()[:, 0].double()
-        self.centred = self.weight @ self.window_mean
-        self.mean = self.centred + self.weight.sum(1) * offset
+        self.mean = self.weight @ self.window_mean
         self.variance = ((self.weight @ self.covariance) * self.weight).sum(1)
         self.rstd = (self.variance + self.norm.eps).rsqrt()
         self.gain = self.norm.weight.detach() * self.rstd
@@ -69,18 +65,18 @@ class Wave:
     def fields(self) -> dict[str, Tensor | int]:
         """Fields of a step that computes ReLU(windows @ first_weight + shift)."""
         weight = (self.weight * self.gain[:, None]).T.float().contiguous()
-        shift = (self.norm.bias.detach() - self.centred * self.gain).float()
+        shift = (self.norm.bias.detach() - self.mean * self.gain).float()
         return {"wave": self.x, "samples": self.x.shape[1], "first_weight": weight, "shift": shift}
 
     def gradient_fields(self, chain: Chain) -> dict[str, Tensor]:
-        """Fields of a step that sums dz (window - mean window) and, last, dz, over all windows."""
-        sums = chain.sums(len(self.window_mean) + 1, len(self.weight))
-        return {"sums": sums, "mean": self.window_mean.float()}
+        """Fields of a step that sums dz times the window and, last, dz, over all windows."""
+        return {"sums": chain.sums(len(self.window_mean) + 1, len(self.weight))}
 
-    def receive(self, chain: Chain, sums: Tensor, **_) -> None:
+    def receive(self, chain: Chain, sums: Tensor) -> None:
         """Compute the gradients of weight, gamma and beta."""
         sums = sums.sum(0).T
-        products, beta = sums[:, :-1], sums[:, -1]
+        beta = sums[:, -1]
+        products = sums[:, :-1] - torch.outer(beta, self.window_mean)
         gamma = (self.weight * products).sum(1) * self.rstd
         correction = (gamma * self.rstd)[:, None] * (self.weight @ self.covariance)
         self.gradients = [self.gain[:, None] * (products - correction), gamma, beta]

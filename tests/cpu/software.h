@@ -60,18 +60,9 @@ inline __m512 dot(__m512 sum, __m512bh a, __m512bh b) {
   }
   return s.as<__m512>();
 }
-// Interleaves units of SIZE words, of the lower or upper half of every four words.
-template <int SIZE, bool UPPER> inline __m512i interleave(__m512i a, __m512i b) {
-  Words x = Words::of(a), y = Words::of(b), out;
-  for (int i = 0; i < 16; ++i) {
-    const Words& from = i % 4 / SIZE % 2 ? y : x;
-    out.word[i] = from.word[i / 4 * 4 + 2 * UPPER + i % 4 / (2 * SIZE) * SIZE + i % SIZE];
-  }
-  return out.as<__m512i>();
-}
-inline __m512i quarters(__m512i a, __m512i b, int which) {
-  Words x = Words::of(a), y = Words::of(b), out;
-  for (int i = 0; i < 16; ++i) out.word[i] = (i < 8 ? x : y).word[(which >> i / 4 * 2 & 3) * 4 + i % 4];
+inline __m512i permute(__m512i a, __m512i index, __m512i b) {
+  Words x = Words::of(a), y = Words::of(b), out, from = Words::of(index);
+  for (int i = 0; i < 16; ++i) out.word[i] = (from.word[i] & 16 ? y : x).word[from.word[i] & 15];
   return out.as<__m512i>();
 }
 
@@ -102,18 +93,13 @@ inline void products(int to, int a, int b) {
 
 #define _mm512_loadu_si512 software::load_words
 #define _mm512_storeu_si512 software::store_words
-#define _mm512_stream_ps software::store_words
 #define _mm512_set1_epi32 software::everywhere
 #define _mm512_slli_epi32 software::left
 #define _mm512_or_si512 software::either
 #define _mm512_cvtepu16_epi32 software::wide
 #define _mm512_cvtneps_pbh software::narrow
 #define _mm512_dpbf16_ps software::dot
-#define _mm512_unpacklo_epi32 software::interleave<1, false>
-#define _mm512_unpackhi_epi32 software::interleave<1, true>
-#define _mm512_unpacklo_epi64 software::interleave<2, false>
-#define _mm512_unpackhi_epi64 software::interleave<2, true>
-#define _mm512_shuffle_i32x4 software::quarters
+#define _mm512_permutex2var_epi32 software::permute
 
 #ifdef TILES
 inline bool tiles_permitted() { return true; }
