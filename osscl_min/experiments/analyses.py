@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,23 +17,68 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from osscl_min import checkpoint
+from osscl_min.augment import NOISES, add_noise, noise
 from osscl_min.checkpoint import Checkpoint
-from osscl_min.config import EvaluateConfig
+from osscl_min.config import AudioConfig, EvaluateConfig
 from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.reader import Data, open_data
 from osscl_min.evaluate import Scored, known_machines, score_clips
-from osscl_min.experiments import perturbations
 from osscl_min.experiments.sweep import Condition, Values, evaluated
-from osscl_min.features import FrontEnd, ZeroPhaseFilter
+from osscl_min.features import FrontEnd, LogMel, ZeroPhaseFilter, hz_to_mel, mel_to_hz
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, measured
 from osscl_min.runtime.device import choose_device, prepare
-from osscl_min.runtime.files import UserError, printable, provenance, read_json, replacing
+from osscl_min.runtime.files import UserError, printable, provenance, read_json
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
 SNRS = (20.0, 10.0, 0.0, -10.0)  # dB
 BANDS = 8  # with equally many mel bands each
 NEIGHBOURS = 5  # training embeddings whose mean distance is a score
+
+
+def clip_noise(kind: str, snr: float, audio: AudioConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adds noise to waves (B, samples); the noise of a clip follows from its samples alone."""
+
+    def apply(wave: torch.Tensor) -> torch.Tensor:
+        seeds = [zlib.crc32(row.tobytes()) for row in wave.cpu().numpy()]
+        added = [
+            noise(kind, wave.shape[1], audio.sample_rate, np.random.default_rng([seed, NOISES.index(kind)]))
+            for seed in seeds
+        ]
+        return add_noise(wave, np.stack(added), snr)
+
+    return apply
+
+
+def mel_bands(audio: AudioConfig, count: int) -> list[tuple[slice, float, float]]:
+    """The rows of the log-mel in `count` bands of equally many: rows, lower and upper edge (Hz).
+
+    Neighbouring triangles overlap; an edge lies where two of them cross.
+    """
+    low, high = hz_to_mel(audio.f_min), hz_to_mel(audio.f_max)
+    cuts = np.linspace(0, audio.mels, count + 1).round().astype(int)
+    edges = mel_to_hz(low + (high - low) * (cuts + 0.5) / (audio.mels + 1))
+    edges[[0, -1]] = audio.f_min, audio.f_max
+    return [
+        (slice(first, last), float(below), float(above))
+        for first, last, below, above in zip(cuts, cuts[1:], edges, edges[1:], strict=False)
+    ]
+
+
+def replace_band(
+    rows: slice, level: torch.Tensor | None = None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Sets mel `rows` of log-mels (B, 1, mels, frames) to silence, or to `level` (classes, mels; dB)."""
+
+    def apply(log_mel: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_mel = log_mel.clone()
+        if level is None:
+            log_mel[:, :, rows] = 10 * np.log10(LogMel.floor)
+        else:
+            log_mel[:, :, rows] = level.to(log_mel)[labels][:, None, rows, None]
+        return log_mel
+
+    return apply
 
 
 @dataclass(frozen=True)
@@ -83,18 +129,17 @@ def occluded(detector: Detector) -> Examined:
     The wave, which Tgram and TFgram take, stays whole.
     """
     yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, detector.plain
-    bands = perturbations.bands(detector.trained.config.model.audio, BANDS)
     for fill, level in (("silence", None), ("training mean", machine_levels(detector))):
-        for rows, low, high in bands:
-            scored = detector.score(occlude=perturbations.replace_band(rows, level))
+        for rows, low, high in mel_bands(detector.trained.config.model.audio, BANDS):
+            scored = detector.score(occlude=replace_band(rows, level))
             yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, scored
 
 
 def noisy(detector: Detector) -> Examined:
     """Test clips in white, pink and factory-like noise."""
     yield {"noise": "none", "snr_db": None}, detector.plain
-    for kind, snr in itertools.product(perturbations.NOISES, SNRS):
-        change = perturbations.clip_noise(kind, snr, detector.trained.config.model.audio)
+    for kind, snr in itertools.product(NOISES, SNRS):
+        change = clip_noise(kind, snr, detector.trained.config.model.audio)
         yield {"noise": kind, "snr_db": snr}, detector.score(transform=change)
 
 
@@ -149,8 +194,8 @@ def separation(scored: Scored) -> Values:
     within = [silhouette(scored.labels == label, anomaly) for label in np.unique(scored.labels)]
     known = [value for value in within if value is not None]
     return {
-        "silhouette_machines": silhouette(anomaly == 0, scored.labels),
-        "silhouette_anomalies": float(np.mean(known)) if known else None,
+        "silhouette of machines": silhouette(anomaly == 0, scored.labels),
+        "silhouette of normal and anomalous": float(np.mean(known)) if known else None,
     }
 
 
@@ -168,47 +213,26 @@ def machine_levels(detector: Detector) -> torch.Tensor:
     return total / count[:, None].clamp(min=1)
 
 
-def frequency_responses(trained: Checkpoint, bins: int = 513) -> dict[str, np.ndarray]:
-    """Magnitude responses (dB) of the first convolutions of Tgram and TFgram: {name: (filters, bins)}.
-
-    `bins` frequencies from 0 to half the sample rate; the strides, which alias, are not part of it.
-    """
-    model, responses = trained.model, {}
-    for name, weight in (
-        ("tgram", model.tgram and model.tgram.extractor.weight),
-        ("tfgram", model.tfgram and model.tfgram.conv[0].weight),
-    ):
-        if weight is not None:
-            spectrum = torch.fft.rfft(weight.detach()[:, 0].double().cpu(), 2 * (bins - 1))
-            responses[name] = (20 * spectrum.abs().clamp(min=1e-12).log10()).numpy()
-    return responses
-
-
 def rows_of(name: str, detector: Detector) -> Iterator[tuple[dict[str, Any], list[Score], Values]]:
     """The settings, scores and values of a detector's rows: of an analysis, or else of its evaluation."""
     if name in ANALYSES:
         for settings, scored in ANALYSES[name](detector):
             yield settings, scored.rows, separation(scored) if name == "embeddings" else {}
         return
-    scores, values = evaluated(Path(detector.trained.path).parent)
     trained = sum(p.numel() for p in detector.trained.model.parameters() if p.requires_grad)
-    yield {}, scores, {"trained_parameters": trained / 1e6, **values}
+    scores, values = evaluated(detector.trained.path.parent)
+    yield {}, scores, {"trained parameters (M)": trained / 1e6, **values}
 
 
 def collect(
     name: str,
     checkpoints: Mapping[str, Sequence[Path]],
     data: Path | str,
-    out: Path,
     config: EvaluateConfig,
     device: str = "auto",
     cutoffs: Sequence[float] = CUTOFFS,
 ) -> tuple[list[Condition], dict[str, Any]]:
-    """The rows of an experiment, and the facts behind them.
-
-    `checkpoints` maps a variant to a best.pt for each seed. For "high-frequency", `out` gets the responses of
-    the first filters before and after training.
-    """
+    """The rows of an experiment, and the facts behind them; `checkpoints` as in `variants.examine`."""
     where = choose_device(device)
     prepare(where, config.precision)
     splits = ("train", "test") if name in TRAINING_CLIPS else ("test",)
@@ -220,31 +244,26 @@ def collect(
         detector = Detector(trained, opened, config, cutoffs)
         first = first or detector
         for settings, scores, values in rows_of(name, detector):
-            condition = Condition({"variant": variant, **settings})
-            condition = conditions.setdefault(tuple(condition.settings.values()), condition)
-            condition.add(trained.config.train.seed, scores, values)
+            settings = {"variant": variant, **settings}
+            condition = conditions.setdefault(tuple(settings.values()), Condition(settings))
+            condition.scores[trained.config.train.seed] = scores
+            for heading, value in values.items():
+                condition.values.setdefault(heading, []).append(value)
         if path.with_name("config.json").is_file():
             commits.add(read_json(path.with_name("config.json"))["provenance"]["commit"])
-    trained, dataset = first.trained, first.data.dataset
+    used, dataset = first.trained.config, first.data.dataset
     about = {
         "data": printable(dataset.root.name),
         "synthetic": dataset.synthetic,
-        "preset": trained.config.preset,
-        "precision": trained.config.train.precision,
-        "epochs": trained.config.train.epochs,
+        "preset": used.preset,
+        "precision": used.train.precision,
+        "epochs": used.train.epochs,
         "commits": sorted(commits),
         "provenance": provenance(where),
     }
     if name == "high-frequency":
-        about |= {"filter": "zero-phase Butterworth, run forwards and backwards",
-                  "order": ZeroPhaseFilter.order,
-                  "sample_rate": trained.config.model.audio.sample_rate}  # fmt: skip
-        networks = {"after": trained}
-        if (initial := Path(trained.path).with_name("initial.pt")).is_file():
-            networks["before"] = checkpoint.load(initial)
-        gains = {f"{part}_{when}": gain for when, network in networks.items()
-                 for part, gain in frequency_responses(network).items()}  # fmt: skip
-        if gains:
-            with replacing(out / "high_frequency_filters.npz", "wb") as file:
-                np.savez(file, **gains)
+        about |= {
+            "filter": "zero-phase Butterworth, run forwards and backwards",
+            "order": ZeroPhaseFilter.order,
+        }
     return list(conditions.values()), about

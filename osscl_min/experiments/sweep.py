@@ -33,7 +33,7 @@ from osscl_min.train import read_log, train
 
 Changes = Mapping[str, Any]  # "loss.mixup" -> False
 Result = Mapping[str, Any]  # the content of an experiment's NAME.json, see `summarise`
-Values = Mapping[str, float | None]  # of MEASURED
+Values = Mapping[str, float | None]  # what is measured beside the metrics, by its heading
 BASELINE = "os-scl"
 COMPARED = "auc_id_mean"  # the metric whose differences are shown
 
@@ -169,14 +169,11 @@ def finished(runs: Sequence[Run], failed: Mapping[Run, str]) -> dict[str, list[P
 def evaluated(run: Path) -> tuple[list[Score], Values]:
     """The scores of a finished run, and what its training took."""
     evaluation, log = read_json(run / "evaluation" / "evaluation.json"), read_log(run)
-    accuracy, kept = evaluation["identity_accuracy"], evaluation["epoch"]
-    memory = max(entry["peak_memory_mb"] or 0 for entry in log)
+    accuracy = evaluation["identity_accuracy"]
     return measured(read_clip_scores(run / "evaluation")), {
-        "machine_recognised": None if accuracy is None else 100 * accuracy,
-        "seconds_per_epoch": float(np.mean([entry["seconds"] for entry in log])),
-        "kept_epoch": kept,
-        "seconds_to_kept": sum(entry["seconds"] for entry in log if entry["epoch"] <= kept),
-        "peak_memory_gb": memory / 1000 or None,
+        "machine recognised (%)": None if accuracy is None else 100 * accuracy,
+        "s per epoch": float(np.mean([entry["seconds"] for entry in log])),
+        "kept epoch": evaluation["epoch"],
     }
 
 
@@ -186,22 +183,14 @@ class Condition:
 
     settings: dict[str, Any]  # "variant" and what else sets the row apart
     scores: dict[int, list[Score]] = field(default_factory=dict)  # by seed; the same clips in the same order
-    values: dict[str, list[float | None]] = field(default_factory=dict)  # of MEASURED, one for each seed
-
-    def add(self, seed: int, scores: list[Score], values: Values) -> None:
-        """Take in what a seed gave."""
-        self.scores[seed] = scores
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
+    values: dict[str, list[float | None]] = field(default_factory=dict)  # what else is measured, by seed
 
     def column(self, seed: int) -> str:
         """The name of a seed's scores in the kept file."""
         return " | ".join([*map(str, self.settings.values()), f"seed {seed}"])
 
 
-def difference(
-    systems: Sequence[Resampled], base: Sequence[Resampled], key: tuple[str, ...] = ()
-) -> dict[str, Any] | None:
+def difference(systems: Sequence[Resampled], base: Sequence[Resampled]) -> dict[str, Any] | None:
     """How a variant differs from another in COMPARED, with the noise of both seeds and test clips.
 
     The paired differences of n seeds vary by training noise s; the test clips, which the seeds share, add c,
@@ -210,34 +199,27 @@ def difference(
     with those of the smaller class of clips; it is never narrower than what the clips alone give. Simulated:
     results/statistics.md.
 
-    `systems` and `base` hold one entry per seed, of the same seeds and clips; `key` is () for the average or
-    (type,). Returns "mean" (fraction), "interval" (95 %; None for one seed, which cannot tell), "seeds" (each
-    difference), "seed_sd" (s), "clip_sd" (of the mean) and "clear" (the interval leaves out 0); None without
-    both classes.
+    `systems` and `base` hold one entry per seed, of the same seeds and clips. Returns "mean" (fraction),
+    "interval" (95 %; None for one seed, which cannot tell), "seeds" (each difference) and "clear" (the
+    interval leaves out 0); None without both classes.
     """
     pairs = zip(systems, base, strict=True)
-    values = np.array([ours.areas[key][COMPARED] - theirs.areas[key][COMPARED] for ours, theirs in pairs])
+    values = np.array([ours.areas[()][COMPARED] - theirs.areas[()][COMPARED] for ours, theirs in pairs])
     seeds, draws, count = values[:, 0], values[:, 1:], len(values)
     if np.isnan(seeds).any():
         return None
-    mean, clip_sd, interval, seed_sd = float(seeds.mean()), float(draws.mean(axis=0).std(ddof=1)), None, None
+    mean = float(seeds.mean())
+    result = {"mean": mean, "interval": None, "seeds": seeds.tolist(), "clear": False}
     if count > 1:
-        ids = [n for name, n in systems[0].counts.items() if len(name) == 2 and name[: len(key)] == key]
+        ids = [clips for name, clips in systems[0].counts.items() if len(name) == 2]
         freedom = max(1, np.subtract(ids, 1).sum(axis=0).min())
         t_seeds, t_clips = t.ppf(0.975, [count - 1, freedom])
-        seed_sd, covariance = float(seeds.std(ddof=1)), np.cov(draws)
+        covariance = np.cov(draws)
         shared = max(0.0, (covariance.sum() - np.trace(covariance)) / (count * (count - 1)))
-        joined = np.hypot(t_seeds * seed_sd / np.sqrt(count), t_clips * np.sqrt(shared))
-        half = float(max(joined, t_clips * clip_sd))
-        interval = [mean - half, mean + half]
-    return {
-        "mean": mean,
-        "interval": interval,
-        "seeds": seeds.tolist(),
-        "seed_sd": seed_sd,
-        "clip_sd": clip_sd,
-        "clear": bool(interval) and abs(mean) > half,
-    }
+        joined = np.hypot(t_seeds * seeds.std(ddof=1) / np.sqrt(count), t_clips * np.sqrt(shared))
+        half = float(max(joined, t_clips * draws.mean(axis=0).std(ddof=1)))
+        result |= {"interval": [mean - half, mean + half], "clear": abs(mean) > half}
+    return result
 
 
 def summarise(conditions: Sequence[Condition], about: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -245,19 +227,15 @@ def summarise(conditions: Sequence[Condition], about: Mapping[str, Any], times: 
 
     Beside `about` it has "conditions", a list of rows: their settings, "seeds", "metrics" (means over the
     seeds, see `metrics.evaluate_scores`), "each" (the averages of each seed), "values" and, with `times`
-    resamples, "difference" from the first row of the same variant and "gain" over the first variant's row of
-    the same settings: {"average" or a type: see `difference`}.
+    resamples, the "difference" (see `difference`) from the first variant's row of the same settings or, for
+    the first variant itself, from the first row.
     """
     every = [{seed: resampled(scores, times) for seed, scores in c.scores.items()} for c in conditions]
-    baseline = every[0]
-    some = next(iter(baseline.values()))
-    first: dict[str, dict] = {}  # variant -> the systems of its first row
-    alike: dict[tuple, dict] = {}  # other settings -> the systems of the first row that has them
+    alike: dict[tuple, dict] = {}  # settings beside the variant -> the systems of the first row that has them
     rows = []
     for condition, own in zip(conditions, every, strict=True):
-        variant, *rest = condition.settings.values()
-        within = first.setdefault(variant, own)
-        across = baseline if within is own else alike.setdefault(tuple(rest), own)
+        base = alike.setdefault(tuple(condition.settings.values())[1:], own)
+        base = every[0] if base is own else base
         row = {
             **condition.settings,
             "seeds": list(own),
@@ -265,13 +243,12 @@ def summarise(conditions: Sequence[Condition], about: Mapping[str, Any], times: 
             "each": {name: [system.value((), name) for system in own.values()] for name in NAMES},
             "values": condition.values,
         }
-        for kind, other in (("difference", within), ("gain", across)):
-            pairs = [(own[seed], other[seed]) for seed in own if seed in other]
-            if times > 1 and other is not own:
-                row[kind] = {"".join(key) or "average": difference(*zip(*pairs, strict=True), key)
-                             for key in some.areas if len(key) < 2 and pairs}  # fmt: skip
+        pairs = [(own[seed], base[seed]) for seed in own if seed in base]
+        if times > 1 and pairs and base is not own:
+            row["difference"] = difference(*zip(*pairs, strict=True))
         rows.append(row)
-    return {**about, "clips": sum(some.counts[()]), "bootstrap": times, "conditions": rows}
+    clips = len(next(iter(conditions[0].scores.values())))
+    return {**about, "clips": clips, "bootstrap": times, "conditions": rows}
 
 
 def origin(result: Result) -> str:
@@ -286,12 +263,12 @@ def origin(result: Result) -> str:
 
 
 NOTE = (
-    "Percent; mean ± standard deviation over the seeds. Differences are of AUC id-mean, paired by seed, with "
-    "95 % intervals that hold for other training seeds and other test clips: half width² = (t s / √n)² + "
-    "(t' c)², with s the standard deviation of the n paired differences, c² the covariance of "
-    "seeds over resampled clips, and t, t' from Student's distribution: t is 12.7 with two seeds, 4.3 with "
-    "three, 2.8 with five; one seed cannot be compared. * where the interval leaves out 0; about one "
-    "comparison in twenty does so by chance."
+    "Percent; mean ± standard deviation over the seeds. Differences are of AUC id-mean, from the first row "
+    "or, for another variant, from the first variant's row of the same settings; paired by seed, with 95 % "
+    "intervals for other training seeds and other test clips: half width² = (t s / √n)² + (t' c)², with s "
+    "the standard deviation of n paired differences, c² the covariance of seeds over resampled clips, and t, "
+    "t' from Student's distribution: t is 12.7 with two seeds, 4.3 with three, 2.8 with five; one seed cannot "
+    "be compared. * where the interval leaves out 0; one comparison in twenty does so by chance."
 )
 BOUND = (
     "A drop bounds the reliance on what was taken away from above: it also contains how unfamiliar the "
@@ -299,30 +276,13 @@ BOUND = (
 )
 
 
-def gain_text(gain: Mapping[str, Any] | None) -> str:
+def difference_text(change: Mapping[str, Any] | None) -> str:
     """A difference in points with its interval, starred where that leaves out 0."""
-    if gain is None:
+    if change is None:
         return ""
-    bounds = [f"{100 * bound:+.1f}" for bound in gain["interval"] or ()]
+    bounds = [f"{100 * bound:+.1f}" for bound in change["interval"] or ()]
     interval = f"[{', '.join(bounds)}]" if bounds else "(one seed: not comparable)"
-    return f"{100 * gain['mean']:+.1f} {interval}" + " *" * gain["clear"]
-
-
-MEASURED = {  # heading and digits of the metrics in percent, and of what is measured beside them
-    "auc_id_mean": ("AUC id-mean", 1),
-    "auc_pooled": ("AUC pooled", 1),
-    "pauc_id_mean": ("pAUC id-mean", 1),
-    "pauc_pooled": ("pAUC pooled", 1),
-    "mauc": ("mAUC", 1),
-    "trained_parameters": ("trained parameters (M)", 2),
-    "machine_recognised": ("machine recognised (%)", 1),
-    "seconds_per_epoch": ("s per epoch", 0),
-    "kept_epoch": ("kept epoch", 0),
-    "seconds_to_kept": ("s to it", 0),
-    "peak_memory_gb": ("memory (GB)", 1),
-    "silhouette_machines": ("silhouette of machines", 3),
-    "silhouette_anomalies": ("silhouette of normal and anomalous", 3),
-}
+    return f"{100 * change['mean']:+.1f} {interval}" + " *" * change["clear"]
 
 
 def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,12 +299,12 @@ def table(result: Result) -> list[list[str]]:
         for key in settings:
             value, heading = row[key], key.replace("_hz", " (Hz)").replace("_db", " (dB)").replace("_", " ")
             line[heading] = f"{value:.0f}" if isinstance(value, float) else value or ""
-        for key, (heading, digits) in MEASURED.items():
-            scale, values = (100, row["each"][key]) if key in NAMES else (1, row["values"].get(key, ()))
-            known = [scale * value for value in values if value is not None]
-            line[heading] = mean_text(known, digits) if known else ""
-        for kind, other in (("difference", "the first row"), ("gain", rows[0]["variant"])):
-            line[f"difference from {other}"] = gain_text(row.get(kind, {}).get("average"))
+        percent = {name: [value and 100 * value for value in row["each"][name]] for name in NAMES}
+        for name, values in (percent | row["values"]).items():
+            heading = name.replace("auc", "AUC").replace("id_mean", "id-mean").replace("_", " ")
+            known = [value for value in values if value is not None]
+            line[heading] = mean_text(known, 1 if name in percent else 2) if known else ""
+        line["difference"] = difference_text(row.get("difference"))
         lines.append(line | {"seeds": str(len(row["seeds"]))})
     headings = [heading for heading in lines[0] if any(line[heading] for line in lines)]
     return [headings, *([line[heading] for heading in headings] for line in lines)]
@@ -354,17 +314,14 @@ def records(result: Result) -> Iterator[dict[str, Any]]:
     """The same in full precision, with a line for the average and one for each machine type."""
     for row in result["conditions"]:
         for entry in (row["metrics"]["average"], *row["metrics"]["types"]):
-            name = entry.get("type", "average")
-            line = settings_of(row) | {"seeds": " ".join(map(str, row["seeds"])), "type": name}
-            line |= {measure: entry[measure] for measure in NAMES}
-            for kind in ("difference", "gain"):
-                gain = row.get(kind, {}).get(name) or {}
-                keys = ("mean", "interval", "seed_sd", "clip_sd", "clear")
-                line |= {f"{kind}_{key}": gain.get(key) for key in keys}
-            for key, values in row["values"].items():
-                known = [value for value in values if value is not None and name == "average"]
-                line[key] = float(np.mean(known)) if known else None
-            yield line
+            change = ("type" not in entry and row.get("difference")) or {}
+            yield {
+                **settings_of(row),
+                "seeds": " ".join(map(str, row["seeds"])),
+                "type": entry.get("type", "average"),
+                **{measure: entry[measure] for measure in NAMES},
+                **{f"difference_{key}": change.get(key) for key in ("mean", "interval", "clear")},
+            }
 
 
 def write(result: Result, out: Path | str) -> None:

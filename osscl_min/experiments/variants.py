@@ -19,7 +19,6 @@ from osscl_min.experiments.analyses import ANALYSES, CUTOFFS
 from osscl_min.experiments.sweep import BASELINE, Changes
 from osscl_min.runtime.files import UserError, read_json, write_csv
 
-TRAINED = ("components", "inputs", "training", "precision", "high-frequency-training")  # compare trainings
 # `ablate all`, in an order that needs few trainings early; precision is left out: it compares processors too
 ALL = ("scores", "high-frequency", "bands", "noise", "embeddings", "training", "inputs", "components",
        "high-frequency-training")  # fmt: skip
@@ -28,7 +27,7 @@ ALL = ("scores", "high-frequency", "bands", "noise", "embeddings", "training", "
 def variants(name: str, config: Config, cutoffs: Sequence[float] = CUTOFFS) -> dict[str, Changes]:
     """The variants of an experiment: name -> settings that differ from `config`; the first is the baseline.
 
-    `name` is one of TRAINED or ANALYSES, or "seeds": the baseline alone.
+    A `name` that is not here, such as an analysis or "seeds", has the baseline alone.
     """
     maps = ("log_mel", "tgram", "tfgram")
     plain = {"loss.mixup": False, "loss.contrastive": "none"}
@@ -129,7 +128,7 @@ def examine(
 
     Returns the content of NAME.json, see `run`.
     """
-    conditions, about = analyses.collect(name, checkpoints, data, Path(out), config, device, cutoffs)
+    conditions, about = analyses.collect(name, checkpoints, data, config, device, cutoffs)
     return finish(name, conditions, about | {"failed": dict(failed or {})}, out, config.bootstrap)
 
 
