@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +17,68 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from osscl_min import checkpoint
+from osscl_min.augment import NOISES, add_noise, noise
 from osscl_min.checkpoint import Checkpoint
-from osscl_min.config import EvaluateConfig
+from osscl_min.config import AudioConfig, EvaluateConfig
 from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.reader import Data, open_data
 from osscl_min.evaluate import Scored, known_machines, score_clips
-from osscl_min.experiments import perturbations
-from osscl_min.experiments.sweep import Condition, facts
-from osscl_min.features import FrontEnd, ZeroPhaseFilter, to_wave
+from osscl_min.experiments.sweep import Condition, Values, evaluated
+from osscl_min.features import FrontEnd, LogMel, ZeroPhaseFilter, hz_to_mel, mel_to_hz
 from osscl_min.losses import anomaly_score
-from osscl_min.metrics import measured
+from osscl_min.metrics import Score, measured
 from osscl_min.runtime.device import choose_device, prepare
-from osscl_min.runtime.files import UserError, read_json, replacing
+from osscl_min.runtime.files import UserError, printable, provenance, read_json
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
 SNRS = (20.0, 10.0, 0.0, -10.0)  # dB
 BANDS = 8  # with equally many mel bands each
 NEIGHBOURS = 5  # training embeddings whose mean distance is a score
+
+
+def clip_noise(kind: str, snr: float, audio: AudioConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Adds noise to waves (B, samples); the noise of a clip follows from its samples alone."""
+
+    def apply(wave: torch.Tensor) -> torch.Tensor:
+        seeds = [zlib.crc32(row.tobytes()) for row in wave.cpu().numpy()]
+        added = [
+            noise(kind, wave.shape[1], audio.sample_rate, np.random.default_rng([seed, NOISES.index(kind)]))
+            for seed in seeds
+        ]
+        return add_noise(wave, np.stack(added), snr)
+
+    return apply
+
+
+def mel_bands(audio: AudioConfig, count: int) -> list[tuple[slice, float, float]]:
+    """The rows of the log-mel in `count` bands of equally many: rows, lower and upper edge (Hz).
+
+    Neighbouring triangles overlap; an edge lies where two of them cross.
+    """
+    low, high = hz_to_mel(audio.f_min), hz_to_mel(audio.f_max)
+    cuts = np.linspace(0, audio.mels, count + 1).round().astype(int)
+    edges = mel_to_hz(low + (high - low) * (cuts + 0.5) / (audio.mels + 1))
+    edges[[0, -1]] = audio.f_min, audio.f_max
+    return [
+        (slice(first, last), float(below), float(above))
+        for first, last, below, above in zip(cuts, cuts[1:], edges, edges[1:], strict=False)
+    ]
+
+
+def replace_band(
+    rows: slice, level: torch.Tensor | None = None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Sets mel `rows` of log-mels (B, 1, mels, frames) to silence, or to `level` (classes, mels; dB)."""
+
+    def apply(log_mel: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_mel = log_mel.clone()
+        if level is None:
+            log_mel[:, :, rows] = 10 * np.log10(LogMel.floor)
+        else:
+            log_mel[:, :, rows] = level.to(log_mel)[labels][:, None, rows, None]
+        return log_mel
+
+    return apply
 
 
 @dataclass(frozen=True)
@@ -65,15 +111,6 @@ class Detector:
         """The test clips as they are, scored once."""
         return self.score()
 
-    def batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
-        """Samples (B, samples) int16, labels (B,) and positions of the same clips, in batches."""
-        reader = getattr(self.data, split)
-        labels = self.trained.labels_of(reader.clips)
-        cuts = batches_of(np.array(self.positions(split)), self.config.batch_size, least=1)
-        loaded = load_batches(reader, labels, cuts, self.trained.device)
-        for (samples, target), cut in zip(loaded, cuts, strict=True):
-            yield samples, target, cut.tolist()
-
 
 Examined = Iterator[tuple[dict[str, Any], Scored]]  # the settings of each condition and its test clips
 
@@ -92,18 +129,17 @@ def occluded(detector: Detector) -> Examined:
     The wave, which Tgram and TFgram take, stays whole.
     """
     yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, detector.plain
-    bands = perturbations.bands(detector.trained.config.model.audio, BANDS)
     for fill, level in (("silence", None), ("training mean", machine_levels(detector))):
-        for rows, low, high in bands:
-            scored = detector.score(occlude=perturbations.replace_band(rows, level))
+        for rows, low, high in mel_bands(detector.trained.config.model.audio, BANDS):
+            scored = detector.score(occlude=replace_band(rows, level))
             yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, scored
 
 
 def noisy(detector: Detector) -> Examined:
     """Test clips in white, pink and factory-like noise."""
     yield {"noise": "none", "snr_db": None}, detector.plain
-    for kind, snr in itertools.product(perturbations.NOISES, SNRS):
-        change = perturbations.clip_noise(kind, snr, detector.trained.config.model.audio)
+    for kind, snr in itertools.product(NOISES, SNRS):
+        change = clip_noise(kind, snr, detector.trained.config.model.audio)
         yield {"noise": kind, "snr_db": snr}, detector.score(transform=change)
 
 
@@ -143,145 +179,91 @@ ANALYSES: dict[str, Callable[[Detector], Examined]] = {
 TRAINING_CLIPS = ("bands", "scores")  # analyses that read them
 
 
-def separation(scored: Scored) -> dict[str, float | None]:
-    """Silhouettes and nearest neighbours of embeddings; None where the clips do not give one.
+def separation(scored: Scored) -> Values:
+    """Mean silhouettes by cosine distance, from -1 to 1; None where there are too few clips.
 
-    Silhouette, from -1 to 1: of the machines, among normal clips; of normal and anomalous clips within a
-    machine, averaged. Neighbour: the nearest other clip, in percent. Kind: normal or anomalous.
+    Of the machines, among normal clips; of normal and anomalous clips within a machine, averaged.
     """
     anomaly = np.array([clip.anomaly for clip in scored.clips])
-    points, labels, normal = scored.embeddings, scored.labels, anomaly == 0
 
     def silhouette(chosen: np.ndarray, groups: np.ndarray) -> float | None:
         if not 2 <= len(np.unique(groups[chosen])) < chosen.sum():
             return None
-        return float(silhouette_score(points[chosen], groups[chosen], metric="cosine"))
+        return float(silhouette_score(scored.embeddings[chosen], groups[chosen], metric="cosine"))
 
-    def same_as_nearest(chosen: np.ndarray, groups: np.ndarray) -> np.ndarray:
-        """Whether the nearest other one of the chosen clips is of the same group, in percent."""
-        near = NearestNeighbors(n_neighbors=1, metric="cosine").fit(points[chosen]).kneighbors()[1][:, 0]
-        return 100.0 * (groups[chosen] == groups[chosen][near])
-
-    def mean(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else None
-
-    same = same_as_nearest(np.ones(len(labels), bool), labels)
-    machines = [labels == label for label in np.unique(labels) if (labels == label).sum() > 1]
+    within = [silhouette(scored.labels == label, anomaly) for label in np.unique(scored.labels)]
+    known = [value for value in within if value is not None]
     return {
-        "silhouette_machines": silhouette(normal, labels),
-        "silhouette_anomalies": mean(silhouette(own, anomaly) for own in machines),
-        "neighbour_normal": mean(same[normal]),
-        "neighbour_anomalous": mean(same[~normal]),
-        "neighbour_kind": mean(value for own in machines for value in same_as_nearest(own, anomaly)),
+        "silhouette of machines": silhouette(anomaly == 0, scored.labels),
+        "silhouette of normal and anomalous": float(np.mean(known)) if known else None,
     }
 
 
 def machine_levels(detector: Detector) -> torch.Tensor:
     """Mean log-mel (dB) of each machine's training clips over clips and frames: (classes, mels)."""
-    audio, classes = detector.trained.config.model.audio, len(detector.trained.classes)
-    front = FrontEnd(audio).to(detector.trained.device)
-    total = torch.zeros(classes, audio.mels, device=detector.trained.device)
-    count = torch.zeros(classes, dtype=torch.int64, device=total.device)
-    for samples, labels, _ in detector.batches("train"):
+    trained, reader = detector.trained, detector.data.train
+    audio, classes = trained.config.model.audio, len(trained.classes)
+    front = FrontEnd(audio).to(trained.device)
+    total = torch.zeros(classes, audio.mels, device=trained.device)
+    count = torch.zeros(classes, dtype=torch.int64, device=trained.device)
+    batches = batches_of(detector.positions("train"), detector.config.batch_size, least=1)
+    for samples, labels in load_batches(reader, trained.labels_of(reader.clips), batches, trained.device):
         total.index_add_(0, labels, front(samples)[1].mean((1, 3)))
         count += labels.bincount(minlength=classes)
     return total / count[:, None].clamp(min=1)
 
 
-def energy_shares(detector: Detector) -> list[dict[str, Any]]:
-    """Each band's share of the test clips' energy, averaged over a type's normal and its anomalous clips."""
-    audio = detector.trained.config.model.audio
-    edges = [low for _, low, _ in perturbations.bands(audio, BANDS)] + [audio.f_max]
-    starts = np.searchsorted(np.fft.rfftfreq(audio.samples, 1 / audio.sample_rate), [0, *edges[1:-1]])
-    parts, clips = [], []
-    for samples, _, positions in detector.batches("test"):
-        power = torch.fft.rfft(to_wave(samples)).abs().double().square().cpu().numpy()
-        parts.append(np.add.reduceat(power, starts, axis=1))
-        clips += [detector.data.test.clips[position] for position in positions]
-    energy = np.concatenate(parts)
-    shares = energy / energy.sum(1, keepdims=True).clip(1e-30)
-    types, truth = (np.array([getattr(c, name) for c in clips]) for name in ("machine_type", "anomaly"))
-    rows = []
-    for band, (low, high) in enumerate(itertools.pairwise(edges)):
-        for name in sorted(set(types.tolist()), key=str.lower):
-            row = {"low_hz": low, "high_hz": high, "type": name}
-            for anomaly, kind in enumerate(("normal", "anomalous")):
-                chosen = shares[(types == name) & (truth == anomaly), band]
-                row[kind] = float(chosen.mean()) if len(chosen) else None
-            rows.append(row)
-    return rows
-
-
-def frequency_responses(trained: Checkpoint, bins: int = 513) -> dict[str, np.ndarray]:
-    """Magnitude responses (dB) of the first convolutions of Tgram and TFgram: {name: (filters, bins)}.
-
-    `bins` frequencies from 0 to half the sample rate; the strides, which alias, are not part of it.
-    """
-    model, responses = trained.model, {}
-    for name, weight in (
-        ("tgram", model.tgram and model.tgram.extractor.weight),
-        ("tfgram", model.tfgram and model.tfgram.conv[0].weight),
-    ):
-        if weight is not None:
-            spectrum = torch.fft.rfft(weight.detach()[:, 0].double().cpu(), 2 * (bins - 1))
-            responses[name] = (20 * spectrum.abs().clamp(min=1e-12).log10()).numpy()
-    return responses
+def rows_of(name: str, detector: Detector) -> Iterator[tuple[dict[str, Any], list[Score], Values]]:
+    """The settings, scores and values of a detector's rows: of an analysis, or else of its evaluation."""
+    if name in ANALYSES:
+        for settings, scored in ANALYSES[name](detector):
+            yield settings, scored.rows, separation(scored) if name == "embeddings" else {}
+        return
+    trained = sum(p.numel() for p in detector.trained.model.parameters() if p.requires_grad)
+    scores, values = evaluated(detector.trained.path.parent)
+    yield {}, scores, {"trained parameters (M)": trained / 1e6, **values}
 
 
 def collect(
     name: str,
     checkpoints: Mapping[str, Sequence[Path]],
     data: Path | str,
-    out: Path,
     config: EvaluateConfig,
     device: str = "auto",
     cutoffs: Sequence[float] = CUTOFFS,
 ) -> tuple[list[Condition], dict[str, Any]]:
-    """The scores of trained detectors under every condition of one of ANALYSES, and the facts behind them.
-
-    `checkpoints` maps a variant to a best.pt for each seed. `out` gets arrays for figures: first filters
-    before and after training, or embeddings of the first seed.
-    """
+    """The rows of an experiment, and the facts behind them; `checkpoints` as in `variants.examine`."""
     where = choose_device(device)
     prepare(where, config.precision)
     splits = ("train", "test") if name in TRAINING_CLIPS else ("test",)
     conditions: dict[tuple, Condition] = {}
-    arrays: dict[str, np.ndarray] = {}
-    first, written = None, []
+    first, commits = None, set()
     for variant, path in ((variant, path) for variant, paths in checkpoints.items() for path in paths):
         trained = checkpoint.load(path, where)
         opened = first.data if first else open_data(data, trained.config.model.audio, splits=splits)
         detector = Detector(trained, opened, config, cutoffs)
         first = first or detector
-        for settings, scored in ANALYSES[name](detector):
-            condition = Condition({"variant": variant, **settings})
-            condition = conditions.setdefault(tuple(condition.settings.values()), condition)
-            values = separation(scored) if name == "embeddings" else {}
-            condition.add(trained.config.train.seed, scored.rows, values)
-        if name == "embeddings":
-            arrays.setdefault(f"{variant}/embeddings", detector.plain.embeddings)
-        if Path(path).with_name("config.json").is_file():
-            written.append(read_json(Path(path).with_name("config.json")))
-    trained, dataset = first.trained, first.data.dataset
-    about = facts(trained.config, dataset.root.name, dataset.synthetic, written, where)
-    stem = name.replace("-", "_")
-    if name == "bands":
-        about["energy"] = energy_shares(first)
-    if name == "embeddings":
-        about["machines"] = [" ".join(machine) for machine in trained.classes]
-        anomaly = np.array([clip.anomaly for clip in first.plain.clips])
-        arrays |= {"labels": first.plain.labels, "anomaly": anomaly}
+        for settings, scores, values in rows_of(name, detector):
+            settings = {"variant": variant, **settings}
+            condition = conditions.setdefault(tuple(settings.values()), Condition(settings))
+            condition.scores[trained.config.train.seed] = scores
+            for heading, value in values.items():
+                condition.values.setdefault(heading, []).append(value)
+        if path.with_name("config.json").is_file():
+            commits.add(read_json(path.with_name("config.json"))["provenance"]["commit"])
+    used, dataset = first.trained.config, first.data.dataset
+    about = {
+        "data": printable(dataset.root.name),
+        "synthetic": dataset.synthetic,
+        "preset": used.preset,
+        "precision": used.train.precision,
+        "epochs": used.train.epochs,
+        "commits": sorted(commits),
+        "provenance": provenance(where),
+    }
     if name == "high-frequency":
-        stem += "_filters"
-        about |= {"filter": "zero-phase Butterworth, run forwards and backwards",
-                  "order": ZeroPhaseFilter.order,
-                  "sample_rate": trained.config.model.audio.sample_rate}  # fmt: skip
-        for when, path in (("before", Path(trained.path).with_name("initial.pt")), ("after", trained.path)):
-            if Path(path).is_file():
-                responses = frequency_responses(checkpoint.load(path))
-                arrays |= {f"{part}_{when}": gain for part, gain in responses.items()}
-    if arrays:
-        with replacing(out / f"{stem}.npz", "wb") as file:
-            np.savez(file, **arrays)
+        about |= {
+            "filter": "zero-phase Butterworth, run forwards and backwards",
+            "order": ZeroPhaseFilter.order,
+        }
     return list(conditions.values()), about

@@ -2,60 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from osscl_min.experiments.sweep import origin
+from osscl_min.checkpoint import load
+from osscl_min.experiments.sweep import Result, origin, settings_of
+from osscl_min.runtime import plotting as plot
 from osscl_min.runtime.files import read_json
-from osscl_min.runtime.plotting import (
-    BLACK,
-    BLUE,
-    COLOURS,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    VERMILLION,
-    legend,
-    legend_below,
-    panels,
-    picture,
-    save_all,
-)
 
-Result = Mapping[str, Any]
+AXES = {  # experiments whose rows differ in a number: title and axis
+    "high-frequency": ("AUC ({}) of filtered test clips", "cut-off (kHz)"),
+    "bands": ("AUC ({}) without a band of the log-mel", "middle of the band (kHz)"),
+    "noise": ("AUC ({}) in noise", "signal-to-noise ratio (dB)"),
+}
+LINES = {"none": "unfiltered", "low-pass": "low-pass: what is below the cut-off stays",
+         "high-pass": "high-pass: what is above the cut-off stays"}  # fmt: skip
 
 
 def write(result: Result, out: Path | str) -> list[Path]:
-    """Draw an experiment's figures into OUT, as PNG and PDF, each with its origin below the title.
-
-    Embeddings and first filters are drawn where OUT has their arrays (NAME.npz, NAME_filters.npz).
-    """
-    out, stem = Path(out), result["experiment"].replace("-", "_")
-    draw = {"bands": bands, "noise": noise, "high_frequency": high_frequency}
-    figures = {stem: draw.get(stem.removesuffix("_training"), differences)(result)}
-    if (out / f"{stem}.npz").is_file():
-        figures[f"{stem}_map"] = maps(result, out / f"{stem}.npz")
-    if (out / f"{stem}_filters.npz").is_file():
-        figures[f"{stem}_filters"] = first_filters(result, out / f"{stem}_filters.npz")
-    for figure in figures.values():
-        add_origin(figure, origin(result))
-    return save_all(figures, out)
+    """Draw an experiment's figure into OUT, as PNG and PDF, with its origin below the title."""
+    name = result["experiment"]
+    figure = curves(result) if name in AXES else differences(result)
+    add_origin(figure, origin(result))
+    return plot.save_all({name.replace("-", "_"): figure}, Path(out))
 
 
 def add_origin(figure: Figure, text: str) -> None:
     """Small lines below the title, which gets empty lines so that the layout leaves room for them."""
     lines = textwrap.wrap(text, int(figure.get_figwidth() * 20))
     figure.suptitle(figure.get_suptitle() + "\n" * len(lines), fontsize=13)
-    look = {"fontsize": 7, "color": GREY, "ha": "center", "va": "top", "linespacing": 1.5}
+    look = {"fontsize": 7, "color": plot.GREY, "ha": "center", "va": "top", "linespacing": 1.5}
     figure.text(0.5, 1 - 0.33 / figure.get_figheight(), "\n".join(lines), **look)
 
 
@@ -64,158 +47,90 @@ def differences(result: Result) -> Figure:
     rows = result["conditions"]
     title, size = f"Experiment: {result['experiment']}", (5.5, 0.9 + 0.3 * len(rows))
     titles = ("AUC id-mean (%), a dot per seed", "difference from the first row (points)")
-    figure, (left, right) = panels(title, result["synthetic"], titles, 2, size, sharey=True)
+    figure, (left, right) = plot.panels(title, result["synthetic"], titles, 2, size, sharey=True)
     for place, row in enumerate(rows):
-        gain = (row.get("difference") or row.get("gain") or {}).get("average")
-        parts = [(left, row["each"]["auc_id_mean"], BLUE)]
-        if gain:
-            colour = VERMILLION if gain["clear"] else GREY
-            parts.append((right, gain["seeds"], colour))
-            bounds = 100 * np.array(gain["interval"] or (np.nan, np.nan))
-            right.plot(bounds, [place] * 2, color=colour, linewidth=2)
+        parts = [(left, row["each"]["auc_id_mean"], plot.BLUE)]
+        if change := row.get("difference"):
+            colour = plot.VERMILLION if change["clear"] else plot.GREY
+            parts.append((right, change["seeds"], colour))
+            if change["interval"]:
+                right.plot(100 * np.array(change["interval"]), [place] * 2, color=colour, linewidth=2)
         for ax, values, colour in parts:
-            points = 100 * np.array(values, float)
-            ax.plot(points, [place] * len(points), "o", color=colour, alpha=0.5, markersize=4)
-            ax.plot(points.mean(), place, "|", color=BLACK, markersize=14, markeredgewidth=2)
-    right.axvline(0, color=BLACK, linewidth=1)
-    right.plot([], [], color=VERMILLION, linewidth=2, label="95 % interval (seeds and clips) leaves out 0")
-    right.plot([], [], color=GREY, linewidth=2, label="95 % interval contains 0")
+            dots = 100 * np.array(values, float)
+            ax.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.5, markersize=4)
+            ax.plot(dots.mean(), place, "|", color=plot.BLACK, markersize=14, markeredgewidth=2)
+    right.axvline(0, color=plot.BLACK, linewidth=1)
+    for colour, label in ((plot.VERMILLION, "leaves out 0"), (plot.GREY, "contains 0")):
+        right.plot([], [], color=colour, linewidth=2, label=f"95 % interval (seeds and clips) {label}")
     left.set_yticks(range(len(rows)), [row.get("score", row["variant"]) for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
-    legend_below(figure, [right])
+    plot.legend_below(figure, [right])
     return figure
 
 
-# Panel, line, place on the axis (None for clips as they are) and metrics.
-Point = tuple[str, str, float | None, Mapping[str, Any]]
-
-
-def curves(
-    title: str, synthetic: bool, points: Iterable[Point], label: str, measure: str = "auc_id_mean"
-) -> Figure:
+def curves(result: Result, measure: str = "auc_id_mean") -> Figure:
     """AUC with its intervals over clips against what changes; dashed for clips as they are."""
-    lines: dict[str, dict[str, list[tuple]]] = {}
-    for panel, line, place, entry in points:
-        bounds = (entry.get("interval") or {}).get(measure) or (np.nan, np.nan)
-        values = 100 * np.array([entry[measure], *bounds], float)
-        lines.setdefault(panel, {}).setdefault(line, []).append((place, *values))
-    figure, axes = panels(title, synthetic, list(lines), 4, (2.9, 2.6), sharey=True)
-    for ax, panel in zip(axes, lines.values(), strict=True):
-        colours = itertools.cycle((BLACK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE))
-        for (name, rows), colour in zip(panel.items(), colours, strict=False):
-            for place, value, low, high in rows:
-                if place is None:
-                    ax.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=name)
-                    ax.axhspan(low, high, color=colour, alpha=0.08, linewidth=0)
-            if changed := sorted(row for row in rows if row[0] is not None):
-                place, value, low, high = np.array(changed).T
-                ax.plot(place, value, color=colour, marker=".", label=name)
-                ax.vlines(place, low, high, color=colour, alpha=0.5, linewidth=1)
-        ax.axhline(50, color=GREY, linestyle=":", linewidth=1, label="chance")
-        ax.set(xlabel=label, ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
-    legend_below(figure, axes)
-    return figure
-
-
-def by_type(result: Result, lines: Iterable[tuple[str, float | None]]) -> Iterator[Point]:
-    """Points of `curves`, by machine type; `lines` has the line and place of every row."""
-    for row, (line, place) in zip(result["conditions"], lines, strict=True):
+    lines: dict[str, dict[str, list[tuple]]] = {}  # panel -> line -> place on the axis, AUC, its interval
+    several = len({row["variant"] for row in result["conditions"]}) > 1
+    for row in result["conditions"]:
+        variant, kind, *numbers = settings_of(row).values()
+        line = (LINES.get(kind, kind) if "filter" in row else kind) + f", {variant}" * several
+        place = None if None in numbers else np.mean(numbers) / (1 if "snr_db" in row else 1000)
         for entry in (row["metrics"]["average"], *row["metrics"]["types"]):
-            yield entry.get("type", "average"), line, place, entry
+            bounds = (entry.get("interval") or {}).get(measure) or (np.nan, np.nan)
+            values = 100 * np.array([entry[measure], *bounds], float)
+            panel = lines.setdefault(entry.get("type", "average"), {})
+            panel.setdefault(line, []).append((place, *values))
+    title, label = AXES[result["experiment"]]
+    title = title.format({"auc_id_mean": "mean over ids", "auc_pooled": "ids pooled"}[measure])
+    figure, axes = plot.panels(title, result["synthetic"], list(lines), 4, (2.9, 2.6), sharey=True)
+    for ax, panel in zip(axes, lines.values(), strict=True):
+        for number, (name, rows) in enumerate(panel.items()):
+            look = {"color": plot.COLOURS[number % len(plot.COLOURS)], "label": name}
+            if rows[0][0] is None:
+                _, value, low, high = rows[0]
+                ax.axhline(value, linestyle="--", **look)
+                ax.axhspan(low, high, color=look["color"], alpha=0.08, linewidth=0)
+            else:
+                place, value, low, high = np.array(sorted(rows)).T
+                ax.plot(place, value, marker=".", **look)
+                ax.vlines(place, low, high, color=look["color"], alpha=0.5, linewidth=1)
+        ax.axhline(50, color=plot.GREY, linestyle=":", linewidth=1, label="chance")
+        ax.set(xlabel=label, ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
+    plot.legend_below(figure, axes)
+    return figure
 
 
 def high_frequency(result: Path | str | Result, measure: str = "auc_id_mean") -> Figure:
     """AUC against the cut-off of low-pass and high-pass filters: on average, and of each machine type.
 
-    `result` is high_frequency.json or high_frequency_training.json, or its content; `measure` is
-    "auc_id_mean" or "auc_pooled", drawn with its intervals over clips where the file has them.
+    `result` is high_frequency.json or its content; `measure` is "auc_id_mean" or "auc_pooled".
     """
-    content = result if isinstance(result, Mapping) else read_json(result)
-    protocol = {"auc_id_mean": "mean over ids", "auc_pooled": "ids pooled"}[measure]
-    trained = content["experiment"] == "high-frequency-training"
-    what = "detectors trained and tested on filtered clips" if trained else "filtered test clips"
-    names = {"none": "unfiltered", "low-pass": "low-pass: what is below the cut-off stays",
-             "high-pass": "high-pass: what is above the cut-off stays"}  # fmt: skip
-    rows = content["conditions"]
-    lines = [(names[row["filter"]], row["cutoff_hz"] and row["cutoff_hz"] / 1000) for row in rows]
-    title = f"AUC ({protocol}) of {what}"
-    return curves(title, content["synthetic"], by_type(content, lines), "cut-off (kHz)", measure)
+    return curves(result if isinstance(result, Mapping) else read_json(result), measure)
 
 
-def bands(result: Result) -> Figure:
-    """AUC without a band of the log-mel, and the energy that it has, on average and of each machine type."""
-    lines = []
-    for row in result["conditions"]:
-        if row["low_hz"] is None:
-            lines.append(("all bands", None))
-        else:
-            lines.append((f"band set to {row['replaced_by']}", (row["low_hz"] + row["high_hz"]) / 2000))
-    label = "band (kHz); grey: its share of\nnormal clips' energy (%)"
-    figure = curves("AUC id-mean without a band", result["synthetic"], by_type(result, lines), label)
-    for ax in figure.axes:
-        energy = [entry for entry in result["energy"] if entry["type"] == ax.get_title()]
-        if energy:
-            edges = [entry["low_hz"] / 1000 for entry in energy] + [energy[-1]["high_hz"] / 1000]
-            share = 100 * np.array([entry["normal"] for entry in energy], float)
-            ax.stairs(share, edges, fill=True, color=GREY, alpha=0.3)
-    return figure
-
-
-def noise(result: Result) -> Figure:
-    """AUC against the signal-to-noise ratio for each kind of noise, a line per detector."""
-    rows = result["conditions"]
-    kinds = [kind for kind in dict.fromkeys(row["noise"] for row in rows) if kind != "none"]
-    points = (
-        (f"{kind} noise" + " (simulated)" * (kind == "factory"), row["variant"], row["snr_db"],
-         row["metrics"]["average"])
-        for kind in kinds
-        for row in rows
-        if row["noise"] in ("none", kind)
-    )  # fmt: skip
-    title = "AUC id-mean in noise (dashed: no noise added)"
-    figure = curves(title, result["synthetic"], points, "signal-to-noise ratio (dB)")
-    for ax in figure.axes:
-        ax.invert_xaxis()
-    return figure
-
-
-def first_filters(result: Result, path: Path | str) -> Figure:
-    """Responses of the first convolutions before and after training.
+def first_filters(run: Path, synthetic: bool) -> Figure:
+    """Responses of the first convolutions of Tgram and TFgram before and after a run's training.
 
     Rows of a picture are filters, ordered by the frequency of their largest gain; each is relative to its own
-    largest gain.
+    largest gain. The strides, which alias, are not part of it.
     """
-    with np.load(path) as file:
-        gains = {key: file[key] for key in sorted(file, reverse=True)}
-    names = {"tgram": "Tgram, 128 filters of 64 ms", "tfgram": "TFgram, 64 filters of 0.7 ms"}
-    titles = [f"{names[key.split('_')[0]]}, {key.split('_')[1]} training" for key in gains]
-    every = [*titles, "mean response of all filters"]
-    figure, axes = panels("First convolutions", result["synthetic"], every, 2, (5, 2.6))
-    nyquist = result["sample_rate"] / 2000  # kHz
-    for ax, title, (key, gain) in zip(axes, titles, gains.items(), strict=False):
-        relative = gain - gain.max(1, keepdims=True)
-        relative = relative[np.argsort(gain.argmax(1), kind="stable")]
-        image = picture(ax, relative, "viridis", (-40, 0), (0, nyquist, 0, len(gain)))
+    gains = {}
+    for when, name in (("before", "initial"), ("after", "best")):
+        trained = load(run / f"{name}.pt")
+        tgram, tfgram = trained.model.tgram, trained.model.tfgram
+        for title, layer in (("Tgram", tgram and tgram.extractor), ("TFgram", tfgram and tfgram.conv[0])):
+            if layer is not None:
+                gain = torch.fft.rfft(layer.weight.detach()[:, 0].double(), 1024).abs().numpy()
+                gain = gain[np.argsort(gain.argmax(1), kind="stable")]
+                gains[f"{title}, {when} training"] = gain / gain.max(1, keepdims=True)
+    figure, axes = plot.panels("First convolutions", synthetic, list(gains), len(gains) // 2, (5, 2.6))
+    nyquist = trained.config.model.audio.sample_rate / 2000  # kHz
+    for ax, gain in zip(axes, gains.values(), strict=True):
+        decibel = 20 * np.log10(np.maximum(gain, 1e-6))
+        image = plot.picture(ax, decibel, "viridis", (-40, 0), (0, nyquist, 0, len(gain)))
         ax.set(xlabel="frequency (kHz)", ylabel="filter")
         figure.colorbar(image, ax=ax, label="dB", pad=0.02)
-        mean = 10 * np.log10((10 ** (gain / 10)).mean(0))
-        look = {"color": BLUE if key.startswith("tgram") else ORANGE, "linewidth": 1, "label": title}
-        axes[-1].plot(np.linspace(0, nyquist, len(mean)), mean, ":" if "before" in key else "-", **look)
-    axes[-1].set(xlabel="frequency (kHz)", ylabel="power gain (dB)", xlim=(0, nyquist))
-    axes[-1].legend(frameon=False, fontsize=8)
-    return figure
-
-
-def maps(result: Result, path: Path | str) -> Figure:
-    """t-SNE of each variant's test embeddings: colour and shape are the machine, crosses its anomalies."""
-    with np.load(path) as file:
-        points = {key.rpartition("/")[0]: file[key] for key in file if key.endswith("/embeddings")}
-        machines, anomalous = np.array(result["machines"])[file["labels"]], file["anomaly"] == 1
-    title = "Test embeddings, t-SNE, first seed"
-    figure, axes = panels(title, result["synthetic"], list(points), 2, (5.5, 5.2))
-    for ax, embeddings in zip(axes, points.values(), strict=True):
-        draw_map(ax, embeddings, machines, anomalous)
-    legend(figure, axes[:1], "right center", fontsize=7)
     return figure
 
 
@@ -227,9 +142,9 @@ def draw_map(
     tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=seed)
     place = tsne.fit_transform(embeddings)
     for number, name in enumerate(sorted(set(names), key=str.lower)):
-        colour, marker = COLOURS[number % 7], "os^Dvph<>*"[number // 7 % 10]
+        colour, marker = plot.COLOURS[number % 7], "os^Dvph<>*"[number // 7 % 10]
         own = names == name
         ax.scatter(*place[own & ~anomalous].T, 26, colour, marker=marker, linewidths=0, label=name)
         ax.scatter(*place[own & anomalous].T, 28, colour, marker="x", linewidths=1.3)
-    ax.scatter([], [], 28, GREY, marker="x", label="anomalous")
+    ax.scatter([], [], 28, plot.GREY, marker="x", label="anomalous")
     ax.set(xticks=[], yticks=[])

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import getitem
@@ -25,22 +26,14 @@ from osscl_min.config import Config, EngineConfig, from_dict, to_dict, with_clas
 from osscl_min.data.clips import scan
 from osscl_min.evaluate import evaluate
 from osscl_min.metrics import NAMES, Resampled, Score, average, measured, resampled
-from osscl_min.model import OSSCL
-from osscl_min.runtime.files import (
-    UserError,
-    locked,
-    provenance,
-    read_csv,
-    read_json,
-    safe_name,
-    write_csv,
-    write_json,
-)
+from osscl_min.runtime.files import UserError, locked, read_csv, read_json, safe_name, write_csv, write_json
 from osscl_min.runtime.settings import flat
 from osscl_min.runtime.tables import mean_text, write_table
 from osscl_min.train import read_log, train
 
 Changes = Mapping[str, Any]  # "loss.mixup" -> False
+Result = Mapping[str, Any]  # the content of an experiment's NAME.json, see `summarise`
+Values = Mapping[str, float | None]  # what is measured beside the metrics, by its heading
 BASELINE = "os-scl"
 COMPARED = "auc_id_mean"  # the metric whose differences are shown
 
@@ -120,10 +113,9 @@ def run_all(runs: Sequence[Run], data: Path | str, *, device: str = "auto", jobs
     def work(run: Run) -> str:
         written = run.folder / "config.json"
         if written.is_file():
-            try:
+            same = False
+            with suppress(UserError):
                 same = comparable(from_dict(read_json(written)["config"])) == comparable(run.config)
-            except (KeyError, UserError):
-                same = False
             if not same:
                 return f"{run.folder} holds another run; move it away"
             if (run.folder / "evaluation" / "evaluation.json").is_file():
@@ -162,78 +154,43 @@ def _score(row: Mapping[str, str], score: str) -> Score:
     return Score(row["file"], row["machine_type"], row["machine_id"], float(score), anomaly, row["subset"])
 
 
+def finished(runs: Sequence[Run], failed: Mapping[Run, str]) -> dict[str, list[Path]]:
+    """Each variant's best.pt of every seed that is done; a UserError if the first variant has none."""
+    done: dict[str, list[Path]] = {}
+    for run in runs:
+        if run not in failed:
+            done.setdefault(run.variant, []).append(run.folder / "best.pt")
+    if runs[0].variant not in done:
+        why = next(iter(failed.values()))
+        raise UserError(f"no run of {runs[0].variant} is done, so there is nothing to compare with: {why}")
+    return done
+
+
+def evaluated(run: Path) -> tuple[list[Score], Values]:
+    """The scores of a finished run, and what its training took."""
+    evaluation, log = read_json(run / "evaluation" / "evaluation.json"), read_log(run)
+    accuracy = evaluation["identity_accuracy"]
+    return measured(read_clip_scores(run / "evaluation")), {
+        "machine recognised (%)": None if accuracy is None else 100 * accuracy,
+        "s per epoch": float(np.mean([entry["seconds"] for entry in log])),
+        "kept epoch": evaluation["epoch"],
+    }
+
+
 @dataclass
 class Condition:
     """One row of an experiment: a variant, what was done to its test clips, and what came of it."""
 
     settings: dict[str, Any]  # "variant" and what else sets the row apart
     scores: dict[int, list[Score]] = field(default_factory=dict)  # by seed; the same clips in the same order
-    values: dict[str, list[float | None]] = field(default_factory=dict)  # of MEASURED, one for each seed
-
-    def add(self, seed: int, scores: list[Score], values: Mapping[str, float | None]) -> None:
-        """Take in what a seed gave."""
-        self.scores[seed] = scores
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
+    values: dict[str, list[float | None]] = field(default_factory=dict)  # what else is measured, by seed
 
     def column(self, seed: int) -> str:
         """The name of a seed's scores in the kept file."""
         return " | ".join([*map(str, self.settings.values()), f"seed {seed}"])
 
 
-def finished(runs: Sequence[Run], failed: Mapping[Run, str]) -> list[Run]:
-    """The runs that are done; a UserError if none of the first variant is."""
-    done = [run for run in runs if run not in failed]
-    if not any(run.variant == runs[0].variant for run in done):
-        why = next(iter(failed.values()))
-        raise UserError(f"no run of {runs[0].variant} is done, so there is nothing to compare with: {why}")
-    return done
-
-
-def collect(done: Sequence[Run]) -> tuple[list[Condition], dict[str, Any]]:
-    """The scores and costs of finished runs, and the facts behind them."""
-    conditions: dict[str, Condition] = {}
-    for run in done:
-        evaluation, log = read_json(run.folder / "evaluation" / "evaluation.json"), read_log(run.folder)
-        with torch.device("meta"):
-            parameters = OSSCL(run.config.model).parameters()
-        accuracy, kept = evaluation["identity_accuracy"], evaluation["epoch"]
-        memory = [entry["peak_memory_mb"] for entry in log if entry["peak_memory_mb"] is not None]
-        audio = run.config.model.audio
-        cutoff = None if audio.filter == "none" else audio.cutoff
-        settings = {"variant": run.variant, "filter": audio.filter, "cutoff_hz": cutoff}
-        scores = measured(read_clip_scores(run.folder / "evaluation"))
-        conditions.setdefault(run.variant, Condition(settings)).add(run.seed, scores, {
-            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad) / 1e6,
-            "machine_recognised": None if accuracy is None else 100 * accuracy,
-            "seconds_per_epoch": float(np.mean([entry["seconds"] for entry in log])),
-            "kept_epoch": kept,
-            "seconds_to_kept": sum(entry["seconds"] for entry in log if entry["epoch"] <= kept),
-            "peak_memory_gb": max(memory) / 1000 if memory else None,
-        })  # fmt: skip
-    written = [read_json(run.folder / "config.json") for run in done]
-    base, data = next(run.config for run in done if run.variant == BASELINE), written[0]["data"]
-    return list(conditions.values()), facts(base, data["folder"], data["synthetic"], written)
-
-
-def facts(
-    config: Config, data: str, synthetic: bool, written: Sequence[Mapping[str, Any]], device: Any = None
-) -> dict[str, Any]:
-    """Where an experiment comes from; `written` holds the config.json of every training."""
-    return {
-        "data": data,
-        "synthetic": synthetic,
-        "preset": config.preset,
-        "precision": config.train.precision,
-        "epochs": config.train.epochs,
-        "commits": sorted({content["provenance"]["commit"] for content in written}),
-        "provenance": provenance(device),
-    }
-
-
-def difference(
-    systems: Sequence[Resampled], base: Sequence[Resampled], key: tuple[str, ...] = ()
-) -> dict[str, Any] | None:
+def difference(systems: Sequence[Resampled], base: Sequence[Resampled]) -> dict[str, Any] | None:
     """How a variant differs from another in COMPARED, with the noise of both seeds and test clips.
 
     The paired differences of n seeds vary by training noise s; the test clips, which the seeds share, add c,
@@ -242,34 +199,27 @@ def difference(
     with those of the smaller class of clips; it is never narrower than what the clips alone give. Simulated:
     results/statistics.md.
 
-    `systems` and `base` hold one entry per seed, of the same seeds and clips; `key` is () for the average or
-    (type,). Returns "mean" (fraction), "interval" (95 %; None for one seed, which cannot tell), "seeds" (each
-    difference), "seed_sd" (s), "clip_sd" (of the mean) and "clear" (the interval leaves out 0); None without
-    both classes.
+    `systems` and `base` hold one entry per seed, of the same seeds and clips. Returns "mean" (fraction),
+    "interval" (95 %; None for one seed, which cannot tell), "seeds" (each difference) and "clear" (the
+    interval leaves out 0); None without both classes.
     """
     pairs = zip(systems, base, strict=True)
-    values = np.array([ours.areas[key][COMPARED] - theirs.areas[key][COMPARED] for ours, theirs in pairs])
+    values = np.array([ours.areas[()][COMPARED] - theirs.areas[()][COMPARED] for ours, theirs in pairs])
     seeds, draws, count = values[:, 0], values[:, 1:], len(values)
     if np.isnan(seeds).any():
         return None
-    mean, clip_sd, interval, seed_sd = float(seeds.mean()), float(draws.mean(axis=0).std(ddof=1)), None, None
+    mean = float(seeds.mean())
+    result = {"mean": mean, "interval": None, "seeds": seeds.tolist(), "clear": False}
     if count > 1:
-        ids = [n for name, n in systems[0].counts.items() if len(name) == 2 and name[: len(key)] == key]
+        ids = [clips for name, clips in systems[0].counts.items() if len(name) == 2]
         freedom = max(1, np.subtract(ids, 1).sum(axis=0).min())
         t_seeds, t_clips = t.ppf(0.975, [count - 1, freedom])
-        seed_sd, covariance = float(seeds.std(ddof=1)), np.cov(draws)
+        covariance = np.cov(draws)
         shared = max(0.0, (covariance.sum() - np.trace(covariance)) / (count * (count - 1)))
-        joined = np.hypot(t_seeds * seed_sd / np.sqrt(count), t_clips * np.sqrt(shared))
-        half = float(max(joined, t_clips * clip_sd))
-        interval = [mean - half, mean + half]
-    return {
-        "mean": mean,
-        "interval": interval,
-        "seeds": seeds.tolist(),
-        "seed_sd": seed_sd,
-        "clip_sd": clip_sd,
-        "clear": bool(interval) and abs(mean) > half,
-    }
+        joined = np.hypot(t_seeds * seeds.std(ddof=1) / np.sqrt(count), t_clips * np.sqrt(shared))
+        half = float(max(joined, t_clips * draws.mean(axis=0).std(ddof=1)))
+        result |= {"interval": [mean - half, mean + half], "clear": abs(mean) > half}
+    return result
 
 
 def summarise(conditions: Sequence[Condition], about: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -277,19 +227,15 @@ def summarise(conditions: Sequence[Condition], about: Mapping[str, Any], times: 
 
     Beside `about` it has "conditions", a list of rows: their settings, "seeds", "metrics" (means over the
     seeds, see `metrics.evaluate_scores`), "each" (the averages of each seed), "values" and, with `times`
-    resamples, "difference" from the first row of the same variant and "gain" over the first variant's row of
-    the same settings: {"average" or a type: see `difference`}.
+    resamples, the "difference" (see `difference`) from the first variant's row of the same settings or, for
+    the first variant itself, from the first row.
     """
     every = [{seed: resampled(scores, times) for seed, scores in c.scores.items()} for c in conditions]
-    baseline = every[0]
-    some = next(iter(baseline.values()))
-    first: dict[str, dict] = {}  # variant -> the systems of its first row
-    alike: dict[tuple, dict] = {}  # other settings -> the systems of the first row that has them
+    alike: dict[tuple, dict] = {}  # settings beside the variant -> the systems of the first row that has them
     rows = []
     for condition, own in zip(conditions, every, strict=True):
-        variant, *rest = condition.settings.values()
-        within = first.setdefault(variant, own)
-        across = baseline if within is own else alike.setdefault(tuple(rest), own)
+        base = alike.setdefault(tuple(condition.settings.values())[1:], own)
+        base = every[0] if base is own else base
         row = {
             **condition.settings,
             "seeds": list(own),
@@ -297,16 +243,15 @@ def summarise(conditions: Sequence[Condition], about: Mapping[str, Any], times: 
             "each": {name: [system.value((), name) for system in own.values()] for name in NAMES},
             "values": condition.values,
         }
-        for kind, other in (("difference", within), ("gain", across)):
-            pairs = [(own[seed], other[seed]) for seed in own if seed in other]
-            if times > 1 and other is not own:
-                row[kind] = {"".join(key) or "average": difference(*zip(*pairs, strict=True), key)
-                             for key in some.areas if len(key) < 2 and pairs}  # fmt: skip
+        pairs = [(own[seed], base[seed]) for seed in own if seed in base]
+        if times > 1 and pairs and base is not own:
+            row["difference"] = difference(*zip(*pairs, strict=True))
         rows.append(row)
-    return {**about, "clips": sum(some.counts[()]), "bootstrap": times, "conditions": rows}
+    clips = len(next(iter(conditions[0].scores.values())))
+    return {**about, "clips": clips, "bootstrap": times, "conditions": rows}
 
 
-def origin(result: Mapping[str, Any]) -> str:
+def origin(result: Result) -> str:
     """One line: on which data, how many seeds and clips, which commits."""
     synthetic = "Synthetic: simulated machines. " if result["synthetic"] else ""
     seeds = sorted({seed for row in result["conditions"] for seed in row["seeds"]})
@@ -318,46 +263,26 @@ def origin(result: Mapping[str, Any]) -> str:
 
 
 NOTE = (
-    "Percent; mean ± standard deviation over the seeds. Differences are of AUC id-mean, paired by seed, with "
-    "95 % intervals that hold for other training seeds and other test clips: half width² = (t s / √n)² + "
-    "(t' c)², with s the standard deviation of the n paired differences, c² the covariance of "
-    "seeds over resampled clips, and t, t' from Student's distribution. * where the interval leaves out 0; "
-    "about one comparison in twenty does so by chance."
+    "Percent; mean ± standard deviation over the seeds. Differences are of AUC id-mean, from the first row "
+    "or, for another variant, from the first variant's row of the same settings; paired by seed, with 95 % "
+    "intervals for other training seeds and other test clips: half width² = (t s / √n)² + (t' c)², with s "
+    "the standard deviation of n paired differences, c² the covariance of seeds over resampled clips, and t, "
+    "t' from Student's distribution: t is 12.7 with two seeds, 4.3 with three, 2.8 with five; one seed cannot "
+    "be compared. * where the interval leaves out 0; one comparison in twenty does so by chance."
 )
-FEW = "Too few seeds: t is 12.7 with two, 4.3 with three, 2.8 with five; one seed cannot be compared."
 BOUND = (
     "A drop bounds the reliance on what was taken away from above: it also contains how unfamiliar the "
     "changed clips are to the detector. The reliance is at most the largest drop within the interval."
 )
 
 
-def gain_text(gain: Mapping[str, Any] | None) -> str:
+def difference_text(change: Mapping[str, Any] | None) -> str:
     """A difference in points with its interval, starred where that leaves out 0."""
-    if gain is None:
+    if change is None:
         return ""
-    bounds = [f"{100 * bound:+.1f}" for bound in gain["interval"] or ()]
+    bounds = [f"{100 * bound:+.1f}" for bound in change["interval"] or ()]
     interval = f"[{', '.join(bounds)}]" if bounds else "(one seed: not comparable)"
-    return f"{100 * gain['mean']:+.1f} {interval}" + " *" * gain["clear"]
-
-
-MEASURED = {  # heading and digits of the metrics in percent, and of what is measured beside them
-    "auc_id_mean": ("AUC id-mean", 1),
-    "auc_pooled": ("AUC pooled", 1),
-    "pauc_id_mean": ("pAUC id-mean", 1),
-    "pauc_pooled": ("pAUC pooled", 1),
-    "mauc": ("mAUC", 1),
-    "trained_parameters": ("trained parameters (M)", 2),
-    "machine_recognised": ("machine recognised (%)", 1),
-    "seconds_per_epoch": ("s per epoch", 0),
-    "kept_epoch": ("kept epoch", 0),
-    "seconds_to_kept": ("s to it", 0),
-    "peak_memory_gb": ("memory (GB)", 1),
-    "silhouette_machines": ("silhouette of machines", 3),
-    "silhouette_anomalies": ("silhouette of normal and anomalous", 3),
-    "neighbour_normal": ("neighbour of the same machine, normal clips (%)", 1),
-    "neighbour_anomalous": ("neighbour of the same machine, anomalous clips (%)", 1),
-    "neighbour_kind": ("neighbour within the machine of the same kind (%)", 1),
-}
+    return f"{100 * change['mean']:+.1f} {interval}" + " *" * change["clear"]
 
 
 def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,60 +290,47 @@ def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return dict(itertools.takewhile(lambda item: item[0] != "seeds", row.items()))
 
 
-def table(result: Mapping[str, Any]) -> list[list[str]]:
+def table(result: Result) -> list[list[str]]:
     """An experiment's table in percent, first row the header, without columns that tell nothing."""
-    rows = result["conditions"]
+    rows, lines = result["conditions"], []
     settings = [key for key in settings_of(rows[0]) if len({row[key] for row in rows}) > 1] or ["variant"]
-    lines = []
     for row in rows:
         line = {}
         for key in settings:
             value, heading = row[key], key.replace("_hz", " (Hz)").replace("_db", " (dB)").replace("_", " ")
             line[heading] = f"{value:.0f}" if isinstance(value, float) else value or ""
-        for key, (heading, digits) in MEASURED.items():
-            scale, values = (100, row["each"][key]) if key in NAMES else (1, row["values"].get(key, ()))
-            known = [scale * value for value in values if value is not None]
-            line[heading] = mean_text(known, digits) if known else ""
-        change = row.get("difference", {})
-        line["difference from the first row"] = gain_text(change.get("average"))
-        for entry in row["metrics"]["types"]:
-            own = change.get(entry["type"])
-            text = f"{100 * own['mean']:+.1f}" + " *" * own["clear"] if own else ""
-            line[f"{entry['type']}: difference"] = text
-        line[f"difference from {rows[0]['variant']}"] = gain_text(row.get("gain", {}).get("average"))
+        percent = {name: [value and 100 * value for value in row["each"][name]] for name in NAMES}
+        for name, values in (percent | row["values"]).items():
+            heading = name.replace("auc", "AUC").replace("id_mean", "id-mean").replace("_", " ")
+            known = [value for value in values if value is not None]
+            line[heading] = mean_text(known, 1 if name in percent else 2) if known else ""
+        line["difference"] = difference_text(row.get("difference"))
         lines.append(line | {"seeds": str(len(row["seeds"]))})
     headings = [heading for heading in lines[0] if any(line[heading] for line in lines)]
     return [headings, *([line[heading] for heading in headings] for line in lines)]
 
 
-def records(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def records(result: Result) -> Iterator[dict[str, Any]]:
     """The same in full precision, with a line for the average and one for each machine type."""
     for row in result["conditions"]:
         for entry in (row["metrics"]["average"], *row["metrics"]["types"]):
-            name = entry.get("type", "average")
-            line = settings_of(row) | {"seeds": " ".join(map(str, row["seeds"])), "type": name}
-            line |= {measure: entry[measure] for measure in NAMES}
-            for kind in ("difference", "gain"):
-                gain = row.get(kind, {}).get(name) or {}
-                keys = ("mean", "interval", "seed_sd", "clip_sd", "clear")
-                line |= {f"{kind}_{key}": gain.get(key) for key in keys}
-            for key, values in row["values"].items():
-                known = [value for value in values if value is not None and name == "average"]
-                line[key] = float(np.mean(known)) if known else None
-            yield line
+            change = ("type" not in entry and row.get("difference")) or {}
+            yield {
+                **settings_of(row),
+                "seeds": " ".join(map(str, row["seeds"])),
+                "type": entry.get("type", "average"),
+                **{measure: entry[measure] for measure in NAMES},
+                **{f"difference_{key}": change.get(key) for key in ("mean", "interval", "clear")},
+            }
 
 
-def write(result: Mapping[str, Any], out: Path | str) -> None:
+def write(result: Result, out: Path | str) -> None:
     """Write a result as OUT/NAME.json, .md, .tex and .csv."""
     stem = Path(out) / result["experiment"].replace("-", "_")
     write_json(stem.with_suffix(".json"), result)
-    notes = [NOTE]
-    if min(len(row["seeds"]) for row in result["conditions"]) < 3:
-        notes.append(FEW)
-    if result["experiment"] in ("high-frequency", "bands", "noise"):
-        notes.append(BOUND)
+    bound = BOUND if result["experiment"] in ("high-frequency", "bands", "noise") else ""
     failed = [f"Failed: {run}: {line}" for run, line in result["failed"].items()]
-    write_table(stem, table(result), list(records(result)), [*notes, origin(result), *failed])
+    write_table(stem, table(result), list(records(result)), [NOTE, bound, origin(result), *failed])
 
 
 ABOUT = ("file", "machine_type", "machine_id", "subset", "anomaly")
@@ -434,7 +346,7 @@ def keep_scores(conditions: Sequence[Condition], path: Path) -> None:
     write_csv(path, [*ABOUT, *columns], rows)
 
 
-def kept_conditions(result: Mapping[str, Any], path: Path) -> list[Condition]:
+def kept_conditions(result: Result, path: Path) -> list[Condition]:
     """The conditions of a result with the scores from the file that `keep_scores` wrote."""
     rows, conditions = read_csv(path), []
     for entry in result["conditions"]:

@@ -19,7 +19,6 @@ from osscl_min.experiments.analyses import ANALYSES, CUTOFFS
 from osscl_min.experiments.sweep import BASELINE, Changes
 from osscl_min.runtime.files import UserError, read_json, write_csv
 
-TRAINED = ("components", "inputs", "training", "precision", "high-frequency-training")  # compare trainings
 # `ablate all`, in an order that needs few trainings early; precision is left out: it compares processors too
 ALL = ("scores", "high-frequency", "bands", "noise", "embeddings", "training", "inputs", "components",
        "high-frequency-training")  # fmt: skip
@@ -28,12 +27,8 @@ ALL = ("scores", "high-frequency", "bands", "noise", "embeddings", "training", "
 def variants(name: str, config: Config, cutoffs: Sequence[float] = CUTOFFS) -> dict[str, Changes]:
     """The variants of an experiment: name -> settings that differ from `config`; the first is the baseline.
 
-    `name` is one of TRAINED or ANALYSES, or "seeds": the baseline alone.
+    A `name` that is not here, such as an analysis or "seeds", has the baseline alone.
     """
-    if name == "training" and config.train.epochs < 2:
-        raise UserError(
-            "ablate training needs --train.epochs 2 or more: its two-stage variant has two stages"
-        )
     maps = ("log_mel", "tgram", "tfgram")
     plain = {"loss.mixup": False, "loss.contrastive": "none"}
     differing: dict[str, dict[str, Changes]] = {
@@ -41,6 +36,7 @@ def variants(name: str, config: Config, cutoffs: Sequence[float] = CUTOFFS) -> d
             "head: leaky": {"model.head": "leaky"},
             "head: none": {"model.head": "none"},
             "no SupCon": {"loss.contrastive": "none"},
+            "head: none, no SupCon": {"model.head": "none", "loss.contrastive": "none"},
             "SupCon of clean clips": {"loss.contrastive": "clean"},
             "SupCon weighted by lambda": {"loss.contrastive": "weighted"},
             "no mixup": {"loss.mixup": False},
@@ -54,7 +50,7 @@ def variants(name: str, config: Config, cutoffs: Sequence[float] = CUTOFFS) -> d
             "all, TFgram frozen": {"model.frozen": maps[2:]},
         },
         "training": {
-            "two-stage": {"train.pretrain_epochs": config.train.epochs // 2},
+            "two-stage": {"train.pretrain_epochs": max(1, config.train.epochs // 2)},
             "ArcFace": plain,
             "ArcMix": {"loss.contrastive": "none", "loss.margin_on": "each"},
             "Noisy-ArcMix": {"loss.contrastive": "none"},
@@ -112,12 +108,8 @@ def run(
     chosen = {variant: table[variant] for variant in table if variant in (BASELINE, *(only or table))}
     runs = sweep.plan(chosen, dict.fromkeys(seeds), config, data, out)
     failed = sweep.run_all(runs, data, device=device, jobs=jobs)
-    done = sweep.finished(runs, failed)
+    checkpoints = sweep.finished(runs, failed)
     names = {f"{each.variant}, seed {each.seed}": line for each, line in failed.items()}
-    if name not in ANALYSES:
-        conditions, about = sweep.collect(done)
-        return finish(name, conditions, about | {"failed": names}, out, config.evaluate.bootstrap)
-    checkpoints = {v: [each.folder / "best.pt" for each in done if each.variant == v] for v in chosen}
     scoring = replace(config.evaluate, precision=config.train.precision)
     return examine(name, checkpoints, data, out, scoring, cutoffs, device, names)
 
@@ -132,8 +124,11 @@ def examine(
     device: str = "auto",
     failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Examine trained detectors, variant -> a best.pt for each seed, and write the results; as `run`."""
-    conditions, about = analyses.collect(name, checkpoints, data, Path(out), config, device, cutoffs)
+    """Compare or examine trained detectors, variant -> a best.pt for each seed, and write the results.
+
+    Returns the content of NAME.json, see `run`.
+    """
+    conditions, about = analyses.collect(name, checkpoints, data, config, device, cutoffs)
     return finish(name, conditions, about | {"failed": dict(failed or {})}, out, config.bootstrap)
 
 
