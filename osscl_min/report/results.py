@@ -75,16 +75,23 @@ def clip_scores(evaluation: Path) -> list[Score]:
 
 
 def results_table(run: Path) -> Table:
-    """Percent: machine types, their average, and that of the untrained network; empty without known truth."""
+    """Percent: machine types and their average; averages of other scores and of the untrained network.
+
+    Empty without known truth.
+    """
     trained, (_, before) = read_metrics(run / "evaluation"), averages(run)
     if not trained:
         return []
-    recognised = {"machine type": "machine recognised"}
+    recognised, others = {"machine type": "machine recognised"}, {}
     for label, name in (("average", "evaluation"), ("average, untrained", "untrained")):
         if (path := run / name / "evaluation.json").is_file():
-            accuracy = read_json(path)["identity_accuracy"]
+            evaluation = read_json(path)
+            accuracy = evaluation["identity_accuracy"]
             recognised[label] = "-" if accuracy is None else f"{100 * accuracy:.1f}"
-    rows = table(trained, [("average, untrained", before)] if before else [])
+            if name == "evaluation":
+                forms = evaluation.get("forms", {})  # files of version 0.1 have none
+                others = {form: entry for form, entry in forms.items() if form != evaluation["score"]}
+    rows = table(trained, others | ({"untrained": before} if before else {}))
     return [[*row, recognised.get(row[0], "")] for row in rows]
 
 
@@ -131,7 +138,8 @@ def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
 
     Thresholds are those of `osscl score`: from normal clips held out of training. Empty without such clips.
     """
-    held_out = checkpoint.load(run / "best.pt").held_out()
+    score = read_json(run / "evaluation" / "evaluation.json").get("score", "exact")
+    held_out = checkpoint.load(run / "best.pt").held_out(score)
     clips = clip_scores(run / "evaluation")
     machines = [(clip.machine_type, clip.machine_id) for clip in clips]
     scores, truth = (np.array([getattr(clip, name) for clip in clips]) for name in ("score", "anomaly"))
