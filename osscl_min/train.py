@@ -181,8 +181,8 @@ def train(
                 run.train_epoch()
                 run.finish_epoch()
             run.bar.close()
-        if ranks.first:
-            say(run.complete())
+        if ranks.first and (remark := run.complete()):
+            say(remark)
     return out / "best.pt"
 
 
