@@ -46,7 +46,6 @@ def commands(preset: Config) -> dict[str, Callable]:
         directory: Positional[Path],
         parts: str = "dev,eval-train,eval-test,labels",
         types: str = "fan,pump,slider,ToyCar,ToyConveyor,valve",
-        jobs: int = 2,
         mirror: str = "",
         trust_mirror: bool = False,
     ) -> None:
@@ -58,14 +57,13 @@ def commands(preset: Config) -> dict[str, Callable]:
             directory: The data folder.
             parts: Which parts, separated by commas.
             types: Which machine types, separated by commas.
-            jobs: Parallel downloads.
             mirror: Server to use instead of https://zenodo.org.
-            trust_mirror: Use its checksums instead of the published ones.
+            trust_mirror: Take its zips whatever their checksums.
         """
         from osscl_min.data.download import download as run
 
         chosen = {"parts": parts.split(","), "types": types.split(",")}
-        show(run(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror))
+        show(run(directory, **chosen, mirror=mirror, trust_mirror=trust_mirror))
 
     def inspect(
         data: Positional[Data],
