@@ -51,7 +51,6 @@ def commands(preset: Config) -> dict[str, Callable]:
         directory: Positional[Path],
         parts: str = "dev,eval-train,eval-test,labels",
         types: str = "fan,pump,slider,ToyCar,ToyConveyor,valve",
-        jobs: int = 2,
         mirror: str = "",
         trust_mirror: bool = False,
     ):
@@ -63,13 +62,12 @@ def commands(preset: Config) -> dict[str, Callable]:
             directory: The data folder.
             parts: Which parts, separated by commas.
             types: Which machine types, separated by commas.
-            jobs: Parallel downloads.
             mirror: Server to use instead of https://zenodo.org.
             trust_mirror: Trust the mirror's checksums instead of the published ones.
         """
         chosen = {"parts": parts.split(","), "types": types.split(",")}
         function = load("data.download").download
-        return function(directory, **chosen, jobs=jobs, mirror=mirror, trust_mirror=trust_mirror)
+        return function(directory, **chosen, mirror=mirror, trust_mirror=trust_mirror)
 
     def inspect(
         data: Positional[Data],

@@ -44,6 +44,8 @@ class AudioConfig(Settings):
             wrong = f"f_min {self.f_min:g} and f_max {self.f_max:g} Hz"
             raise UserError(f"audio: {wrong}; set f_min below f_max, and f_max to at most {nyquist:g} Hz, "
                             "half the sample rate")  # fmt: skip
+        if 0 < self.clip_step < 0.01:
+            raise UserError(f"audio.clip_step: {self.clip_step:g} s; give 0 or at least 0.01 s")
 
     @property
     def samples(self) -> int:

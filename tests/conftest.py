@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-m", "osscl_min"]
 def tiny(train, **parts):
     """Preset quick with clips of one second, other settings of the training and other parts."""
     quick = PRESETS["quick"]
-    parts = {"model": ModelConfig(audio=AudioConfig(seconds=1.0)), **parts}
+    parts = {"model": ModelConfig(audio=AudioConfig(seconds=1.0, clip_step=2.0)), **parts}
     return replace(quick, train=replace(quick.train, **train), **parts)
 
 

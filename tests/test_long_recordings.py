@@ -1,4 +1,4 @@
-"""Recordings longer than a clip: all of their sound trains, their windows stay together, and each counts once."""
+"""Recordings longer than a clip: all their sound trains, their windows stay together, each counts once."""
 
 from dataclasses import replace
 

@@ -18,7 +18,8 @@ def clips(random, machines, each, scale=1.0):
     """Labels, embeddings and profiles of exchangeable clips, `scale` (machines,) apart from one another."""
     labels = np.repeat(np.arange(machines), each)
     spread = np.exp(0.5 * random.standard_normal((len(labels), 1)))  # tails heavier than a Gaussian's
-    levels = random.standard_normal((len(labels), 6)) * spread * np.broadcast_to(scale, machines)[labels, None]
+    scale = np.broadcast_to(scale, machines)[labels, None]
+    levels = scale * spread * random.standard_normal((len(labels), 6))
     return labels, random.standard_normal((len(labels), 4)), np.repeat(levels[:, None], 3, axis=1)
 
 

@@ -54,40 +54,21 @@ def load_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Samples (B, samples) int16 and labels (B,) of each batch of positions in a Reader or Resident.
 
-    Two buffers take turns, pinned for a GPU, which copies on a stream of its own. On a CPU the samples are
-    a view of a buffer: they last until the next batch is asked for.
+    The next batch is read while one is worked on.
     """
     if isinstance(source, Resident):
         for batch in batches:
             yield source.samples[to_device(batch, device)], to_device(labels[batch], device)
         return
-    on_gpu = device.type == "cuda"
-    copies = torch.cuda.Stream(device) if on_gpu else None
-    buffers: list[torch.Tensor | None] = [None, None]
-    copied = [torch.cuda.Event() for _ in buffers] if on_gpu else []
 
-    def read(number: int) -> torch.Tensor:
-        batch, turn = batches[number], number % 2
-        buffer = buffers[turn]
-        if buffer is None or len(buffer) < len(batch):
-            buffer = torch.from_numpy(source.read(batch))
-            buffers[turn] = buffer.pin_memory() if on_gpu else buffer
-            return buffers[turn]
-        if on_gpu:
-            copied[turn].synchronize()  # the copy out of this buffer, two batches ago
-        source.read(batch, buffer[: len(batch)].numpy())
-        return buffer[: len(batch)]
+    def read(batch: np.ndarray) -> torch.Tensor:
+        samples = torch.from_numpy(source.read(batch))
+        return samples.pin_memory() if device.type == "cuda" else samples
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, 0) if batches else None
+        ahead = pool.submit(read, batches[0]) if batches else None
         for number, batch in enumerate(batches):
             samples = ahead.result()
             if number + 1 < len(batches):
-                ahead = pool.submit(read, number + 1)
-            if on_gpu:
-                with torch.cuda.stream(copies):
-                    samples = samples.to(device, non_blocking=True)
-                copied[number % 2].record(copies)
-                torch.cuda.current_stream(device).wait_stream(copies)
-                samples.record_stream(torch.cuda.current_stream(device))
-            yield samples, to_device(labels[batch], device)
+                ahead = pool.submit(read, batches[number + 1])
+            yield samples.to(device, non_blocking=True), to_device(labels[batch], device)

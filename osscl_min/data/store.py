@@ -1,7 +1,7 @@
 """The packed store, a folder: every clip decoded once, to be read in batches without decoding.
 
   index.jsonl              a header, then one line per clip: what it is, what decoding gave (problem, remarks,
-                           hash of the samples); with a file's first clip, the file's hash and measurements
+                           hash of the samples) and, with a file's first clip, hash and measures of the file
   train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
 While packing, the header has no digest, and rows and lines are those so far: `pack` resumes there.
@@ -130,48 +130,51 @@ def _pack(
     dataset: Dataset, store: Path, header: Line, audio: AudioConfig, verify: bool, jobs: int | None
 ) -> str:
     old, old_lines, _ = _read_index(store)
-    files = {dataset.name(clip.path) for clip in dataset.clips}
-    old_files = {line["file"] for line in old_lines}
+    files, old_files = (
+        {dataset.name(clip.path) for clip in dataset.clips},
+        {line["file"] for line in old_lines},
+    )
     other = "choose another folder or remove it"
     if old and any(old[name] != header[name] for name in SETTINGS):
         raise UserError(f"{printable(store)} holds {describe(old)}, not {describe(header)}; {other}")
     if old_files and not files & old_files:
         raise UserError(f"{printable(store)} is the store of other data; {other}")
-    size, finished = audio.samples * SAMPLE.itemsize, "digest" in old  # bytes per row
-    kept: dict[str, list[Line]] = {}  # split -> the lines of its first rows, which stay
-    report = []
+    size, finished, report = audio.samples * SAMPLE.itemsize, "digest" in old, []  # bytes per row
+    lines: dict[Clip, Line] = {}
+    tasks: dict[str, list[Clip]] = {}
 
-    def difference(check: tuple[int, Clip, Line]) -> str:
-        row, clip, line = check
-        if verify and line["sha256"] and _hash(clip.path) != line["sha256"]:
+    def difference(held: tuple[int, Clip, Line]) -> str:
+        row, clip, line = held
+        if verify and line["sha256"] and line["sha256"] != _hash(clip.path):
             return "other content, though size and time are the same"
         array = store / ARRAY.format(clip.split)
-        intact = line["problem"] or _hash(array, row * size, size) == line["content"]
+        intact = line["problem"] or line["content"] == _hash(array, row * size, size)
         return "" if intact else f"damaged in {array.name}"
 
-    for split in SPLITS:
-        clips, held = dataset.split(split), []
-        if old and old["files"][split] == header["files"][split]:
-            held = [line for line in old_lines if line["clip"]["split"] == split]
+    for split in SPLITS:  # its first rows stay as long as nothing is wrong
+        same = old and old["files"][split] == header["files"][split]
+        held = [line for line in old_lines if same and line["clip"]["split"] == split]
+        clips, intact = dataset.split(split), len(held)
         # rows of an unfinished store may not have reached the disk before the machine stopped
         checks = list(zip(count(), clips, held)) if verify or not finished else []
-        texts = list(on_threads(difference, checks, "checking", jobs))
-        found = [(row, text) for row, text in enumerate(texts) if text]
-        if verify:
-            report += [f"{held[row]['file']}: {text}; {split} packed again" for row, text in found]
-        rows = found[0][0] if found else len(held)
-        if rows == 0 or finished and rows < len(clips):
-            rows = 0
+        for row, text in enumerate(on_threads(difference, checks, "checking", jobs)):
+            if text:
+                intact = row
+                report += [f"{held[row]['file']}: {text}; {split} packed again"] if verify else []
+                break
+        if finished and intact < len(clips):
+            intact = 0
             (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
-        kept[split] = held[:rows]
-    tasks = {split: dataset.split(split)[len(kept[split]) :] for split in SPLITS}
-    decoded = sum(map(len, tasks.values()))
+        lines |= zip(clips[:intact], held, strict=False)
+        tasks[split] = clips[intact:]
+
+    decoded = len(dataset.clips) - len(lines)
     check_space(store, decoded * size)
     if decoded or not finished:
-        _write_index(store, header, [*kept["train"], *kept["test"]])
+        _write_index(store, header, lines.values())
 
     def work(clip: Clip) -> tuple[Line, np.ndarray]:
-        file = dataset.name(clip.path)
+        file, first = dataset.name(clip.path), clip.start == 0
         line = {
             "file": file,
             "clip": asdict(clip) | {"path": file},
@@ -179,33 +182,27 @@ def _pack(
             "remarks": [],
             "content": "",
         }
-        line |= (
-            {"sha256": "", "sound": None}
-            if clip.start
-            else {"sha256": _hash(clip.path), "sound": measure(clip.path)}
-        )
+        line["sha256"] = _hash(clip.path) if first else ""
+        line["sound"] = measure(clip.path) if first else None
+        row = np.zeros(audio.samples, SAMPLE)
         try:
-            samples, line["remarks"] = decode(clip.path, audio, dataset.channel, clip.start)
+            row[:], line["remarks"] = decode(clip.path, audio, dataset.channel, clip.start)
+            line["content"] = hashlib.sha256(row).hexdigest()
         except UserError as error:
             line["problem"] = str(error)
-            return line, np.zeros(audio.samples, SAMPLE)
-        row = samples.astype(SAMPLE, copy=False)
-        return line | {"content": hashlib.sha256(row).hexdigest()}, row
+        return line, row
 
     for split, clips in tasks.items():
         with open(store / ARRAY.format(split), "ab") as array, open(store / INDEX, "a", 1, "utf-8") as index:
-            array.truncate(len(kept[split]) * size)
-            for line, row in on_threads(work, clips, f"packing {split}", jobs):
+            array.truncate((len(dataset.split(split)) - len(clips)) * size)
+            packed = on_threads(work, clips, f"packing {split}", jobs)
+            for clip, (lines[clip], row) in zip(clips, packed, strict=True):
                 array.write(row)
-                index.write(json.dumps(line) + "\n")
-                kept[split].append(line)
+                index.write(json.dumps(lines[clip]) + "\n")
             array.flush()
             os.fsync(array.fileno())
-    lines = {split: iter(kept[split]) for split in SPLITS}
-    final = []
-    for clip in dataset.clips:  # whose truth may be newer than the line
-        line = next(lines[clip.split])
-        final.append(line | {"clip": asdict(clip) | {"path": line["file"]}})
+    # the truth of a clip may be newer than its line
+    final = [lines[clip] | {"clip": asdict(clip) | {"path": lines[clip]["file"]}} for clip in dataset.clips]
     _write_index(store, header, final, finished=True)
 
     dataset.decoded(dataset.clips, [line["problem"] or line["remarks"] for line in final], audio)
