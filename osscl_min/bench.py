@@ -7,12 +7,11 @@ decoded and its log-mel computed when its batch comes. "pytorch" is this package
 
 from __future__ import annotations
 
-import copy
 import os
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count, cycle, islice, product
 from pathlib import Path
@@ -23,13 +22,14 @@ import soundfile
 import torch
 from osscl_kernels import LAYERS, frames
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from osscl_min.config import PRESETS, AudioConfig, Config
 from osscl_min.data.batches import load_batches
 from osscl_min.data.clips import label_table, scan
-from osscl_min.data.reader import FolderReader, open_data
+from osscl_min.data.reader import FolderReader, Reader, open_data
 from osscl_min.data.store import pack
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.features import FrontEnd, to_wave
@@ -58,8 +58,8 @@ def plain(network: OSSCL) -> OSSCL:
     """The network with TFgram and the encoder run as the authors' code runs them."""
     tfgram, encoder = network.tfgram, network.encoder
 
-    def extract(wave: torch.Tensor) -> torch.Tensor:
-        x, length = wave.unsqueeze(1), frames(wave.shape[1], tfgram.hop)
+    def extract(x: torch.Tensor) -> torch.Tensor:
+        x, length = x.unsqueeze(1), frames(x.shape[1], tfgram.hop)
         for layer, conv, norm in zip(LAYERS, tfgram.conv, tfgram.norm, strict=True):
             x = F.relu(norm(conv(x)))
             if layer.pool == "max4":
@@ -96,8 +96,8 @@ def network_call(network: OSSCL, part: str, training: bool, precision: str, clip
     return call
 
 
-def bench_model(data: Path | None, seconds: float = 10.0, sizes: tuple[int, ...] = (4, 16)):
-    """Inference and training of TFgram, the encoder and the network, each way at its best batch size."""
+def bench_model(data: Path | None, seconds: float = 10.0, batch_size: int = 16):
+    """Inference and training of TFgram, the encoder and the network, each way."""
     if data is not None:
         raise UserError("bench model reads no data: leave out --data")
     prepare(torch.device("cpu"))
@@ -106,15 +106,14 @@ def bench_model(data: Path | None, seconds: float = 10.0, sizes: tuple[int, ...]
     networks = {"plain": plain(OSSCL(config)), "pytorch": OSSCL(config), "compiled": trainer.model}
     rows = []
     for part, training, precision in product(("tfgram", "encoder", "model"), (False, True), ("fp32", "bf16")):
-        cases = list(product(networks if training else ("plain", "pytorch"), sizes))
-        calls = {(w, n): network_call(networks[w], part, training, precision, n) for w, n in cases}
-        times, best = measure(calls), {}
-        for way, size in cases:
-            best[way] = min(best.get(way, (float("inf"), 0)), (1e3 * times[way, size] / size, size))
-        for way, (milliseconds, size) in best.items():
+        ways = networks if training else ("plain", "pytorch")
+        times = measure(
+            {way: network_call(networks[way], part, training, precision, batch_size) for way in ways}
+        )
+        for way, time in times.items():
             row = {"part": part, "pass": "training" if training else "inference", "precision": precision}
-            row |= {"way": way, "batch": size, "ms_per_clip": milliseconds}
-            rows.append(row | {"times_plain": best["plain"][0] / milliseconds})
+            row |= {"way": way, "batch": batch_size, "ms_per_clip": 1e3 * time / batch_size}
+            rows.append(row | {"times_plain": times["plain"] / time})
     return rows, (
         f"Clips of {seconds:g} s of noise; training is forward and backward. plain: conv1d and the default "
         "memory format, in the same precision. pytorch: PyTorch's own layers, as in inference. compiled: "
@@ -122,18 +121,15 @@ def bench_model(data: Path | None, seconds: float = 10.0, sizes: tuple[int, ...]
     )
 
 
-def plain_steps(config: Config, reader, labels: np.ndarray, device, steps: int) -> Callable:
-    """Training steps as the authors' code makes them."""
+def plain_steps(config: Config, reader: Reader, labels: np.ndarray, device: torch.device) -> Callable:
+    """Trains on batches of positions as the authors' code does."""
     network = plain(OSSCL(config.model)).to(device).train()
-    average = copy.deepcopy(network)
-    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    average = AveragedModel(network, avg_fn=get_ema_avg_fn(config.train.ema_decay), use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), config.train.learning_rate, foreach=False)
     front, random = FrontEnd(config.model.audio).to(device), np.random.default_rng(0)
 
-    def run() -> None:
-        prepare(device, config.train.precision)
-        for _ in range(steps):
-            chosen = random.permutation(len(reader))[: config.train.batch_size]
+    def run(batches: Iterable[np.ndarray]) -> None:
+        for chosen in batches:
             waves = [to_wave(reader.read([k]), device) for k in chosen]
             log_mel = torch.cat([front.log_mel(wave) for wave in waves])
             target = torch.from_numpy(labels[chosen]).to(device)
@@ -144,21 +140,16 @@ def plain_steps(config: Config, reader, labels: np.ndarray, device, steps: int) 
             optimizer.zero_grad()
             losses["total"].backward()
             optimizer.step()
-            with torch.no_grad():
-                for mean, value in pairs:
-                    if mean.is_floating_point():
-                        mean.mul_(config.train.ema_decay).add_(value, alpha=1 - config.train.ema_decay)
+            average.update_parameters(network)
 
     return run
 
 
-def engine_steps(config: Config, reader, labels: np.ndarray, device, steps: int) -> Callable:
-    """Training steps as `train` makes them, reading and a GPU's CUDA graph included."""
+def engine_steps(config: Config, reader: Reader, labels: np.ndarray, device: torch.device) -> Callable:
+    """Trains on batches of positions as `train` does, reading and a GPU's CUDA graph included."""
     trainer, random = Trainer(config, device), np.random.default_rng(0)
 
-    def run() -> None:
-        prepare(device, config.train.precision)
-        batches = [random.permutation(len(reader))[: config.train.batch_size] for _ in range(steps)]
+    def run(batches: Iterable[np.ndarray]) -> None:
         for samples, target in load_batches(reader, labels, batches, device):
             lam = torch.tensor(float(random.beta(0.5, 0.5)), device=device)
             partners = torch.from_numpy(random.permutation(len(target))).to(device)
@@ -174,15 +165,19 @@ def bench_train(data: Path | None, batch_size: int = 32, config: Config = PRESET
     with tempfile.TemporaryDirectory() as folder:
         data = data or write_dataset(Path(folder, "data"), SynthConfig(seconds=audio.seconds))
         reader = open_data(data, audio, splits=["train"]).train
+        files = FolderReader(scan(data), reader.clips, audio, keep=0)
         classes = label_table(reader.clips)
         labels = np.array([classes.index(clip.machine) for clip in reader.clips])
-        files = FolderReader(scan(data), reader.clips, audio, keep=0)
-        for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
+        batches = [np.random.default_rng(k).permutation(len(labels))[:batch_size] for k in range(steps)]
+
+        def add(way: str, make: Callable, source: Reader, precision: str) -> None:
             settings = replace(config.train, precision=precision, batch_size=batch_size)
-            config = replace(config, train=settings)
-            calls["engine", precision] = engine_steps(config, reader, labels, device, steps)
-            if precision == "fp32":
-                calls["plain", precision] = plain_steps(config, files, labels, device, steps)
+            run = make(replace(config, train=settings), source, labels, device)
+            calls[way, precision] = lambda: (prepare(device, precision), run(batches))
+
+        add("plain", plain_steps, files, "fp32")
+        for precision in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
+            add("engine", engine_steps, reader, precision)
         times = measure(calls)
     rows = []
     for (way, precision), seconds in times.items():
@@ -202,26 +197,25 @@ def bench_data(data: Path | None, batch_size: int = 64):
     audio, random = AudioConfig(), np.random.default_rng(0)
     prepare(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name:
-        numbers, front = count(), FrontEnd(audio)
-        data = data or write_dataset(Path(name, "data"), SynthConfig(seconds=10.0))
-        pack(data, Path(name, "store"), audio)
-        store, dataset = open_data(Path(name, "store"), audio, splits=["train"]).train, scan(data)
+        work, numbers, front = Path(name), count(), FrontEnd(audio)
+        data = data or write_dataset(work / "data", SynthConfig(seconds=10.0))
+        pack(data, work / "store", audio)
+        store, dataset = open_data(work / "store", audio, splits=["train"]).train, scan(data)
         files = FolderReader(dataset, dataset.clips, audio, keep=0)
         samples = torch.from_numpy(store.read(np.arange(min(batch_size, len(store)))))
 
-        def read(reader: Any) -> None:
+        def read(reader: Reader) -> None:
             order = random.permutation(len(reader))
             for start in range(0, len(order), batch_size):
                 reader.read(order[start : start + batch_size])
 
-        times = measure(
-            {
-                ("packing", len(dataset.clips)): lambda: pack(data, Path(name, f"{next(numbers)}"), audio),
-                ("batches from files, decoded", len(files)): lambda: read(files),
-                ("batches from the store", len(store)): lambda: read(store),
-                ("log-mel on the fly", len(samples)): lambda: front(samples),
-            }
-        )
+        calls = {
+            ("packing", len(dataset.clips)): lambda: pack(data, work / f"{next(numbers)}", audio),
+            ("batches from files, decoded", len(files)): lambda: read(files),
+            ("batches from the store", len(store)): lambda: read(store),
+            ("log-mel on the fly", len(samples)): lambda: front(samples),
+        }
+        times = measure(calls)
     rows = [{"what": what, "clips": n, "clips_per_second": n / t} for (what, n), t in times.items()]
     return rows, f"Clips of 10 s, 16 kHz, from the page cache; batches of {batch_size} clips in random order."
 
@@ -241,10 +235,9 @@ def bench_score(data: Path | None, files=(250, 2000), minutes=(3, 20), config: C
             soundfile.write(path, np.resize(sound, int(60 * n * rate)), rate)
             cases.append((f"one of {n} minutes", [str(path)], round(120 * n / seconds) - 1))
         for what, names, windows in cases:
-            run = {what: lambda names=names: score(best, names, csv_path=work / "scores.csv")}
-            row = {"recordings": what, "windows": windows}
-            row |= {"windows_per_second": windows / measure(run, 1)[what], "peak_mb": peak_memory_mb()}
-            rows.append(row)
+            times = measure({what: lambda names=names: score(best, names, csv_path=work / "scores.csv")}, 1)
+            row = {"recordings": what, "windows": windows, "windows_per_second": windows / times[what]}
+            rows.append(row | {"peak_mb": peak_memory_mb()})
     return rows, (
         f"`osscl score` with a CSV, windows of {seconds:g} s every {seconds / 2:g} s. peak_mb: largest "
         "memory of this process so far, training of the detector included."

@@ -63,7 +63,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             parts: Which parts, separated by commas.
             types: Which machine types, separated by commas.
             mirror: Server to use instead of https://zenodo.org.
-            trust_mirror: Trust the mirror's checksums instead of the published ones.
+            trust_mirror: Take its zips whatever their checksums.
         """
         chosen = {"parts": parts.split(","), "types": types.split(",")}
         function = load("data.download").download

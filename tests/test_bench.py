@@ -1,15 +1,13 @@
-"""Benchmarks: the plain network is the same function, each case writes its table, misuse ends in one line."""
-
-import csv
-import subprocess
+"""Benchmarks: the plain network is the same function, and each case writes its table."""
 
 import pytest
 import torch
-from conftest import COMMAND, environment, tiny
+from conftest import tiny
 
 from osscl_min.bench import bench, measure, plain
 from osscl_min.config import AudioConfig, ModelConfig
 from osscl_min.model import OSSCL
+from osscl_min.runtime.files import read_csv
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -38,40 +36,29 @@ def test_calls_are_interleaved():
     assert set(times) == {"a", "b"} and order == order[: len(order) // 2] * 2 and "ba" in order
 
 
+SHORT = {"files": (3,), "minutes": (0.1,), "config": tiny({"epochs": 1})}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "identity", "measured"),
     [
         ("train", {"batch_size": 2, "config": tiny({})}, ["way", "precision"], "step_ms"),
         pytest.param("data", {"batch_size": 4}, ["what"], "clips_per_second", marks=pytest.mark.slow),
-        (
-            "score",
-            {"files": (3,), "minutes": (0.1,), "config": tiny({"epochs": 1})},
-            ["recordings"],
-            "peak_mb",
+        ("score", SHORT, ["recordings"], "peak_mb"),
+        # bfloat16 without its instructions takes many minutes
+        pytest.param(
+            "model",
+            {"seconds": 1.0, "batch_size": 2},
+            ["part", "pass", "precision", "way"],
+            "ms_per_clip",
+            marks=[pytest.mark.slow, pytest.mark.exhaustive],
         ),
     ],
 )
 def test_each_case_writes_its_table(name, options, identity, measured, data, tmp_path):
-    table = bench(name, tmp_path, data, **options)
-    with table.with_suffix(".csv").open() as file:
-        rows = list(csv.DictReader(file))
+    table = bench(name, tmp_path, None if name == "model" else data, **options)
+    rows = read_csv(table.with_suffix(".csv"))
     assert len({tuple(row[key] for key in identity) for row in rows}) == len(rows) > 1
     assert all(float(row[measured]) > 0 and row["commit"] and row["threads"] for row in rows)
+    assert all(float(row["times_plain"]) == 1.0 for row in rows if row.get("way") == "plain")
     assert all(rows[0][key] in table.read_text() for key in (*identity, "torch"))
-
-
-@pytest.mark.slow
-@pytest.mark.exhaustive  # bfloat16 without its instructions takes many minutes
-def test_the_model_case_takes_every_ways_best_batch(tmp_path):
-    table = bench("model", tmp_path, seconds=1.0, sizes=(2, 3))
-    with table.with_suffix(".csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {row["way"] for row in rows} == {"plain", "pytorch", "compiled"}
-    assert len(rows) == 3 * 2 * (2 + 3) and {row["batch"] for row in rows} <= {"2", "3"}
-    assert all(float(row["times_plain"]) == 1.0 for row in rows if row["way"] == "plain")
-
-
-def test_a_model_benchmark_on_data_is_refused_in_one_line(data, tmp_path):
-    command = [*COMMAND, "bench", "model", "--data", str(data), "--out", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert run.returncode == 2 and run.stderr == "osscl: bench model reads no data: leave out --data\n"

@@ -35,7 +35,7 @@ def write(run: Path | str, data: Path | str | None = None) -> Path:
     """Write RUN/figures (PNG, PDF), RUN/paper (LaTeX), RUN/notebooks (executed) and RUN/report (HTML).
 
     `data` is the run's data folder or packed store, by default RUN/data; what shows clips needs it. An
-    executed notebook that is newer than its source and the run is kept. Returns RUN/report/report.html.
+    executed notebook that is newer than its source and the run is kept. Returns the first page.
     """
     run = results.check(run).resolve()
     if data is not None or (run / "data").is_dir():

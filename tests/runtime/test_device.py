@@ -12,21 +12,15 @@ from osscl_min.runtime.files import UserError
 from osscl_min.runtime.graph import CaptureError, Graphed
 
 CPU = torch.device("cpu")
+LINES = {"fp32": "float32 on cpu", "tf32": "a CPU has no TensorFloat-32", "bf16": "bfloat16 on cpu"}
 
 
-def test_prepare_describes_what_runs():
-    assert prepare(CPU, "fp32").startswith("float32 on cpu")
-    assert prepare(CPU, "bf16").startswith("bfloat16 on cpu")
-    assert "no TensorFloat-32" in prepare(CPU, "tf32")
-
-
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_every_tensorfloat_flag_can_be_read_after_prepare(precision):
+@pytest.mark.parametrize("precision", LINES)
+def test_prepare_describes_what_runs_and_leaves_every_flag_readable(precision):
     """Setting the newer fp32_precision makes PyTorch's own reads of the older flags fail."""
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
-    prepare(CPU, precision)
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    allowed = precision == "tf32"
+    matmul, cudnn, allowed = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "tf32"
+    matmul.fp32_precision = cudnn.conv.fp32_precision = "ieee"
+    assert LINES[precision] in prepare(CPU, precision)
     assert matmul.allow_tf32 == cudnn.allow_tf32 == allowed
     assert (matmul.fp32_precision == "tf32") == (cudnn.conv.fp32_precision == "tf32") == allowed
     assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
@@ -47,19 +41,9 @@ def test_an_impossible_backend_is_one_line(monkeypatch):
         implementation(torch.zeros(1))
 
 
-class FakeGraph:
-    """Replays `captured`; unlike CUDA's, the step already runs while it is captured."""
-
-    def captured(self):
-        pass
-
-    def replay(self):
-        self.captured()
-
-
 @pytest.fixture
 def cuda(monkeypatch):
-    """A CUDA of the CPU's own; `ending` is raised where a capture ends, `modes` are those asked for."""
+    """A fake torch.cuda; `ending` is raised where a capture ends; `modes` records how captures were made."""
     state = SimpleNamespace(ending=None, modes=[])
 
     @contextmanager
@@ -71,11 +55,11 @@ def cuda(monkeypatch):
             if state.ending:
                 raise state.ending
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(graph.torch, "cuda", SimpleNamespace(
-        Stream=lambda: stream, current_stream=lambda: stream, stream=lambda other: nullcontext(),
-        CUDAGraph=FakeGraph, graph=capture,
-    ))  # fmt: skip
+    # the step already runs while it is captured, so the first replay does nothing
+    stream, replayed = SimpleNamespace(wait_stream=lambda other: None), lambda: None
+    fake = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda other: nullcontext()}
+    fake |= {"CUDAGraph": lambda: SimpleNamespace(replay=replayed), "graph": capture}
+    monkeypatch.setattr(graph.torch, "cuda", SimpleNamespace(**fake))
     return state
 
 
@@ -86,7 +70,7 @@ def test_a_graph_is_recorded_after_the_warm_up_and_replayed_on_new_values(cuda):
         step(torch.full((2,), float(value)))
     assert step.graph is None and total == 6
     step(torch.ones(2))
-    step.graph.captured = lambda: step.function(*step.inputs)
+    step.graph.replay = lambda: step.function(*step.inputs)
     assert cuda.modes == ["thread_local"]
     before = total.item()
     outputs = step(torch.full((2,), 5.0))
