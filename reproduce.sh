@@ -26,7 +26,7 @@ Options
 
 An active conda or virtual environment that has the packages is used as it is (`conda env create -f environment.yml`,
 `conda activate osscl-min`); otherwise .venv is made with the pins of environment.yml. OSSCL_MIRROR: server to download
-the data from instead of https://zenodo.org; OSSCL_TRUST_MIRROR=1: with its checksums, not the published ones.
+the data from instead of https://zenodo.org; OSSCL_TRUST_MIRROR=1: whatever the checksums of its zips.
 EOF
 }
 

@@ -27,7 +27,8 @@ def tiny(train, **parts):
     return replace(quick, train=replace(quick.train, **train), **parts)
 
 
-TINY = tiny({"epochs": 3, "batch_size": 5})  # a whole training in seconds
+LOG_MEL = ModelConfig(audio=AudioConfig(seconds=1.0), inputs=("log_mel",))
+TINY = tiny({"epochs": 3, "batch_size": 5}, model=LOG_MEL)  # a whole training in seconds
 
 
 def environment(**more):

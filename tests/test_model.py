@@ -18,8 +18,8 @@ def built(audio=SHORT, **settings):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("clips", [1, 2, 3])
-@pytest.mark.parametrize("inputs", [("log_mel",), ("log_mel", "tgram", "tfgram"), ("tfgram", "log_mel")])
+@pytest.mark.parametrize("clips", [1, 3])
+@pytest.mark.parametrize("inputs", [("log_mel", "tgram", "tfgram"), ("tfgram", "log_mel")])
 def test_any_batch_size(inputs, clips, training):
     model, log_mel = built(inputs=inputs)
     model.train(training)
@@ -97,13 +97,9 @@ def test_log_mel_filters_stay_exact_when_the_module_moves():
     assert LogMel(SHORT)(torch.zeros(1, 16_000)).unique().tolist() == [-100.0]
 
 
-def upstream_state(config):
-    return {name: torch.randn(shape).abs() for name, shape in upstream_state_shapes(config).items()}
-
-
 def test_upstream_state_whole_pruned_and_wrong():
     config = ModelConfig()
-    state = upstream_state(config)
+    state = {name: torch.randn(shape).abs() for name, shape in upstream_state_shapes(config).items()}
     pruned = load_upstream_state(OSSCL(config), state)
     whole = {f"module.{name}": value for name, value in state.items()} | {
         "module.TFgramNet.fc1.weight": torch.zeros(3),
@@ -111,18 +107,17 @@ def test_upstream_state_whole_pruned_and_wrong():
         "module.mobilefacenet.fc_out.bias": torch.zeros(3),
         "module.TFgramNet.pre_bn0.num_batches_tracked": torch.tensor(5),
     }
-    for (name, a), b in zip(
-        pruned.state_dict().items(),
-        load_upstream_state(OSSCL(config), whole).state_dict().values(),
-        strict=True,
-    ):
-        assert torch.equal(a, b), name
+    loaded = load_upstream_state(OSSCL(config), whole).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in pruned.state_dict().items())
     log_mel = ModelConfig(inputs=("log_mel",))
     first = {"mobilefacenet.conv1.conv.weight": torch.zeros(64, 1, 3, 3)}
     load_upstream_state(OSSCL(log_mel), state | first)  # the authors' log-mel model carries the unused parts
+    for change, message in (
+        ({"arcface.weight": torch.zeros(40, 128)}, "another configuration: arcface.weight has shape"),
+        ({"surprise": torch.zeros(1)}, "unknown entry surprise"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_upstream_state(OSSCL(config), state | change)
+    state.pop("arcface.weight")
     with pytest.raises(UserError, match="1 entries are missing, first arcface.weight"):
-        load_upstream_state(OSSCL(config), {k: v for k, v in state.items() if k != "arcface.weight"})
-    with pytest.raises(UserError, match="another configuration: arcface.weight has shape"):
-        load_upstream_state(OSSCL(config), state | {"arcface.weight": torch.zeros(40, 128)})
-    with pytest.raises(UserError, match="unknown entry surprise"):
-        load_upstream_state(OSSCL(config), state | {"surprise": torch.zeros(1)})
+        load_upstream_state(OSSCL(config), state)

@@ -105,23 +105,12 @@ def tfgram_results(module, forward, wave):
     return results | {name: b for name, b in module.named_buffers() if b.is_floating_point()}
 
 
-def low_tone(samples):
-    """Far below the band of the first filters, with an offset: its variances get lost in float32 moments."""
-    return (0.3 + 0.1 * torch.sin(0.0236 * torch.arange(samples, dtype=torch.float64)))[None]
-
-
 @compiled
-@pytest.mark.parametrize(
-    "wave",
-    [
-        0.1 * torch.randn(clips, samples, generator=torch.Generator().manual_seed(clips)).double() + 0.05
-        for clips, samples in ((1, 1237), (2, 1237), (5, 700), (19, 331))
-    ]
-    + [low_tone(16_000)],
-    ids=lambda wave: "x".join(map(str, wave.shape)),
-)
-def test_tfgram_errs_no_more_than_plain_layers_do(wave):
-    module = tfgram_module()
+@pytest.mark.parametrize("shape", [(1, 1237), (2, 1237), (5, 700), (19, 331), (1, 16_000)])
+def test_tfgram_errs_no_more_than_plain_layers_do(shape):
+    module, wave = tfgram_module(), 0.1 * torch.randn(shape).double() + 0.05
+    if shape[1] == 16_000:  # far below the first filters' band, with an offset: variances get lost in float32
+        wave = (0.3 + 0.1 * torch.sin(0.0236 * torch.arange(shape[1], dtype=torch.float64)))[None]
     exact = tfgram_results(copy.deepcopy(module), TFgram.forward, wave)
     plain, ours = (
         tfgram_results(copy.deepcopy(module).float(), forward, wave.float())
