@@ -77,8 +77,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             out: Folder for inspect.json and inspect.csv.
             seconds: Length of the clips that a training would take.
-            step: Seconds from one clip of a longer recording to the next, by default their length; 0 takes
-                the first alone.
+            step: Seconds between clips of a long recording, by default their length; 0: its first alone.
         """
         from osscl_min.config import AudioConfig
         from osscl_min.data import inspection
@@ -110,8 +109,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             jobs: Parallel workers; all cores by default.
             sample_rate: Sample rate of the packed clips, Hz.
             seconds: Length of the packed clips.
-            step: Seconds from one clip of a longer recording to the next, by default their length; 0 packs
-                the first alone.
+            step: Seconds between clips of a long recording, by default their length; 0: its first alone.
         """
         from osscl_min.config import AudioConfig
         from osscl_min.data.store import pack as run
