@@ -81,8 +81,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             out: Folder for inspect.json and inspect.csv.
             seconds: Length of the clips that a training would take.
-            step: Seconds from one clip of a longer recording to the next, by default their length; 0 takes
-                the first alone.
+            step: Seconds between clips of a long recording, by default their length; 0: its first alone.
         """
         folder(out)
         inspection = load("data.inspection")
@@ -111,8 +110,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             jobs: Parallel workers; all cores by default.
             sample_rate: Sample rate of the packed clips, Hz.
             seconds: Length of the packed clips.
-            step: Seconds from one clip of a longer recording to the next, by default their length; 0 packs
-                the first alone.
+            step: Seconds between clips of a long recording, by default their length; 0: its first alone.
         """
         step = seconds if step is None else step
         audio = AudioConfig(sample_rate=sample_rate, seconds=seconds, clip_step=step)

@@ -40,7 +40,7 @@ class Dataset:
     root: Path
     clips: list[Clip] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)  # file -> why it is not used
-    remarks: Counter = field(default_factory=Counter)  # "file cropped to 2 s" -> how many
+    remarks: Counter = field(default_factory=Counter)  # "file repeated to 2 s" -> how many
     synthetic: bool = False  # simulated machines: the folder holds synthetic.json
     layout: str = "manifest"  # or the name of one of LAYOUTS
     channel: int | None = None  # taken from files with several; None averages them
@@ -59,13 +59,17 @@ class Dataset:
     ) -> list[int]:
         """Take in what decoding gave: each clip's remarks, or its problem (str), which removes it; returns
         the positions of usable clips."""
-        usable = [position for position, result in enumerate(results) if isinstance(result, list)]
-        remarks = {(clips[position].path, remark) for position in usable for remark in results[position]}
+        usable, unusable, remarks = [], set(), set()
+        for position, (clip, result) in enumerate(zip(clips, results, strict=True)):
+            if isinstance(result, list):
+                usable.append(position)
+                remarks |= {(clip.path, remark) for remark in result}  # of a file, however many clips it has
+            else:
+                unusable.add(clip)
+                place = f" at {clip.start:g} s" if clip.start else ""
+                self.problems[self.name(clip.path) + place] = result
         self.remarks.update(f"file {remark}" for _, remark in remarks)
-        problems = {clip: text for clip, text in zip(clips, results, strict=True) if isinstance(text, str)}
-        for clip, text in problems.items():
-            self.problems[self.name(clip.path) + (f" at {clip.start:g} s" if clip.start else "")] = text
-        self.clips = [clip for clip in self.clips if clip not in problems]
+        self.clips = [clip for clip in self.clips if clip not in unusable]
         self.usage |= usage([clips[position] for position in usable], audio)
         return usable
 
@@ -85,7 +89,7 @@ class Dataset:
 
 
 def _count(number: int, what: str = "file") -> str:
-    """ "2 files cropped to 2 s" of 2 and "file cropped to 2 s"."""
+    """ "2 files repeated to 2 s" of 2 and "file repeated to 2 s"."""
     noun, _, rest = what.partition(" ")
     return f"{number} {noun}{'' if number == 1 else 's'} {rest}".rstrip()
 

@@ -54,28 +54,26 @@ def inspect(path: Path | str, audio: AudioConfig = AudioConfig()) -> dict[str, A
     else:
         dataset = scan(path)
         sounds = on_threads(measure, [clip.path for clip in dataset.clips], "inspecting")
-    files, clips, problems = [], [], dict(dataset.problems)
-    machines, same_sound = defaultdict(list), defaultdict(list)
+    files, clips, machines, contents = [], [], defaultdict(list), defaultdict(list)
     for clip, sound in zip(dataset.clips, sounds, strict=True):
         name = dataset.name(clip.path)
         if isinstance(sound, str):
-            problems[name] = sound
+            dataset.problems[name] = sound
             continue
         row = {"file": name, **{label: getattr(clip, label) for label in LABELS}, **sound}
         files.append(row)
         clips += windows(clip, sound["seconds"], audio)
         machines[clip.machine].append(row)
-        same_sound[sound["content"]].append(row)
+        contents[sound["content"]].append(row)
     if not files:
-        first = next(map(": ".join, problems.items()))
+        first = next(map(": ".join, dataset.problems.items()))
         raise UserError(f"{printable(path)}: no file can be read; the first, {first}")
-    duplicates = [rows for rows in same_sound.values() if len(rows) > 1]
 
     def differing(*labels: str) -> list[list[str]]:
-        """The files of the duplicates that differ in one of these labels, where they have it."""
+        """The files of equal content that differ in one of these labels, where they have it."""
         return [
             [row["file"] for row in rows]
-            for rows in duplicates
+            for rows in contents.values()
             if any(len({row[label] for row in rows} - {None}) > 1 for label in labels)
         ]
 
@@ -91,7 +89,7 @@ def inspect(path: Path | str, audio: AudioConfig = AudioConfig()) -> dict[str, A
         "duplicates": differing("file"),
         "across": differing("split"),
         "conflicts": differing("machine_type", "machine_id", "anomaly"),
-        "problems": problems,
+        "problems": dataset.problems,
         "usage": usage(clips, audio),
         "files": files,
     }

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 
-from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, read_rows
+from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, read_csv, read_rows
 
 TRUTH_FILE = "eval_data_list.csv"  # the published ground truth of the evaluation set of DCASE 2020
 GROUND_TRUTH = re.compile(r"ground_truth_(.+?)_section_.*\.csv")  # of DCASE 2021-2025
@@ -188,30 +188,18 @@ def read_truth(path: Path | str) -> Truth:
 def read_manifest(path: Path) -> dict[Path, Clip | str]:
     """Read a table of clips, a CSV file: for every file its clip, or the reason why it is none.
 
-    COLUMNS may also be called file, type and id; MORE_COLUMNS may follow. Paths are absolute or relative to
-    the manifest's folder; split is train or test; anomaly is 0, 1 or empty (unknown; training clips are
-    normal).
+    The header names COLUMNS and perhaps MORE_COLUMNS. Paths are absolute or relative to the manifest's
+    folder; split is train or test; anomaly is 0, 1 or empty (unknown; training clips are normal).
     """
-    rows = read_rows(path)
-    aliases = {"type": "machine_type", "id": "machine_id", "file": "path"}
-    _, header = next(rows, ("", []))
-    header = [name.lower().replace(" ", "_") for name in header]
-    header = [aliases.get(name, name) for name in header]
-    if missing := [name for name in COLUMNS if name not in header]:
-        needed = f"the first line must be {','.join(COLUMNS)}"
-        raise UserError(f"{printable(path)}: no column {', '.join(missing)}; {needed}")
     clips: dict[Path, Clip | str] = {}
-    for place, cells in rows:
-        if len(cells) != len(header):
-            raise UserError(f"{place}: {len(cells)} cells, but the header has {len(header)}")
-        row = dict(zip(header, cells, strict=True))
+    for row in read_csv(path, COLUMNS):
         name, machine_type, machine_id, split, anomaly = (row[column] for column in COLUMNS)
-        if split not in ("train", "test") or anomaly not in ("0", "1", ""):
-            raise UserError(f"{place}: expected split train or test and anomaly 0, 1 or empty, got {row}")
-        if not (name and machine_type and machine_id):
-            raise UserError(f"{place}: path, machine_type and machine_id must not be empty")
+        known = split in ("train", "test") and anomaly in ("0", "1", "")
+        if not (known and name and machine_type and machine_id):
+            expected = "a path, machine_type, machine_id, split train or test, anomaly 0, 1 or empty"
+            raise UserError(f"{printable(path)}: expected {expected}, got {','.join(row.values())}")
         if (file := path.parent / name) in clips:
-            raise UserError(f"{place}: {name} is named a second time")
+            raise UserError(f"{printable(path)}: {name} is named a second time")
         more = {column: row[column] for column in MORE_COLUMNS if row.get(column)}
         truth = int(anomaly) if anomaly else None
         clip = _checked(Clip(file, machine_type, machine_id, split, truth, **more))

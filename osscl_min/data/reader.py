@@ -11,7 +11,7 @@ import numpy as np
 from osscl_min.config import AudioConfig
 from osscl_min.data.audio import decode, on_threads
 from osscl_min.data.clips import Clip, Dataset, cut, scan
-from osscl_min.data.store import ARRAY, SAMPLE, Line, describe, is_store, read_store
+from osscl_min.data.store import ARRAY, SAMPLE, Line, describe, is_store, read_store, settings
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.runtime.files import UserError, printable
 
@@ -105,11 +105,11 @@ def open_data(
         readers = {split: FolderReader(dataset, dataset.split(split), audio) for split in splits}
     else:
         header, dataset, lines = read_store(path, first=audio.clip_step == 0)
-        settings = {"sample_rate": audio.sample_rate, "seconds": audio.seconds, "step": audio.clip_step}
-        settings |= {} if channel is None else {"channel": channel}
-        served = header | ({} if audio.clip_step else {"step": 0.0})
-        if any(served[name] != value for name, value in settings.items()):
-            options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
+        wanted = settings(audio, header["channel"] if channel is None else channel)
+        first = {} if audio.clip_step else {"step": header["step"]}
+        if header | wanted | first != header:
+            given = (item for item in wanted.items() if item[1] is not None)
+            options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in given)
             raise UserError(
                 f"{printable(path)} holds {describe(header)}; make another store: python -m osscl_min pack "
                 f"{printable(header['data'])} OTHER {options}"

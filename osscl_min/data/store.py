@@ -32,11 +32,7 @@ from osscl_min.runtime.files import UserError, locked, printable, replacing
 
 INDEX, ARRAY = "index.jsonl", "{}.int16"
 FORMAT = 3  # of the index
-# In the header: what the rows are, and what else is known of the data set.
-SETTINGS, KEPT = (
-    ("sample_rate", "seconds", "step", "channel"),
-    ("layout", "channel", "synthetic", "problems", "remarks"),
-)
+KEPT = ("layout", "channel", "synthetic", "problems", "remarks")  # of the data set, in the header
 NAMES = ("file", "clip", "sha256", "sound", "problem", "remarks", "content")  # of a line
 SAMPLE = np.dtype("<i2")
 FULL_DISK = 5  # exit status, as of `download`
@@ -54,6 +50,12 @@ def check_space(folder: Path, needed: float) -> None:
 def is_store(path: Path | str) -> bool:
     """Whether a folder holds a store, finished or not."""
     return os.path.isfile(Path(path) / INDEX)
+
+
+def settings(audio: AudioConfig, channel: int | None) -> Line:
+    """What tells the rows of one store from another's, in the header."""
+    shape = {"sample_rate": audio.sample_rate, "seconds": audio.seconds}
+    return shape | {"step": audio.clip_step, "channel": channel}
 
 
 def describe(header: Line) -> str:
@@ -110,11 +112,9 @@ def pack(
             raise UserError(f"{name} is not empty and no packed store; choose another folder")
         header = {
             "format": FORMAT,
-            "sample_rate": audio.sample_rate,
-            "seconds": audio.seconds,
-            "step": audio.clip_step,
             "data": str(Path(data).absolute()),
             "root": str(dataset.root.absolute()),
+            **settings(audio, dataset.channel),
             **{name: copy(getattr(dataset, name)) for name in KEPT},
             "files": {split: _list_digest(dataset, split) for split in SPLITS},
         }
@@ -135,7 +135,7 @@ def _pack(
         {line["file"] for line in old_lines},
     )
     other = "choose another folder or remove it"
-    if old and any(old[name] != header[name] for name in SETTINGS):
+    if old and old | settings(audio, dataset.channel) != old:
         raise UserError(f"{printable(store)} holds {describe(old)}, not {describe(header)}; {other}")
     if old_files and not files & old_files:
         raise UserError(f"{printable(store)} is the store of other data; {other}")

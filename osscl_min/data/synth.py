@@ -83,8 +83,6 @@ def clip_generator(seed: int, *name: str | int) -> np.random.Generator:
 def machine_parameters(machine_type: str, machine_id: str, seed: int) -> SimpleNamespace:
     """The fixed parameters of one machine, named as in PARAMETERS; a Latin hypercube over the type's ids, so
     that two machines of a type are alike but never the same."""
-    if machine_type not in IDS or machine_id not in IDS[machine_type]:
-        raise UserError(f"no simulated machine {machine_type!r} id {machine_id!r}; there are {IDS}")
     rng, ids = clip_generator(seed, machine_type), IDS[machine_type]
     values = {}
     for name, (low, high) in PARAMETERS[machine_type].items():
@@ -264,8 +262,6 @@ def machine_clip(
     """One recording of a machine: float64 in [-1, 1], (round(seconds * sample_rate),). `rng` draws what
     differs between clips; `anomaly` is a fault of ANOMALIES[machine_type], or None for a normal clip."""
     p = machine_parameters(machine_type, machine_id, config.seed)
-    if anomaly is not None and anomaly not in ANOMALIES[machine_type]:
-        raise UserError(f"a {machine_type} has no fault {anomaly!r}; it has {ANOMALIES[machine_type]}")
     clip = _Clip(rng, config, anomaly, p)
     sound, drive = MACHINES[machine_type](clip, p)
     machine = _damage(clip, _unit(sound), drive)
@@ -274,49 +270,37 @@ def machine_clip(
     return wave * min(1.0, 0.99 / np.max(np.abs(wave)))
 
 
-def _plan(config: SynthConfig) -> dict[str, tuple[tuple[str | int, ...], str | None]]:
-    """Map each file to be written to the name of its generator and to its fault."""
-    normal = ("train", "normal", config.train_clips), ("test", "normal", config.test_normal)
-    kinds = *normal, ("test", "anomaly", config.test_anomaly)
-    plan = {}
-    for machine_type, ids in IDS.items():
-        for machine_id, (split, kind, count) in product(ids[: config.ids_per_type], kinds):
-            faults = ANOMALIES[machine_type] if kind == "anomaly" else (None,)
-            for k in range(count):
-                file = f"{machine_type}/{split}/{kind}_id_{machine_id}_{k:08d}.wav"
-                plan[file] = (machine_type, machine_id, split, kind, k), faults[k % len(faults)]
-    return plan
-
-
 def write_dataset(root: Path, config: SynthConfig) -> Path:
     """Write the simulated data set as 16-bit mono wav files in the DCASE 2020 layout; returns `root`.
 
     synthetic.json, which comes first, marks the folder: the next call adds the missing clips. Another
     configuration or a folder with other files is refused; nothing is ever overwritten.
     """
-    root, plan = Path(root), _plan(config)
+    root, clips, faults = Path(root), {}, {}
+    normal = ("train", "normal", config.train_clips), ("test", "normal", config.test_normal)
+    kinds = *normal, ("test", "anomaly", config.test_anomaly)
+    for machine_type, ids in IDS.items():
+        for machine_id, (split, kind, count) in product(ids[: config.ids_per_type], kinds):
+            for k in range(count):
+                file = f"{machine_type}/{split}/{kind}_id_{machine_id}_{k:08d}.wav"
+                clips[file] = machine_type, machine_id, split, kind, k
+                if kind == "anomaly":
+                    faults[file] = ANOMALIES[machine_type][k % len(ANOMALIES[machine_type])]
     name, recipe = printable(root), root / "synthetic.json"
-    machines = sorted({parts[:2] for parts, _ in plan.values()})
-    record = {
-        "note": NOTE,
-        "recipe": RECIPE,
-        "config": asdict(config),
-        "machines": {f"{t}/id_{i}": vars(machine_parameters(t, i, config.seed)) for t, i in machines},
-        "anomalies": {file: fault for file, (_, fault) in plan.items() if fault},
-    }
+    record = {"note": NOTE, "recipe": RECIPE, "config": asdict(config), "anomalies": faults}
     if os.path.exists(recipe):
-        if read_json(recipe) != record:
+        there = read_json(recipe)
+        if any(there[key] != record[key] for key in ("recipe", "config")):
             raise UserError(f"{name}/synthetic.json describes other clips: use a new folder")
-    elif others := [
-        file for file in (os.listdir(root) if os.path.isdir(root) else ()) if not file.startswith(".")
-    ]:
-        raise UserError(f"{name} holds other files, such as {printable(min(others))}: use a new folder")
+    elif root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir()):
+        raise UserError(f"{name} holds other files: use a new folder")
     else:
         write_json(recipe, record)
-    missing = [file for file in plan if not os.path.exists(root / file)]
+    missing = [file for file in clips if not os.path.exists(root / file)]
     for file in tqdm(missing, "simulated clips", unit="clip", disable=None):
-        parts, fault = plan[file]
-        wave = machine_clip(parts[0], parts[1], clip_generator(config.seed, *parts), config, fault)
+        machine_type, machine_id, *_ = clips[file]
+        draws = clip_generator(config.seed, *clips[file])
+        wave = machine_clip(machine_type, machine_id, draws, config, faults.get(file))
         with replacing(root / file, "wb") as target:
             wavfile.write(target, config.sample_rate, np.round(wave * 32767).astype("<i2"))
     return root

@@ -18,20 +18,15 @@ from osscl_min.runtime.files import UserError
 AUDIO = AudioConfig(seconds=2.0)
 
 
-def tone(seconds=2.0, rate=16_000, frequency=440.0, amplitude=0.3):
-    """A sine at `frequency` Hz, float64."""
-    return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
-
-
-def whole_file(path, audio=AUDIO, channel=None):
+def whole_file(path, channel=None):
     """What `decode` must return, computed from the whole file at once."""
     samples, rate = soundfile.read(path, always_2d=True)
     samples = samples.mean(axis=1) if channel is None else samples[:, channel]
-    if rate != audio.sample_rate:
-        common = np.gcd(rate, audio.sample_rate)
-        samples = scipy.signal.resample_poly(samples, audio.sample_rate // common, rate // common)
+    if rate != 16_000:
+        common = np.gcd(rate, 16_000)
+        samples = scipy.signal.resample_poly(samples, 16_000 // common, rate // common)
     samples = np.rint(samples * 32768).clip(-32768, 32767).astype(np.int16)
-    return np.resize(samples, max(audio.samples, len(samples)))[: audio.samples]
+    return np.resize(samples, max(32_000, len(samples)))[:32_000]
 
 
 def test_16_bits_are_read_exactly_whatever_the_encoding(tmp_path):
@@ -48,45 +43,21 @@ def test_16_bits_are_read_exactly_whatever_the_encoding(tmp_path):
     np.testing.assert_array_equal(decoded, np.rint(samples / 20000 * 32768).clip(-32768, 32767))
 
 
-def test_several_channels_are_averaged_or_one_is_taken(tmp_path):
-    left, right = tone(frequency=440), tone(frequency=1000)
-    path = write_sound(tmp_path / "a.wav", np.stack([left, right], axis=1))
-    mean, remarks = decode(path, AUDIO)
-    assert remarks == ["with several channels, averaged"]
-    np.testing.assert_allclose(mean, (left + right) / 2 * 32768, atol=1.51)
-    second, remarks = decode(path, AUDIO, channel=1)
-    assert remarks == ["with several channels, channel 1 taken"]
-    np.testing.assert_allclose(second, right * 32768, atol=1.01)
-    with pytest.raises(UserError, match="no channel 2, only 0 to 1"):
-        decode(path, AUDIO, channel=2)
-
-
-def test_other_rates_are_resampled(tmp_path):
-    decoded, remarks = decode(write_sound(tmp_path / "a.wav", tone(rate=44_100), 44_100), AUDIO)
-    assert remarks == ["resampled from 44100 Hz to 16000 Hz"] and len(decoded) == 32_000
-    middle = slice(2_000, -2_000)  # without the filter's ends
-    assert np.abs(decoded - tone() * 32768)[middle].max() < 0.005 * 32768
-
-
-def test_longer_is_cropped_and_shorter_repeated(tmp_path):
-    long = np.random.default_rng(2).integers(-999, 999, 40_000).astype(np.int16)
-    decoded, remarks = decode(write_sound(tmp_path / "a.wav", long), AUDIO)
-    assert remarks == []
-    np.testing.assert_array_equal(decoded, long[:32_000])
-    decoded, remarks = decode(write_sound(tmp_path / "b.wav", long[:20_000]), AUDIO)
-    assert remarks == ["repeated to 2 s"]
-    np.testing.assert_array_equal(decoded, np.concatenate([long[:20_000], long[:12_000]]))
-
-
 @pytest.mark.parametrize("rate", [4_000, 11_025, 16_000, 44_100, 47_999, 48_000, 96_000])
 @pytest.mark.parametrize(("seconds", "channels"), [(1.5, 1), (7.3, 8)])
 def test_the_part_that_is_kept_equals_that_of_the_whole_file(tmp_path, rate, seconds, channels):
     shape = round(seconds * rate), channels
     noise = np.random.default_rng(rate).integers(-20_000, 20_000, shape).astype(np.int16)
     path = write_sound(tmp_path / "a.flac", noise, rate)
-    np.testing.assert_array_equal(decode(path, AUDIO)[0], whole_file(path))
-    last = channels - 1
-    np.testing.assert_array_equal(decode(path, AUDIO, last)[0], whole_file(path, channel=last))
+    for channel in (None, channels - 1):
+        decoded, remarks = decode(path, AUDIO, channel)
+        np.testing.assert_array_equal(decoded, whole_file(path, channel))
+        phrases = f"resampled from {rate} Hz to", "several channels", "repeated to 2 s"
+        expected = rate != 16_000, channels > 1, seconds < 2
+        assert [any(phrase in remark for remark in remarks) for phrase in phrases] == [*expected]
+    if channels > 1:
+        with pytest.raises(UserError, match="no channel 8, only 0 to 7"):
+            decode(path, AUDIO, 8)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux")
@@ -106,14 +77,6 @@ def test_a_long_file_takes_little_memory(tmp_path):
     command = [sys.executable, "-c", code, path]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert int(result.stdout) < 100_000
-
-
-def test_a_silent_clip_of_a_longer_file_is_refused(tmp_path):
-    noise = np.random.default_rng(0).integers(-999, 999, 32_000).astype(np.int16)
-    path = write_sound(tmp_path / "a.wav", np.concatenate([np.zeros(32_000, np.int16), noise]))
-    with pytest.raises(UserError, match="silent"):
-        decode(path, AUDIO)
-    np.testing.assert_array_equal(decode(path, AUDIO, start=2.0)[0], noise)
 
 
 @pytest.mark.parametrize(("rate", "suffix"), [(16_000, "wav"), (16_000, "flac"), (44_100, "wav")])

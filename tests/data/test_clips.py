@@ -48,23 +48,10 @@ def problems(data):
 
 
 def test_benchmark_has_the_41_labels_in_the_authors_order():
-    assert len(BENCHMARK) == 41
-    position = {machine: label for label, machine in enumerate(BENCHMARK)}
-    assert [position["fan", "00"], position["pump", "00"], position["slider", "06"]] == [0, 7, 20]
-    assert [position["ToyCar", "01"], position["ToyCar", "07"]] == [21, 27]
-    assert [position["ToyConveyor", "01"], position["ToyConveyor", "06"]] == [28, 33]
-    assert [position["valve", "00"], position["valve", "06"]] == [34, 40]
-
-
-def test_names_tell_type_id_split_and_truth(data):
-    clips = {f"{clip.split}/{clip.path.name}": clip for clip in scan(data).clips}
-    assert len(clips) == 7
-    assert clips["train/normal_id_02_00000001.wav"].machine == ("fan", "02")
-    assert clips["train/normal_id_02_00000001.wav"].anomaly == 0
-    assert clips["test/normal_id_00_00000000.wav"].anomaly == 0
-    assert clips["test/anomaly_id_00_00000000.wav"].anomaly == 1
-    unlabelled = clips["test/id_01_00000000.wav"]
-    assert (unlabelled.anomaly, unlabelled.subset, unlabelled.machine_id) == (None, "evaluation", "01")
+    counts = {"fan": 7, "pump": 7, "slider": 7, "ToyCar": 7, "ToyConveyor": 6, "valve": 7}
+    first = {"ToyCar": 1, "ToyConveyor": 1}
+    expected = [(name, f"0{first.get(name, 0) + k}") for name, count in counts.items() for k in range(count)]
+    assert BENCHMARK == tuple(expected)
 
 
 TRUTH = "fan\nid_01_00000000.wav,anomaly_id_01_00000097.wav,1\n"
@@ -122,13 +109,6 @@ def test_published_truth_file(real_data):
     machines = Counter((kind, stem.split("_")[1]) for kind, stem in truth)
     assert len(machines) == 18 and set(machines) <= set(BENCHMARK)
     assert machines["ToyCar", "05"] == 515
-
-
-def test_real_clips(real_data):
-    dataset = scan(real_data / "mimii_mini")
-    assert (len(dataset.split("train")), len(dataset.split("test")), dataset.problems) == (224, 256, {})
-    table = label_table(dataset.split("train"))
-    assert table == BENCHMARK and table.index(("valve", "06")) == 40
 
 
 def machines(*names, pattern="data/{}/train/normal_id_{}_00000000.wav"):
@@ -199,12 +179,6 @@ def test_a_folder_without_clips_names_the_layout_that_nearly_fits(names, message
 def test_a_missing_folder_is_one_line(name, tmp_path):
     with pytest.raises(UserError, match="no such data folder"):
         open_data(tmp_path / name, AUDIO)
-
-
-def test_a_folder_with_test_clips_only_is_a_data_set(data):
-    shutil.rmtree(data / "fan/train")
-    (data / "documents").mkdir()
-    assert [clip.split for clip in scan(data).clips] == ["test"] * 3
 
 
 def test_strange_files_are_listed_and_the_rest_is_used(data):

@@ -1,8 +1,6 @@
 """Inspection: counts, formats, duplicates and conflicts of a folder, in table and files."""
 
-import csv
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -68,18 +66,12 @@ def test_duplicates_are_found_by_content_whatever_the_container(folder):
 
 def test_a_store_tells_the_same(folder, tmp_path):
     pack(folder, tmp_path / "store", AudioConfig(seconds=1.0))
-    assert inspection.inspect(tmp_path / "store") == inspection.inspect(folder)
-
-
-def test_the_command_writes_table_and_files(folder, tmp_path):
-    completed = osscl("inspect", folder, "--out", tmp_path / "out")
+    completed = osscl("inspect", tmp_path / "store", "--out", tmp_path / "out")
     assert completed.returncode == 0, completed.stderr
     assert "| fan          | 00 | 3" in completed.stdout and "| all " in completed.stdout
-    result = json.loads((tmp_path / "out" / "inspect.json").read_text())
-    assert result == json.loads(json.dumps(inspection.inspect(folder)))
-    with open(tmp_path / "out" / "inspect.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == result["clips"] == 11
-    assert (tmp_path / "out" / "inspect.md").read_text().startswith("| machine type")
+    result = inspection.inspect(folder, AudioConfig(clip_step=10.0))
+    assert json.loads((tmp_path / "out/inspect.json").read_text()) == json.loads(json.dumps(result))
+    assert (tmp_path / "out/inspect.csv").read_text().count("\n") == 1 + result["clips"] == 12
 
 
 def test_a_folder_without_a_readable_file_is_refused(folder):
@@ -87,15 +79,3 @@ def test_a_folder_without_a_readable_file_is_refused(folder):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no file can be read"):
         inspection.inspect(folder)
-    shutil.rmtree(folder)
-    with pytest.raises(UserError, match="no such data folder"):
-        inspection.inspect(folder)
-
-
-def test_real_clips(real_data):
-    result = inspection.inspect(real_data / "mimii_mini")
-    assert result["clips"] == 480 and not result["synthetic"] and not result["problems"]
-    for row in result["machines"]:
-        assert (row["train"], row["test_normal"], row["test_anomaly"]) == (14, 6, 10)
-        assert row["seconds"] == [10, 10]
-    assert not result["across"] and not result["conflicts"]

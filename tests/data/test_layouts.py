@@ -1,6 +1,6 @@
 """Every layout of a data set leads to the same clips."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
@@ -58,13 +58,6 @@ def test_mimii_channel_zero_is_the_default_and_another_can_be_chosen(tmp_path):
     np.testing.assert_array_equal(third.train.read([0])[0], eight[:, 3])
     with pytest.raises(UserError, match="no channel 8"):
         open_data(root, AUDIO, splits=["train"], channel=8, strict=True)
-
-
-def test_mimii_keeps_half_of_the_normal_clips_for_training():
-    names = [PurePosixPath(f"fan/id_00/normal/{n:08d}.wav") for n in range(4)]
-    names += [PurePosixPath(f"fan/id_00/abnormal/{n:08d}.wav") for n in range(9)]
-    clips = recognise(names).read(Path(), names, {})
-    assert [clips[Path(name)].split for name in names[:4]] == ["test", "test", "train", "train"]
 
 
 DCASE_2021 = {  # file -> type, id, split, truth, domain, attributes
@@ -155,7 +148,7 @@ def test_manifest(tmp_path):
     table = tmp_path / "table/machines.csv"
     table.parent.mkdir()
     table.write_text(
-        "\ufeffPath,Machine Type,Machine ID,Split,Anomaly,attributes\n"
+        "\ufeffpath,machine_type,machine_id,split,anomaly,attributes\n"
         "../a.wav,fan,7,train,,loud\n../deep/b.wav,press,x,train,0,\n../c.wav,fan,7,test,1,\n"
         f"../d.wav,fan,7,test,,\n../missing.wav,fan,7,test,0,\n../deep/../a.wav,fan,7,train,1,\n{outside},fan,7,test,0,\n",
         encoding="utf-8",
@@ -180,12 +173,18 @@ def test_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,type,id,split\na.wav,fan,0,train\n", "no column anomaly; the first line must be"),
+        ("path,type,id,split\na.wav,fan,0,train\n", "no column machine_type, machine_id, anomaly"),
         ("", "no column path"),
-        (HEADER + "a.wav,fan,0,validation,0\n", "line 2: expected split train or test"),
-        (HEADER + "a.wav,fan,0,train,0\na.wav,fan,0,test,yes\n", "line 3"),
-        (HEADER + "a.wav,fan,,train,0\n", "line 2: path, machine_type and machine_id must not be empty"),
-        (HEADER + "a.wav,fan,0,train,0\na.wav,fan,0,test,0\n", "line 3: a.wav is named a second time"),
+        (
+            HEADER + "a.wav,fan,0,validation,0\n",
+            "split train or test.*, got a.wav,fan,0,validation,0",
+        ),
+        (HEADER + "a.wav,fan,0,train,0\na.wav,fan,0,test,yes\n", "got a.wav,fan,0,test,yes"),
+        (
+            HEADER + "a.wav,fan,,train,0\n",
+            "expected a path, machine_type, .*, got a.wav,fan,,train,0",
+        ),
+        (HEADER + "a.wav,fan,0,train,0\na.wav,fan,0,test,0\n", "a.wav is named a second time"),
         (HEADER + "a.wav,fan,0,train,0,loud\n", "line 2: 6 cells, but the header has 5"),
         (HEADER + "a.wav,fan,0,train\n", "line 2: 4 cells, but the header has 5"),
         (HEADER, "no usable clips"),

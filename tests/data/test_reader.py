@@ -1,20 +1,24 @@
 """Long recordings as clips: which ones, their samples, the same from folder and store, and what is told."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import write_sound
+from conftest import TINY, tiny, write_sound
 from test_cli import osscl
 
+from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
 from osscl_min.data import audio as module
 from osscl_min.data import inspection
 from osscl_min.data.audio import decode, window_starts
 from osscl_min.data.reader import open_data, with_others
 from osscl_min.data.store import pack
+from osscl_min.evaluate import evaluate
 from osscl_min.runtime.files import UserError
+from osscl_min.train import train
 
 AUDIO = AudioConfig(seconds=1.0, clip_step=1.0)
 FIRST = replace(AUDIO, clip_step=0.0)
@@ -117,9 +121,38 @@ def test_a_store_is_its_folder_and_serves_the_first_clips_too(data, tmp_path, st
 
 def test_other_machines_are_cut_alike(data, tmp_path):
     write_sound(tmp_path / "more/saw/x/long.wav", noise(3, 2.0))
+    (tmp_path / "more/saw/x/bad.wav").write_text("no sound")
     both = with_others(open_data(data, AUDIO, splits=["train"]), tmp_path / "more", AUDIO, tmp_path)
+    rows = both.train.read([8, 0])
+    for row, clip in zip(rows, (both.train.clips[8], both.train.clips[0]), strict=True):
+        np.testing.assert_array_equal(row, decode(clip.path, AUDIO, start=clip.start)[0])
+    assert both.dataset.problems.keys() == {"more/saw/x/bad.wav"}
     assert both.train.recordings.tolist() == [0, 0, 1, 2, 2, 2, 2, 3, 3]
     assert "more/train: 2 clips of 1 s from 1 recording, 2 of 2 s used" in both.report()
+
+
+def test_the_same_machine_twice_is_refused(data, tmp_path):
+    with pytest.raises(UserError, match="both have a machine fan id a"):
+        with_others(open_data(data, AUDIO, splits=["train"]), data, AUDIO, tmp_path)
+
+
+def test_train_with_simulated_machines_and_score_ones_own(tmp_path, monkeypatch):
+    for k in range(6):
+        write_sound(tmp_path / f"own/drill/A/{k}.wav", noise(k, 1.0))
+    write_sound(tmp_path / "own/test/drill/A/anomaly/x.wav", noise(9, 1.0))
+    with pytest.raises(UserError, match="--with simulated"):
+        train(tmp_path / "own", tmp_path / "run", TINY)
+    monkeypatch.setattr("osscl_min.data.synth.IDS", {"fan": ("00", "02"), "valve": ("00",)})
+    tiny_run = tiny({"epochs": 1})
+    best = train(tmp_path / "own", tmp_path / "run", tiny_run, others="simulated", device="cpu")
+    names = [" ".join(machine) for machine in checkpoint.load(best).classes]
+    assert names == ["drill A", "simulated fan 00", "simulated fan 02", "simulated valve 00"]
+    data = json.loads((tmp_path / "run/config.json").read_text())["data"]
+    assert (data["folder"], data["others"], data["synthetic"]) == ("own", "simulated", False)
+    assert (tmp_path / "run/simulated/synthetic.json").is_file()
+    scoring = replace(tiny_run.evaluate, bootstrap=0)
+    result = evaluate(best, tmp_path / "own", tmp_path / "out", config=scoring, device="cpu")
+    assert result["clips"] == 1 and result["machines"] == 1 and result["not_scored"] == ""
 
 
 def test_a_clip_of_a_long_file_is_read_alone(data, tmp_path, monkeypatch):
