@@ -235,26 +235,25 @@ def collect(
     """The rows of an experiment, and the facts behind them; `checkpoints` as in `variants.examine`."""
     where = choose_device(device)
     prepare(where, config.precision)
+    pairs = [(variant, path) for variant, paths in checkpoints.items() for path in paths]
+    used = checkpoint.load(pairs[0][1]).config
     splits = ("train", "test") if name in TRAINING_CLIPS else ("test",)
+    opened = open_data(data, used.model.audio, splits=splits)
     conditions: dict[tuple, Condition] = {}
-    first, commits = None, set()
-    for variant, path in ((variant, path) for variant, paths in checkpoints.items() for path in paths):
-        trained = checkpoint.load(path, where)
-        opened = first.data if first else open_data(data, trained.config.model.audio, splits=splits)
-        detector = Detector(trained, opened, config, cutoffs)
-        first = first or detector
+    commits = set()
+    for variant, path in pairs:
+        detector = Detector(checkpoint.load(path, where), opened, config, cutoffs)
         for settings, scores, values in rows_of(name, detector):
             settings = {"variant": variant, **settings}
             condition = conditions.setdefault(tuple(settings.values()), Condition(settings))
-            condition.scores[trained.config.train.seed] = scores
+            condition.scores[detector.trained.config.train.seed] = scores
             for heading, value in values.items():
                 condition.values.setdefault(heading, []).append(value)
         if path.with_name("config.json").is_file():
             commits.add(read_json(path.with_name("config.json"))["provenance"]["commit"])
-    used, dataset = first.trained.config, first.data.dataset
     about = {
-        "data": printable(dataset.root.name),
-        "synthetic": dataset.synthetic,
+        "data": printable(opened.dataset.root.name),
+        "synthetic": opened.dataset.synthetic,
         "preset": used.preset,
         "precision": used.train.precision,
         "epochs": used.train.epochs,
@@ -262,8 +261,6 @@ def collect(
         "provenance": provenance(where),
     }
     if name == "high-frequency":
-        about |= {
-            "filter": "zero-phase Butterworth, run forwards and backwards",
-            "order": ZeroPhaseFilter.order,
-        }
+        about["filter"] = "zero-phase Butterworth, run forwards and backwards"
+        about["order"] = ZeroPhaseFilter.order
     return list(conditions.values()), about
