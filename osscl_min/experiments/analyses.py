@@ -23,7 +23,8 @@ from osscl_min.config import AudioConfig, EvaluateConfig
 from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.reader import Data, open_data
 from osscl_min.evaluate import Scored, known_machines, score_clips
-from osscl_min.experiments.sweep import Condition, Values, evaluated
+from osscl_min.experiments import figures, sweep
+from osscl_min.experiments.sweep import Condition, Result, Values
 from osscl_min.features import FrontEnd, LogMel, ZeroPhaseFilter, hz_to_mel, mel_to_hz
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import Score, measured
@@ -220,50 +221,76 @@ def rows_of(name: str, detector: Detector) -> Iterator[tuple[dict[str, Any], lis
             yield settings, scored.rows, separation(scored) if name == "embeddings" else {}
         return
     trained = sum(p.numel() for p in detector.trained.model.parameters() if p.requires_grad)
-    scores, values = evaluated(detector.trained.path.parent)
+    scores, values = sweep.evaluated(detector.trained.path.parent)
     yield {}, scores, {"trained parameters (M)": trained / 1e6, **values}
 
 
-def collect(
+def examine(
     name: str,
     checkpoints: Mapping[str, Sequence[Path]],
     data: Path | str,
+    out: Path | str,
     config: EvaluateConfig,
-    device: str = "auto",
     cutoffs: Sequence[float] = CUTOFFS,
-) -> tuple[list[Condition], dict[str, Any]]:
-    """The rows of an experiment, and the facts behind them; `checkpoints` as in `variants.examine`."""
+    device: str = "auto",
+    failed: Mapping[str, str] | None = None,
+) -> Result:
+    """Compare or analyse trained detectors, variant -> a best.pt for each seed, and write the results.
+
+    Returns the content of NAME.json, see `variants.run`.
+    """
     where = choose_device(device)
     prepare(where, config.precision)
+    pairs = [(variant, path) for variant, paths in checkpoints.items() for path in paths]
+    used = checkpoint.load(pairs[0][1]).config
     splits = ("train", "test") if name in TRAINING_CLIPS else ("test",)
+    opened = open_data(data, used.model.audio, splits=splits)
     conditions: dict[tuple, Condition] = {}
-    first, commits = None, set()
-    for variant, path in ((variant, path) for variant, paths in checkpoints.items() for path in paths):
-        trained = checkpoint.load(path, where)
-        opened = first.data if first else open_data(data, trained.config.model.audio, splits=splits)
-        detector = Detector(trained, opened, config, cutoffs)
-        first = first or detector
+    commits = set()
+    for variant, path in pairs:
+        detector = Detector(checkpoint.load(path, where), opened, config, cutoffs)
         for settings, scores, values in rows_of(name, detector):
             settings = {"variant": variant, **settings}
             condition = conditions.setdefault(tuple(settings.values()), Condition(settings))
-            condition.scores[trained.config.train.seed] = scores
+            condition.scores[detector.trained.config.train.seed] = scores
             for heading, value in values.items():
                 condition.values.setdefault(heading, []).append(value)
         if path.with_name("config.json").is_file():
             commits.add(read_json(path.with_name("config.json"))["provenance"]["commit"])
-    used, dataset = first.trained.config, first.data.dataset
     about = {
-        "data": printable(dataset.root.name),
-        "synthetic": dataset.synthetic,
+        "data": printable(opened.dataset.root.name),
+        "synthetic": opened.dataset.synthetic,
         "preset": used.preset,
         "precision": used.train.precision,
         "epochs": used.train.epochs,
         "commits": sorted(commits),
         "provenance": provenance(where),
+        "failed": dict(failed or {}),
     }
     if name == "high-frequency":
-        about |= {
-            "filter": "zero-phase Butterworth, run forwards and backwards",
-            "order": ZeroPhaseFilter.order,
-        }
-    return list(conditions.values()), about
+        about["filter"] = "zero-phase Butterworth, run forwards and backwards"
+        about["order"] = ZeroPhaseFilter.order
+    return finish(name, list(conditions.values()), about, out, config.bootstrap)
+
+
+def finish(
+    name: str, conditions: Sequence[Condition], about: Mapping[str, Any], out: Path | str, times: int
+) -> Result:
+    """Keep the scores, and write the result with its tables and figures."""
+    sweep.keep_scores(conditions, Path(out) / f"{name.replace('-', '_')}_scores.csv")
+    result = sweep.summarise(conditions, {"experiment": name, **about}, times)
+    sweep.write(result, out)
+    figures.write(result, out)
+    return result
+
+
+def remake(folder: Path | str) -> list[str]:
+    """Make every experiment in a folder again from its kept scores; returns their names."""
+    names = []
+    for path in sorted(Path(folder).glob("*_scores.csv")):
+        old = read_json(path.with_name(path.name.replace("_scores.csv", ".json")))
+        names.append(old["experiment"])
+        finish(names[-1], sweep.kept_conditions(old, path), old, folder, old["bootstrap"])
+    if not names:
+        raise UserError(f"{folder}: no kept scores (NAME_scores.csv) in it")
+    return names

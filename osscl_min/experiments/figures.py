@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 from osscl_min.checkpoint import load
-from osscl_min.experiments.sweep import Result, origin, settings_of
+from osscl_min.experiments.sweep import Result, settings_of
 from osscl_min.runtime import plotting as plot
 from osscl_min.runtime.files import read_json
 
@@ -27,19 +26,10 @@ LINES = {"none": "unfiltered", "low-pass": "low-pass: what is below the cut-off 
 
 
 def write(result: Result, out: Path | str) -> list[Path]:
-    """Draw an experiment's figure into OUT, as PNG and PDF, with its origin below the title."""
+    """Draw an experiment's figure into OUT, as PNG and PDF."""
     name = result["experiment"]
     figure = curves(result) if name in AXES else differences(result)
-    add_origin(figure, origin(result))
     return plot.save_all({name.replace("-", "_"): figure}, Path(out))
-
-
-def add_origin(figure: Figure, text: str) -> None:
-    """Small lines below the title, which gets empty lines so that the layout leaves room for them."""
-    lines = textwrap.wrap(text, int(figure.get_figwidth() * 20))
-    figure.suptitle(figure.get_suptitle() + "\n" * len(lines), fontsize=13)
-    look = {"fontsize": 7, "color": plot.GREY, "ha": "center", "va": "top", "linespacing": 1.5}
-    figure.text(0.5, 1 - 0.33 / figure.get_figheight(), "\n".join(lines), **look)
 
 
 def differences(result: Result) -> Figure:

@@ -267,8 +267,8 @@ NOTE = (
     "or, for another variant, from the first variant's row of the same settings; paired by seed, with 95 % "
     "intervals for other training seeds and other test clips: half width² = (t s / √n)² + (t' c)², with s "
     "the standard deviation of n paired differences, c² the covariance of seeds over resampled clips, and t, "
-    "t' from Student's distribution: t is 12.7 with two seeds, 4.3 with three, 2.8 with five; one seed cannot "
-    "be compared. * where the interval leaves out 0; one comparison in twenty does so by chance."
+    "t' from Student's distribution: t is 12.7 with two seeds, 4.3 with three, 2.8 with five; one seed "
+    "cannot be compared. * where the interval leaves out 0; one comparison in twenty does so by chance."
 )
 BOUND = (
     "A drop bounds the reliance on what was taken away from above: it also contains how unfamiliar the "

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from osscl_min.config import Config, EvaluateConfig
-from osscl_min.experiments import analyses, figures, sweep
-from osscl_min.experiments.analyses import ANALYSES, CUTOFFS
+from osscl_min.config import Config
+from osscl_min.experiments import sweep
+from osscl_min.experiments.analyses import ANALYSES, CUTOFFS, examine, remake
 from osscl_min.experiments.sweep import BASELINE, Changes
-from osscl_min.runtime.files import UserError, read_json, write_csv
+from osscl_min.runtime.files import UserError, write_csv
 
 # `ablate all`, in an order that needs few trainings early; precision is left out: it compares processors too
 ALL = ("scores", "high-frequency", "bands", "noise", "embeddings", "training", "inputs", "components",
@@ -112,47 +112,6 @@ def run(
     names = {f"{each.variant}, seed {each.seed}": line for each, line in failed.items()}
     scoring = replace(config.evaluate, precision=config.train.precision)
     return examine(name, checkpoints, data, out, scoring, cutoffs, device, names)
-
-
-def examine(
-    name: str,
-    checkpoints: Mapping[str, Sequence[Path]],
-    data: Path | str,
-    out: Path | str,
-    config: EvaluateConfig,
-    cutoffs: Sequence[float] = CUTOFFS,
-    device: str = "auto",
-    failed: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Compare or examine trained detectors, variant -> a best.pt for each seed, and write the results.
-
-    Returns the content of NAME.json, see `run`.
-    """
-    conditions, about = analyses.collect(name, checkpoints, data, config, device, cutoffs)
-    return finish(name, conditions, about | {"failed": dict(failed or {})}, out, config.bootstrap)
-
-
-def finish(
-    name: str, conditions: Sequence[sweep.Condition], about: Mapping[str, Any], out: Path | str, times: int
-) -> dict[str, Any]:
-    """Keep the scores, and write the result with its tables and figures."""
-    sweep.keep_scores(conditions, Path(out) / f"{name.replace('-', '_')}_scores.csv")
-    result = sweep.summarise(conditions, {"experiment": name, **about}, times)
-    sweep.write(result, out)
-    figures.write(result, out)
-    return result
-
-
-def remake(folder: Path | str) -> list[str]:
-    """Make every experiment in a folder again from its kept scores; returns their names."""
-    names = []
-    for path in sorted(Path(folder).glob("*_scores.csv")):
-        old = read_json(path.with_name(path.name.replace("_scores.csv", ".json")))
-        names.append(old["experiment"])
-        finish(names[-1], sweep.kept_conditions(old, path), old, folder, old["bootstrap"])
-    if not names:
-        raise UserError(f"{folder}: no kept scores (NAME_scores.csv) in it")
-    return names
 
 
 def run_all(data: Path | str, out: Path | str, config: Config, **settings: Any) -> Iterator[tuple[str, Any]]:

@@ -1,122 +1,285 @@
-"""Experiments in their smallest form: they measure what they say, and their files agree and name the data."""
+"""Experiments in their smallest form: runs are shared, rows measure what they say, files agree."""
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from simulations import stars
 
 from osscl_min import checkpoint
-from osscl_min.config import AudioConfig, EvaluateConfig
+from osscl_min.cli import main
+from osscl_min.config import PRESETS, AudioConfig, Config, EvaluateConfig, ModelConfig
 from osscl_min.data.reader import open_data
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate
 from osscl_min.experiments import analyses, figures, sweep, variants
 from osscl_min.features import LogMel, to_wave
+from osscl_min.metrics import Score, resampled
+from osscl_min.model import OSSCL
+from osscl_min.runtime.files import UserError, locked
 
+SUFFIXES = ("json", "csv", "md", "tex", "png", "pdf")
+QUICK = PRESETS["quick"]
 AUDIO = AudioConfig(seconds=1.0)
 SCORING = EvaluateConfig(batch_size=24, bootstrap=30)
-TINY = tiny({"epochs": 1}, evaluate=SCORING)
-SUFFIXES = ("json", "csv", "md", "tex", "png", "pdf")
+SMALL = tiny({"epochs": 1}, model=ModelConfig(audio=AUDIO, inputs=("log_mel",)), evaluate=SCORING)
+MACHINES = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=2, test_anomaly=2)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    counts = SynthConfig(seconds=1.0, ids_per_type=2, train_clips=3, test_normal=3, test_anomaly=3)
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", counts)
+def swept(tmp_path_factory):
+    """Three variants, one of which cannot run, with two seeds: data, out, runs, failures."""
+    folder = tmp_path_factory.mktemp("sweep")
+    data = write_dataset(folder / "data", MACHINES)
+    table = {"os-scl": {}, "no mixup": {"loss.mixup": False}, "broken": {"model.frozen": ["tgram"]}}
+    runs = sweep.plan(table, (0, 1), SMALL, data, folder / "out")
+    return data, folder / "out", runs, sweep.run_all(runs, data, device="cpu", jobs=2)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs the command line, whose preset small is SMALL; returns its exit status."""
+
+    def run(*arguments):
+        monkeypatch.setitem(PRESETS, "small", SMALL)
+        monkeypatch.setattr("sys.argv", ["osscl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0
+
+    return run
+
+
+def test_train_takes_several_seeds(swept, command, capsys):
+    """The runs are there already: nothing is trained, and their average is shown."""
+    data, out, runs, _ = swept
+    options = ("train", "--data", data, "--out", out, "--device", "cpu", "--seeds")
+    assert command(*options, "0,1") == 0
+    averages = [json.loads((runs[k].folder / "evaluation" / "metrics.json").read_text()) for k in (0, 3)]
+    mean = 100 * np.mean([metrics["average"]["auc_id_mean"] for metrics in averages])
+    assert f" {mean:.1f} ± " in capsys.readouterr().out
+    assert command(*options, "0,x") == 2
+    assert "--seeds takes whole numbers" in capsys.readouterr().err
+
+
+def test_settings_are_changed_by_their_path():
+    config = sweep.changed(QUICK, {"loss.mixup": False, "model.audio.cutoff": 500.0})
+    assert not config.loss.mixup and config.model.audio.cutoff == 500
+    assert sweep.changed(config, {"loss.mixup": True, "model.audio.cutoff": 4000.0}) == QUICK
+    for wrong, message in (("loss.mixpu", "unknown setting mixpu"), ("train.seed", "seed")):
+        with pytest.raises(UserError, match=message):
+            sweep.changed(QUICK, {wrong: -1})
+
+
+def test_experiments_share_equal_runs_and_no_others(swept, tmp_path):
+    data = swept[0]
+
+    def folders(table, config=QUICK, where=data):
+        return [run.folder.name for run in sweep.plan(table, (0,), config, where, "out")]
+
+    trained = [name for name in variants.ALL if len(variants.variants(name, QUICK)) > 1]
+    each = [folders(variants.variants(name, QUICK)) for name in trained]
+    assert all(len(set(names)) == len(names) for names in each)
+    assert len(set(sum(each, []))) < len(sum(each, []))
+    assert len(set.intersection(*map(set, each))) == 1  # the baseline
+    places = (data, write_dataset(tmp_path / "data", replace(MACHINES, seed=9)))
+    rates = [replace(QUICK, train=replace(QUICK.train, learning_rate=rate)) for rate in (1e-3, 1e-2)]
+    longer = replace(QUICK, train=replace(QUICK.train, epochs=5))
+    assert len({folders({"os-scl": {}}, c, where)[0] for c in (*rates, longer) for where in places}) == 6
+    engine = replace(QUICK, engine=replace(QUICK.engine, log_steps=3))
+    copied = shutil.copytree(data, tmp_path / "copy" / "data")
+    assert folders({"os-scl": {}}) == folders({"os-scl": {}}, engine, copied)
+
+
+def test_the_papers_rows_are_there():
+    def rows(name):
+        table = variants.variants(name, Config())
+        return {row: sweep.changed(Config(), changes) for row, changes in table.items()}
+
+    parts = {(row.model.head, row.loss.contrastive) for row in rows("components").values()}
+    assert parts > {("basic", "noise"), ("basic", "none"), ("none", "noise"), ("none", "none")}
+    assert parts > {("basic", "clean"), ("basic", "weighted")}
+    assert {row.model.margin for row in rows("components").values()} == {0.0, 0.2, 0.4, 0.6}
+    assert len({row.model.inputs for row in rows("inputs").values()}) == 4
+    schemes = rows("training")
+    assert schemes["two-stage"].train.pretrain_epochs == 150
+    arcmix = schemes["ArcMix"].loss
+    assert (arcmix.mixup, arcmix.margin_on, arcmix.contrastive) == (True, "each", "none")
+    assert len({row.model.audio for row in rows("high-frequency-training").values()}) == 17
+
+
+def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_reused(swept):
+    data, _, runs, failed = swept
+    assert {run.variant for run in failed} == {"broken"} and len(failed) == 2
+    assert all("model.frozen" in line for line in failed.values())
+    done = [run for run in runs if run not in failed]
+    assert all((run.folder / "evaluation" / "metrics.json").is_file() for run in done)
+    before = [(run.folder / "best.pt").stat().st_mtime_ns for run in done]
+    assert not sweep.run_all(done, data, device="cpu", jobs=2)
+    assert [(run.folder / "best.pt").stat().st_mtime_ns for run in done] == before
+    with pytest.raises(UserError, match="nothing to compare with: no"):
+        sweep.finished(runs, dict.fromkeys(runs, "no"))
+
+
+@pytest.mark.parametrize("change", [lambda c: c["config"]["train"].update(epochs=2), lambda c: c.clear()])
+def test_a_folder_that_holds_something_else_is_refused(swept, tmp_path, change):
+    data, _, runs, _ = swept
+    folder = shutil.copytree(runs[0].folder, tmp_path / "runs" / runs[0].folder.name)
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (message,) = sweep.run_all([replace(runs[0], folder=folder)], data, device="cpu").values()
+    assert "holds another run" in message and "\n" not in message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_do_not_share_a_folder(swept):
+    data, out, runs, _ = swept
+    with locked(out / "runs", "running experiments"), pytest.raises(UserError, match="another process"):
+        sweep.run_all(runs, data, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("components", {"seeds": ()}, "--seeds needs at least one number"),
+        (
+            "components",
+            {"only": ("rubbish",)},
+            "components has no variant rubbish; it has os-scl, head: leaky",
+        ),
+        ("components", {"cutoffs": (0.0,)}, "--cutoffs lie between 0 and 8000 Hz"),
+        ("components", {"cutoffs": (9000.0,)}, "--cutoffs lie between 0 and 8000 Hz"),
+        ("components", {"cutoffs": ()}, "--cutoffs needs at least one frequency"),
+        ("components", {"jobs": 0}, "--jobs is at least 1"),
+        ("components", {"checkpoint": "best.pt"}, "trains its own detectors"),
+        ("training", {}, r"pretrain_epochs: 1 must be below train.epochs \(1\)"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(swept, tmp_path, name, options, message):
+    with pytest.raises(UserError, match=message):
+        variants.run(name, swept[0], tmp_path / "out", SMALL, **{"seeds": (0,), **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_runs_every_experiment_and_survives_failures(swept, tmp_path, command, monkeypatch, capsys):
+    done = []
+
+    def run(name, *_, **__):
+        done.append(name)
+        if name == "bands":
+            raise UserError("no bands today")
+        (tmp_path / f"{name.replace('-', '_')}.md").write_text(f"table of {name}\n")
+        return {"failed": {}}
+
+    monkeypatch.setattr(variants, "run", run)
+    assert command("ablate", "all", "--data", swept[0], "--out", tmp_path) == 1
+    shown = capsys.readouterr()
+    assert tuple(done) == variants.ALL and set(variants.ALL) > set(variants.ANALYSES)
+    assert "failed: bands: no bands today" in shown.err and "table of inputs" in shown.out
+    assert (tmp_path / "timing.csv").read_text().startswith("step,seconds\nscores,0\n")
 
 
 @pytest.fixture(scope="module")
-def out(data, tmp_path_factory):
-    """Every experiment that examines detectors, on one sweep: three variants, the first with two seeds."""
-    folder = tmp_path_factory.mktemp("experiments")
-    common = {"device": "cpu", "jobs": 2}
-    variants.run("scores", data, folder, TINY, seeds=(0, 1), **common)
-    for name in ("noise", "embeddings", "bands"):
-        variants.run(name, data, folder, TINY, seeds=(0,), **common)
-    variants.run("high-frequency", data, folder, TINY, seeds=(0, 1), cutoffs=(2000.0,), **common)
-    return folder
+def results(swept):
+    """The result of every experiment, in the sweep's folder; two seeds where tests compare them."""
+    data, out, _, _ = swept
+    seeds = {"high-frequency": (0, 1), "scores": (0, 1), "components": (0, 1)}
+    only = {"components": ("no mixup",)}
+    return {
+        name: variants.run(
+            name, data, out, SMALL, seeds=seeds.get(name, (0,)), only=only.get(name, ("os-scl",)),
+            cutoffs=(2000.0,), device="cpu",
+        )
+        for name in ("components", *analyses.ANALYSES)
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def baseline(out):
-    return [next((out / "runs").glob(f"os-scl-seed{seed}-*")) / "best.pt" for seed in (0, 1)]
+def detector(swept):
+    data, _, runs, _ = swept
+    return analyses.Detector(checkpoint.load(runs[0].folder / "best.pt"), open_data(data, AUDIO), SCORING)
 
 
-@pytest.fixture(scope="module")
-def detector(baseline, data):
-    return analyses.Detector(checkpoint.load(baseline[0]), open_data(data, AUDIO), SCORING)
+def evaluations(swept, variant):
+    folders = [run.folder for run in swept[2] if run.variant == variant]
+    return [json.loads((folder / "evaluation" / "metrics.json").read_text())["average"] for folder in folders]
 
 
-def read(out, name):
-    return json.loads((out / f"{name}.json").read_text())
-
-
-def test_every_experiment_leaves_its_files_and_names_the_data(out):
-    for name in (name.replace("-", "_") for name in analyses.ANALYSES):
-        for suffix in SUFFIXES:
-            assert (out / f"{name}.{suffix}").stat().st_size > 200, (name, suffix)
-        for suffix in ("md", "tex"):
-            text = (out / f"{name}.{suffix}").read_text()
-            assert "Synthetic: simulated machines" in text and "commit" in text and "1 epochs" in text
-    names = {path.name.rpartition("-")[0] for path in (out / "runs").iterdir() if path.is_dir()}
-    assert names == {
-        "os-scl-seed0",
-        "os-scl-seed1",
-        "noise-0.5-seed0",
-        "head-none-seed0",
-    }  # all else is shared
-    config = json.loads(next((out / "runs").glob("noise-0.5*/config.json")).read_text())
-    assert config["config"]["train"]["noise"] == 0.5
-
-
-def test_the_first_condition_is_the_plain_evaluation(out, baseline, data, tmp_path):
-    each = [evaluate(path, data, tmp_path, config=SCORING)["metrics"]["average"]["auc_id_mean"]
-            for path in baseline]  # fmt: skip
-    for name in ("high_frequency", "scores"):
-        row = read(out, name)["conditions"][0]
-        assert row["each"]["auc_id_mean"] == pytest.approx(each) and row["seeds"] == [0, 1]
-        assert row["metrics"]["average"]["auc_id_mean"] == pytest.approx(np.mean(each))
-        assert "difference" not in row
-
-
-def test_csv_and_json_agree(out):
-    result = read(out, "high_frequency")
-    with open(out / "high_frequency.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == 7 * len(result["conditions"]) == 21
-    for line in lines:
-        row = next(row for row in result["conditions"] if row["filter"] == line["filter"])
-        if line["type"] == "average":
+def test_files_agree_and_name_the_data(swept, results):
+    for name, result in results.items():
+        stem = swept[1] / name.replace("-", "_")
+        files = {suffix: stem.with_suffix(f".{suffix}").read_bytes() for suffix in SUFFIXES}
+        assert json.loads(files["json"]) == result
+        lines = list(csv.DictReader(files["csv"].decode().splitlines()))
+        for line, row in zip(lines[::7], result["conditions"], strict=True):  # average, then six types
             assert float(line["auc_id_mean"]) == row["metrics"]["average"]["auc_id_mean"]
-        if line["difference_mean"]:
-            assert json.loads(line["difference_interval"]) == row["difference"][line["type"]]["interval"]
+            if row.get("difference"):
+                assert float(line["difference_mean"]) == row["difference"]["mean"]
+        for suffix in ("md", "tex"):
+            text = files[suffix].decode()
+            assert "Synthetic: simulated machines" in text and "trained at commit" in text
 
 
-def test_remade_tables_are_the_same(out):
-    before = {
-        path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".json", ".md", ".csv")
-    }
-    assert set(variants.remake(out)) == set(analyses.ANALYSES)
-    assert {name: (out / name).read_bytes() for name in before} == before
+def test_remade_files_are_the_same(swept, results, tmp_path):
+    for name in ("components.json", "components_scores.csv"):
+        shutil.copy(swept[1] / name, tmp_path)
+    assert variants.remake(tmp_path) == ["components"]
+    for name in ("components.json", "components.md", "components.csv", "components_scores.csv"):
+        assert (tmp_path / name).read_bytes() == (swept[1] / name).read_bytes()
+    assert (tmp_path / "components.png").is_file()
+    with pytest.raises(UserError, match="no kept scores"):
+        variants.remake(tmp_path / "nothing")
+
+
+def test_rows_of_plain_clips_are_the_evaluation(swept, results):
+    for name, place, variant in (
+        ("high-frequency", 0, "os-scl"), ("scores", 0, "os-scl"), ("components", 1, "no mixup"),
+    ):  # fmt: skip
+        row = results[name]["conditions"][place]
+        expected = [average["auc_id_mean"] for average in evaluations(swept, variant)]
+        assert row["variant"] == variant and row["seeds"] == [0, 1]
+        assert row["each"]["auc_id_mean"] == pytest.approx(expected)
+        assert row["metrics"]["average"]["auc_id_mean"] == pytest.approx(np.mean(expected))
+    values = results["components"]["conditions"][0]["values"]
+    network = checkpoint.load(swept[2][0].folder / "best.pt").model
+    count = sum(weight.numel() for weight in network.parameters())
+    assert values["trained parameters (M)"] == [count / 1e6] * 2 and len(values) == 4
+
+
+def test_conditions_are_all_there_and_matter(results):
+    fills = {row["replaced_by"] for row in results["bands"]["conditions"]}
+    assert fills == {"nothing", "silence", "training mean"}
+    for name, count in (("high-frequency", 3), ("bands", 1 + 2 * analyses.BANDS), ("noise", 1 + 3 * 4)):
+        first, *rest = results[name]["conditions"]
+        assert len(rest) == count - 1 and any(row["each"] != first["each"] for row in rest)
+        assert all("difference" in row for row in rest)
+
+
+def test_failed_runs_are_named(swept, results, tmp_path):
+    paths = {"os-scl": [swept[2][0].folder / "best.pt"]}
+    variants.examine("components", paths, swept[0], tmp_path, Config().evaluate, device="cpu",
+                     failed={"broken, seed 0": "why"})  # fmt: skip
+    assert "Failed: broken, seed 0: why" in (tmp_path / "components.md").read_text()
 
 
 def test_development_and_evaluation_sets_are_never_pooled(detector, monkeypatch):
+    reader = detector.data.test
     clips = [
-        replace(clip, subset="evaluation") if clip.machine_id == "02" else clip
-        for clip in detector.data.test.clips
+        replace(clip, subset="evaluation") if clip.machine_type == "fan" else clip for clip in reader.clips
     ]
-    monkeypatch.setattr(detector.data.test, "clips", clips)
-    development = [position for position, clip in enumerate(clips) if clip.machine_id != "02"]
+    monkeypatch.setattr(reader, "clips", clips)
+    development = [position for position, clip in enumerate(clips) if clip.machine_type != "fan"]
     assert detector.positions("test") == development and 0 < len(development) < len(clips)
     assert {row.subset for row in detector.score().rows} == {"development"}
-    seen = [position for _, _, positions in detector.batches("test") for position in positions]
-    assert sorted(seen) == development
-    unlabelled = [replace(clip, anomaly=None) if clip.machine_id != "02" else clip for clip in clips]
-    monkeypatch.setattr(detector.data.test, "clips", unlabelled)
+    unlabelled = [clip if clip.machine_type == "fan" else replace(clip, anomaly=None) for clip in clips]
+    monkeypatch.setattr(reader, "clips", unlabelled)
     assert {row.subset for row in detector.score().rows} == {"evaluation"}
 
 
@@ -145,118 +308,114 @@ def test_levels_are_the_machines_means(detector):
     reader = detector.data.train
     machine = reader.clips[5].machine
     chosen = [n for n, clip in enumerate(reader.clips) if clip.machine == machine]
-    log_mel = LogMel(AUDIO)(to_wave(reader.read(chosen)))
+    log_mel = LogMel(detector.trained.config.model.audio)(to_wave(reader.read(chosen)))
     level = analyses.machine_levels(detector)[detector.trained.classes.index(machine)]
     torch.testing.assert_close(level, log_mel.mean((0, 1, 3)))
 
 
-def test_a_band_that_matters_costs(out):
-    rows = read(out, "bands")["conditions"]
-    assert len(rows) == 1 + 2 * analyses.BANDS
-    assert {row["replaced_by"] for row in rows} == {"nothing", "silence", "training mean"}
-    assert any(row["each"] != rows[0]["each"] for row in rows[1:])
-    energy = read(out, "bands")["energy"]
-    for kind in ("normal", "anomalous"):
-        shares = np.array([entry[kind] for entry in energy]).reshape(analyses.BANDS, 6)
-        np.testing.assert_allclose(shares.sum(0), 1, rtol=1e-6)
-
-
-def test_energy_shares_of_a_known_sound(detector, monkeypatch):
-    time = np.arange(AUDIO.samples) / AUDIO.sample_rate
-    tone = (8000 * np.sin(2 * np.pi * 3000 * time)).astype(np.int16)
-
-    def read(positions, out=None):
-        out = np.empty((len(positions), len(tone)), np.int16) if out is None else out
-        out[:] = tone
-        return out
-
-    monkeypatch.setattr(detector.data.test, "read", read)
-    for entry in analyses.energy_shares(detector):
-        expected = float(entry["low_hz"] <= 3000 < entry["high_hz"])
-        assert entry["normal"] == pytest.approx(expected, abs=1e-3)
-
-
-def test_filters_respond_as_they_are_written(detector):
-    trained = detector.trained
-    kernel = np.zeros(11)
-    kernel[4:6] = 0.5, -0.5  # a difference: |2 sin(pi f / rate)| / 2
-    with torch.no_grad():
-        before = trained.model.tfgram.conv[0].weight.clone()
-        trained.model.tfgram.conv[0].weight[0, 0] = torch.from_numpy(kernel)
-        gain = analyses.frequency_responses(trained)["tfgram"][0]
-        trained.model.tfgram.conv[0].weight.copy_(before)
-    hertz = np.linspace(0, 8000, 513)[1:]
-    np.testing.assert_allclose(gain[1:], 20 * np.log10(np.sin(np.pi * hertz / 16000)), atol=1e-4)
-
-
-def test_filters_are_compared_with_their_start(out, baseline):
-    with np.load(out / "high_frequency_filters.npz") as file:
-        assert {name: file[name].shape for name in file} == {
-            f"{part}_{when}": (filters, 513)
-            for part, filters in (("tgram", 128), ("tfgram", 64))
-            for when in ("before", "after")
-        }
-        start = analyses.frequency_responses(checkpoint.load(baseline[0].with_name("initial.pt")))
-        np.testing.assert_array_equal(file["tgram_before"], start["tgram"])
-        assert (file["tfgram_before"] != file["tfgram_after"]).any()
-
-
-def test_noise_is_compared_within_and_between_detectors(out):
-    rows = read(out, "noise")["conditions"]
-    assert len(rows) == 2 * (1 + 3 * 4)
-    assert {row["variant"] for row in rows} == {"os-scl", "noise in training"}
-    for row in rows:
-        assert ("gain" in row) == (row["variant"] != "os-scl")
-        assert ("difference" in row) == (row["noise"] != "none")
-    assert "one seed: not comparable" in (out / "noise.md").read_text()
-
-
 def test_embeddings_of_known_clusters(detector):
     plain = detector.plain
-    corner = np.eye(128, dtype=np.float32)
     anomaly = np.array([clip.anomaly for clip in plain.clips])
-    apart = replace(plain, embeddings=corner[2 * plain.labels + anomaly])
-    values = analyses.separation(apart)
-    assert values["silhouette_machines"] == values["silhouette_anomalies"] == pytest.approx(1)
-    assert values["neighbour_normal"] == values["neighbour_anomalous"] == values["neighbour_kind"] == 100
+    apart = replace(plain, embeddings=np.eye(128, dtype=np.float32)[2 * plain.labels + anomaly])
+    assert list(analyses.separation(apart).values()) == pytest.approx([1, 1])
     mixed = replace(plain, embeddings=np.random.default_rng(0).standard_normal((len(anomaly), 128)))
-    values = analyses.separation(mixed)
-    assert abs(values["silhouette_machines"]) < 0.1 and values["neighbour_normal"] < 50
+    assert abs(analyses.separation(mixed)["silhouette of machines"]) < 0.1
 
 
-def test_a_given_checkpoint_is_examined_and_nothing_is_trained(baseline, data, tmp_path):
+def test_a_given_checkpoint_is_examined_and_nothing_is_trained(swept, tmp_path):
+    data, _, runs, _ = swept
+    best = runs[0].folder / "best.pt"
     result = variants.run(
-        "high-frequency", data, tmp_path, TINY, checkpoint=baseline[0], cutoffs=(3000.0,), device="cpu"
+        "high-frequency", data, tmp_path, SMALL, checkpoint=best, cutoffs=(3000.0,), device="cpu"
     )
     assert not (tmp_path / "runs").exists()
     assert [row["variant"] for row in result["conditions"]] == ["given"] * 3
-    plain = evaluate(baseline[0], data, tmp_path / "plain", config=SCORING, device="cpu")["metrics"]
+    plain = evaluate(best, data, tmp_path / "plain", config=SCORING, device="cpu")["metrics"]
     assert result["conditions"][0]["metrics"] == plain
 
 
-def test_filtered_training_shares_the_baseline_and_has_its_figure(out, data):
-    result = variants.run(
-        "high-frequency-training", data, out, TINY, seeds=(0,), cutoffs=(4000.0,), only=("low-pass 4 kHz",),
-        device="cpu",
-    )  # fmt: skip
-    assert [(row["filter"], row["cutoff_hz"]) for row in result["conditions"]] == [
-        ("none", None), ("low-pass", 4000.0),
-    ]  # fmt: skip
-    assert len(list((out / "runs").glob("os-scl-seed0*"))) == 1
-    for suffix in SUFFIXES:
-        assert (out / f"high_frequency_training.{suffix}").is_file()
-    lines = figures.high_frequency(result).axes[0].lines
-    assert [line.get_ydata()[0] / 100 for line in lines[:2]] == pytest.approx(
-        [row["each"]["auc_id_mean"][0] for row in result["conditions"]]
-    )
+def test_first_filters_respond_as_they_are_written(tmp_path):
+    """A difference of neighbouring samples has the response |2 sin(pi f / rate)|, largest at the end."""
+    config = Config(model=ModelConfig(classes=2))
+    for name in ("initial", "best"):
+        model = OSSCL(config.model)
+        with torch.no_grad():
+            model.tfgram.conv[0].weight[:] = 0
+            model.tfgram.conv[0].weight[:, 0, 4:6] = torch.tensor([0.5, -0.5])
+        content = {"ema": model.state_dict(), "epoch": 0}
+        checkpoint.save(tmp_path / f"{name}.pt", content, config, (("fan", "00"), ("fan", "02")), False)
+    figure = figures.first_filters(tmp_path, False)
+    titles = [f"{part}, {when} training" for when in ("before", "after") for part in ("Tgram", "TFgram")]
+    pictures = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in pictures] == titles
+    gain = pictures[1].images[0].get_array()
+    hertz = np.linspace(0, 8000, 513)
+    assert gain.shape == (64, 513) and pictures[0].images[0].get_array().shape == (128, 513)
+    np.testing.assert_allclose(gain[7, 1:], 20 * np.log10(np.sin(np.pi * hertz[1:] / 16000)), atol=1e-4)
 
 
-def test_a_figure_says_where_it_comes_from(out):
-    result = read(out, "noise")
-    figure = figures.noise(result)
-    figures.add_origin(figure, sweep.origin(result))
-    figure.draw_without_rendering()
-    (text,) = (text for text in figure.texts if "Synthetic" in text.get_text())
-    below = text.get_window_extent().ymin
-    assert all(ax.get_tightbbox().ymax < below for ax in figure.axes)
+def test_a_figure_shows_its_rows(results):
+    result = results["noise"]
+    figure = figures.curves(result)
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    rows = [row for row in result["conditions"] if row["noise"] == "pink"]
+    assert list(drawn["pink"].get_xdata()) == [-10, 0, 10, 20]
+    expected = [100 * row["metrics"]["average"]["auc_id_mean"] for row in rows]
+    assert list(drawn["pink"].get_ydata()[::-1]) == pytest.approx(expected)
     assert "(synthetic data)" in figure.get_suptitle()
+    dots = figures.differences(results["components"]).axes[0]
+    assert [label.get_text() for label in dots.get_yticklabels()] == ["os-scl", "no mixup"]
+    shown = [list(line.get_xdata()) for line in dots.lines if len(line.get_xdata()) == 2]
+    for values, row in zip(shown, results["components"]["conditions"], strict=True):
+        assert values == pytest.approx([100 * area for area in row["each"]["auc_id_mean"]])
+
+
+def scores(shift, seed, count=60):
+    random = np.random.default_rng(seed)
+    return [
+        Score(f"{kind}_{k}", "fan", machine, float(random.standard_normal() + shift * kind), kind)
+        for machine in ("00", "02")
+        for kind in (0, 1)
+        for k in range(count)
+    ]
+
+
+def systems(shift, seeds):
+    return [resampled(scores(shift, seed), 200) for seed in seeds]
+
+
+def test_a_difference_is_clear_only_beyond_both_noises():
+    base = systems(0.5, range(4))
+    better = sweep.difference(systems(2.5, range(4, 8)), base)
+    assert better["clear"] and better["interval"][0] > 0.1
+    assert better["mean"] == pytest.approx(np.mean(better["seeds"]))
+    assert not sweep.difference(systems(0.5, range(4, 8)), base)["clear"]
+    same = sweep.difference(base, base)
+    assert same["interval"] == [0, 0] and not same["clear"]
+    split = sweep.difference([*systems(2.5, (4, 5)), *systems(0.1, (6, 7))], base)
+    assert not split["clear"] and np.std(split["seeds"]) > 0.1
+    one = sweep.difference(systems(5.0, (4,)), systems(0.0, (0,)))
+    assert one["interval"] is None and not one["clear"] and one["mean"] > 0.3
+    assert sweep.difference_text(one).endswith("(one seed: not comparable)")
+
+
+def test_a_row_is_compared_with_the_first_or_with_its_like():
+    """The first variant's rows with its first one, another variant's with the first variant's like it."""
+    shifts = {("a", "none"): 1.0, ("a", "white"): 0.2, ("b", "none"): 1.5, ("b", "white"): 0.9}
+    conditions = [
+        sweep.Condition({"variant": variant, "noise": noise}, {seed: scores(shift, seed) for seed in (0, 1)})
+        for (variant, noise), shift in shifts.items()
+    ]
+    rows = sweep.summarise(conditions, {}, 20)["conditions"]
+    area = [np.mean(row["each"]["auc_id_mean"]) for row in rows]
+    assert "difference" not in rows[0]
+    for row, like in ((1, 0), (2, 0), (3, 1)):
+        assert rows[row]["difference"]["mean"] == pytest.approx(area[row] - area[like])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_identical_variants_get_few_stars(seeds):
+    """At most 7 % of comparisons and what 200 simulations leave open; results/statistics.md has 2,000."""
+    for seed_sd, count in ((0.015, 16), (0.053, 16), (0.015, 200), (0.053, 200)):
+        assert stars(seeds, seed_sd, count, times=200) <= 7 + 100 * 2 * np.sqrt(0.05 * 0.95 / 200)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from osscl_min.augment import training_noise
+from osscl_min.augment import NOISES, noise, training_noise
 from osscl_min.config import AudioConfig
-from osscl_min.experiments import perturbations
+from osscl_min.experiments.analyses import clip_noise, mel_bands, replace_band
 from osscl_min.features import LogMel, mel_filters
 
 AUDIO = AudioConfig(seconds=2.0)
@@ -18,23 +18,16 @@ def wave():
     return 0.05 * torch.randn(4, AUDIO.samples, generator=torch.Generator().manual_seed(0))
 
 
-def octaves(noise):
+def octaves(wave):
     """Power (dB) from 125 to 250 Hz, ..., 4 to 8 kHz."""
-    power = np.abs(np.fft.rfft(noise)) ** 2
-    frequency = np.fft.rfftfreq(len(noise), 1 / RATE)
-    edges = 125 * 2.0 ** np.arange(7)
-    return np.array(
-        [10 * np.log10(power[(frequency >= low) & (frequency < 2 * low)].sum()) for low in edges[:-1]]
-    )
+    edges = np.searchsorted(np.fft.rfftfreq(len(wave), 1 / RATE), 125 * 2.0 ** np.arange(7))
+    return 10 * np.log10(np.add.reduceat(np.abs(np.fft.rfft(wave)) ** 2, edges)[:-1])
 
 
 def test_colours():
-    noises = {
-        kind: perturbations.noise(kind, 8 * RATE, RATE, np.random.default_rng(0))
-        for kind in perturbations.NOISES
-    }
-    for noise in noises.values():
-        assert noise.dtype == np.float32 and np.mean(noise**2) == pytest.approx(1, rel=1e-4)
+    noises = {kind: noise(kind, 8 * RATE, RATE, np.random.default_rng(0)) for kind in NOISES}
+    for wave in noises.values():
+        assert wave.dtype == np.float32 and np.mean(wave**2) == pytest.approx(1, rel=1e-4)
     np.testing.assert_allclose(np.diff(octaves(noises["white"])), 10 * np.log10(2), atol=0.5)
     np.testing.assert_allclose(np.diff(octaves(noises["pink"])), 0, atol=0.5)
     power = np.abs(np.fft.rfft(noises["factory"])) ** 2  # bins of 1/8 Hz
@@ -46,13 +39,13 @@ def test_colours():
 @pytest.mark.parametrize("snr", [20.0, -10.0])
 def test_the_ratio_is_kept_for_each_clip(wave, snr):
     wave = wave * torch.tensor([[1.0], [0.1], [2.0], [0.5]])
-    noisy = perturbations.clip_noise("pink", snr, AUDIO)(wave)
-    measured = 10 * torch.log10(wave.square().mean(1) / (noisy - wave).square().mean(1))
+    added = clip_noise("pink", snr, AUDIO)(wave) - wave
+    measured = 10 * torch.log10(wave.square().mean(1) / added.square().mean(1))
     torch.testing.assert_close(measured, torch.full((4,), snr), rtol=0, atol=0.01)
 
 
 def test_a_clips_noise_is_its_own_in_any_batch(wave):
-    apply = perturbations.clip_noise("factory", 0.0, AUDIO)
+    apply = clip_noise("factory", 0.0, AUDIO)
     together = apply(wave)
     assert torch.equal(together[2:3], apply(wave[2:3]))
     added = together - wave
@@ -71,24 +64,19 @@ def test_training_noise_follows_from_its_generator(wave):
 
 
 def test_bands_cover_the_rows_once_and_their_edges_are_the_filters():
-    bands = perturbations.bands(AUDIO, 8)
-    assert [rows.start for rows, _, _ in bands] == list(range(0, 128, 16)) and bands[-1][0].stop == 128
-    assert bands[0][1] == 0 and bands[-1][2] == 8000
-    peaks = mel_filters(AUDIO).argmax(1) * RATE / AUDIO.n_fft
-    for rows, low, high in bands:
-        assert (peaks[rows] >= low - 8).all() and (peaks[rows] <= high + 8).all()  # bins of 7.8 Hz
-    for (_, _, above), (_, below, _) in zip(bands, bands[1:], strict=False):
-        assert above == below
+    rows, lows, highs = zip(*mel_bands(AUDIO, 8), strict=True)
+    assert [(part.start, part.stop) for part in rows] == [(k, k + 16) for k in range(0, 128, 16)]
+    assert (lows[0], highs[-1]) == (0, 8000) and lows[1:] == highs[:-1]
+    peaks = mel_filters(AUDIO).argmax(1).reshape(8, 16) * RATE / AUDIO.n_fft
+    assert (peaks.min(1) >= np.array(lows) - 8).all()  # bins of 7.8 Hz
+    assert (peaks.max(1) <= np.array(highs) + 8).all()
 
 
 def test_a_band_is_replaced_by_silence_or_its_machines_level(wave):
     log_mel, labels = LogMel(AUDIO)(wave), torch.tensor([0, 1, 1, 0])
-    silent = perturbations.replace_band(slice(16, 32))(log_mel, labels)
-    assert (silent[:, :, 16:32] == -100).all()
     levels = -torch.arange(256.0).reshape(2, 128)
-    level = perturbations.replace_band(slice(16, 32), levels)(log_mel, labels)
-    assert (level[1, 0, 20] == levels[1, 20]).all() and (level[3, 0, 31] == levels[0, 31]).all()
-    for changed in (silent, level):
-        kept = torch.ones(128, dtype=torch.bool)
-        kept[16:32] = False
-        assert torch.equal(changed[:, :, kept], log_mel[:, :, kept])
+    for level, expected in ((None, -100.0), (levels, levels[labels][:, None, 16:32, None])):
+        changed = replace_band(slice(16, 32), level)(log_mel, labels)
+        assert (changed[:, :, 16:32] == expected).all()
+        assert torch.equal(changed[:, :, :16], log_mel[:, :, :16])
+        assert torch.equal(changed[:, :, 32:], log_mel[:, :, 32:])
