@@ -92,10 +92,11 @@ def _execute(source: Path, run: Path, data: Path | None) -> str:
 
 
 def _page(executed: Path) -> str:
-    """An executed notebook as HTML that needs no other file; links to notebooks become links to pages."""
+    """An executed notebook as HTML that needs no other file; links lead to other pages or become text."""
     from nbconvert import HTMLExporter
 
     plain = executed.stem == "report"  # code is noise on the first page
     exporter = HTMLExporter(raw_template=TEMPLATE, exclude_input=plain, exclude_output_prompt=plain)
     text = exporter.from_filename(str(executed))[0]
+    text = re.sub(r'<a href="\.\./[^"]*">(.*?)</a>', r"\1", text)
     return re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', text)

@@ -1,6 +1,5 @@
 """From a run to results/ and into the documents."""
 
-import json
 import re
 import shutil
 from urllib.parse import unquote
@@ -9,35 +8,40 @@ import pytest
 
 from osscl_min.report import results
 from osscl_min.report.update import DOCUMENTS, PICTURES, cost_table, fill, keep
-from osscl_min.runtime.files import ROOT, UserError
+from osscl_min.runtime.files import ROOT, UserError, read_json
 
 
-def test_a_run_is_kept(tiny_run, tmp_path):
+@pytest.fixture
+def run(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.wav"))
     (run / "timing.csv").write_text("step,seconds\ntraining,70\nreport,5\n")
+    return run
+
+
+def test_a_run_is_kept(run, tmp_path):
     (run / "figures").mkdir()
     for picture in PICTURES:
         (run / "figures" / picture).write_bytes(picture.encode())
-    keep(run, tmp_path / "kept")
-    table = (tmp_path / "kept" / "results.md").read_text()
-    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    assert f"{100 * metrics['average']['auc_pooled']:.2f}" in table and "average, untrained" in table
-    assert "Synthetic: simulated machines." in table
-    assert (tmp_path / "kept" / "headline.md").read_text().strip() == results.headline(run)
-    assert "| ToyConveyor" in (tmp_path / "kept" / "thresholds.md").read_text()
-    for picture in PICTURES:
-        assert (tmp_path / "kept" / picture).read_bytes() == picture.encode()
+    kept = tmp_path / "kept"
+    keep(run, kept)
+    metrics = read_json(run / "evaluation" / "metrics.json")
+    for file, parts in {
+        "results.md": ("average, untrained", "Synthetic", f"{100 * metrics['average']['auc_pooled']:.2f}"),
+        "headline.md": (results.headline(run),),
+        "thresholds.md": ("| ToyConveyor",),
+        "cost.md": ("75 s",),
+        **{picture: (picture,) for picture in PICTURES},
+    }.items():
+        assert all(part in (kept / file).read_text() for part in parts), file
+    assert read_json(kept / "metrics.json")["evaluation"] == metrics
     paper = {path.name for path in (tmp_path / "paper").iterdir()}
     assert paper == {"kept_results.tex", "kept_machines.tex", "kept_thresholds.tex"}
-    assert json.loads((tmp_path / "kept" / "metrics.json").read_text())["evaluation"] == metrics
     (run / "evaluation" / "evaluation.json").unlink()
     with pytest.raises(UserError, match="evaluation.json is missing"):
         keep(run, tmp_path / "again")
 
 
-def test_cost_is_a_table(tiny_run, tmp_path):
-    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.wav"))
-    (run / "timing.csv").write_text("step,seconds\ntraining,70\nreport,5\n")
+def test_cost_is_a_table(run):
     rows = dict(cost_table(run))
     assert rows["training"] == "70 s" and rows["all steps"] == "75 s" and "peak memory" in rows
     for path in (run / "log.jsonl", run / "evaluation" / "evaluation.json"):  # not Linux: memory unknown
