@@ -13,20 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import silhouette_score
-from sklearn.neighbors import NearestNeighbors
-from torch.nn import functional as F
 
 from osscl_min import checkpoint
 from osscl_min.augment import NOISES, add_noise, noise
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig, EvaluateConfig
-from osscl_min.data.batches import batches_of, load_batches
 from osscl_min.data.reader import Data, open_data
 from osscl_min.evaluate import Scored, known_machines, score_clips
 from osscl_min.experiments import figures, sweep
 from osscl_min.experiments.sweep import Condition, Result, Values
-from osscl_min.features import FrontEnd, LogMel, ZeroPhaseFilter, hz_to_mel, mel_to_hz
-from osscl_min.losses import anomaly_score
+from osscl_min.features import LogMel, ZeroPhaseFilter, hz_to_mel, mel_to_hz
 from osscl_min.metrics import Score, measured
 from osscl_min.runtime.device import choose_device, prepare
 from osscl_min.runtime.files import UserError, printable, provenance, read_json
@@ -34,7 +30,7 @@ from osscl_min.runtime.files import UserError, printable, provenance, read_json
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
 SNRS = (20.0, 10.0, 0.0, -10.0)  # dB
 BANDS = 8  # with equally many mel bands each
-NEIGHBOURS = 5  # training embeddings whose mean distance is a score
+SCORES = ("seeds", "scores")  # experiments that compare the anomaly scores of the same detectors
 
 
 def clip_noise(kind: str, snr: float, audio: AudioConfig) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -91,21 +87,15 @@ class Detector:
     config: EvaluateConfig
     cutoffs: Sequence[float] = CUTOFFS
 
-    def positions(self, split: str) -> list[int]:
-        """The clips of known machines: all training clips, and the test clips that metrics are made of."""
-        reader = getattr(self.data, split)
-        known, _ = known_machines(self.trained, reader)
-        if split == "train":
-            return known
-        chosen = set(measured([reader.clips[position] for position in known]))
+    def score(self, **changes: Any) -> Scored:
+        """Score the test clips that metrics are made of; `changes` go to `score_clips`."""
+        clips = self.data.test.clips
+        known, _ = known_machines(self.trained, self.data.test)
+        chosen = set(measured([clips[position] for position in known]))
         if not chosen:
             raise UserError("no test clip has a known truth, so there is nothing to measure")
-        return [position for position in known if reader.clips[position] in chosen]
-
-    def score(self, split: str = "test", **changes: Any) -> Scored:
-        """Score the clips of a split; `changes` go to `score_clips`."""
-        reader, positions = getattr(self.data, split), self.positions(split)
-        return score_clips(self.trained, reader, config=self.config, positions=positions, **changes)
+        positions = [position for position in known if clips[position] in chosen]
+        return score_clips(self.trained, self.data.test, config=self.config, positions=positions, **changes)
 
     @cached_property
     def plain(self) -> Scored:
@@ -125,12 +115,17 @@ def filtered(detector: Detector) -> Examined:
 
 
 def occluded(detector: Detector) -> Examined:
-    """Bands of the test clips' log-mel silenced, or set to their mean over the machine's training clips.
+    """Bands of the test clips' log-mel silenced, or set to their mean over the machine's kept training clips.
 
     The wave, which Tgram and TFgram take, stays whole.
     """
     yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, detector.plain
-    for fill, level in (("silence", None), ("training mean", machine_levels(detector))):
+    fills = {"silence": None}
+    if (near := detector.trained.neighbours) is not None:
+        fills["training mean"] = level = torch.zeros(len(detector.trained.classes), near.profiles.shape[2])
+        for label in np.unique(near.labels):
+            level[label] = torch.from_numpy(near.profiles[near.labels == label, 1].mean(0))
+    for fill, level in fills.items():
         for rows, low, high in mel_bands(detector.trained.config.model.audio, BANDS):
             scored = detector.score(occlude=replace_band(rows, level))
             yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, scored
@@ -144,27 +139,6 @@ def noisy(detector: Detector) -> Examined:
         yield {"noise": kind, "snr_db": snr}, detector.score(transform=change)
 
 
-def scored_otherwise(detector: Detector) -> Examined:
-    """The paper's anomaly score and three others, all of the same embeddings."""
-    test, training = detector.plain, detector.score("train")
-    head = detector.trained.model.arcface
-    weight = F.normalize(head.weight.detach().double().cpu())
-    cosine = torch.from_numpy(test.embeddings).double() @ weight.T
-    labels = torch.from_numpy(test.labels)
-    distance = np.empty(len(labels))
-    for label in np.unique(test.labels):
-        own, chosen = training.embeddings[training.labels == label], test.labels == label
-        near = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(own)), metric="cosine").fit(own)
-        distance[chosen] = near.kneighbors(test.embeddings[chosen])[0].mean(1)
-    for name, values in (
-        ("cross-entropy with margin (paper)", test.scores),
-        ("cross-entropy without margin", anomaly_score(head.scale * cosine, labels).numpy()),
-        ("1 - cosine to the class weight", 1 - cosine.gather(1, labels[:, None])[:, 0].numpy()),
-        (f"mean cosine distance to the {NEIGHBOURS} nearest training clips", distance),
-    ):
-        yield {"score": name}, replace(test, scores=values)
-
-
 def embedded(detector: Detector) -> Examined:
     """Test clips as they are, whose `separation` is measured."""
     yield {}, detector.plain
@@ -174,10 +148,8 @@ ANALYSES: dict[str, Callable[[Detector], Examined]] = {
     "high-frequency": filtered,
     "bands": occluded,
     "noise": noisy,
-    "scores": scored_otherwise,
     "embeddings": embedded,
 }
-TRAINING_CLIPS = ("bands", "scores")  # analyses that read them
 
 
 def separation(scored: Scored) -> Values:
@@ -200,25 +172,15 @@ def separation(scored: Scored) -> Values:
     }
 
 
-def machine_levels(detector: Detector) -> torch.Tensor:
-    """Mean log-mel (dB) of each machine's training clips over clips and frames: (classes, mels)."""
-    trained, reader = detector.trained, detector.data.train
-    audio, classes = trained.config.model.audio, len(trained.classes)
-    front = FrontEnd(audio).to(trained.device)
-    total = torch.zeros(classes, audio.mels, device=trained.device)
-    count = torch.zeros(classes, dtype=torch.int64, device=trained.device)
-    batches = batches_of(detector.positions("train"), detector.config.batch_size, least=1)
-    for samples, labels in load_batches(reader, trained.labels_of(reader.clips), batches, trained.device):
-        total.index_add_(0, labels, front(samples)[1].mean((1, 3)))
-        count += labels.bincount(minlength=classes)
-    return total / count[:, None].clamp(min=1)
-
-
 def rows_of(name: str, detector: Detector) -> Iterator[tuple[dict[str, Any], list[Score], Values]]:
     """The settings, scores and values of a detector's rows: of an analysis, or else of its evaluation."""
     if name in ANALYSES:
         for settings, scored in ANALYSES[name](detector):
             yield settings, scored.rows, separation(scored) if name == "embeddings" else {}
+        return
+    if name in SCORES:
+        for form, scores in sweep.scores_of_forms(detector.trained.path.parent).items():
+            yield {"score": form}, scores, {}
         return
     trained = sum(p.numel() for p in detector.trained.model.parameters() if p.requires_grad)
     scores, values = sweep.evaluated(detector.trained.path.parent)
@@ -243,8 +205,7 @@ def examine(
     prepare(where, config.precision)
     pairs = [(variant, path) for variant, paths in checkpoints.items() for path in paths]
     used = checkpoint.load(pairs[0][1]).config
-    splits = ("train", "test") if name in TRAINING_CLIPS else ("test",)
-    opened = open_data(data, used.model.audio, splits=splits)
+    opened = open_data(data, used.model.audio, splits=["test"])
     conditions: dict[tuple, Condition] = {}
     commits = set()
     for variant, path in pairs:
@@ -257,6 +218,14 @@ def examine(
                 condition.values.setdefault(heading, []).append(value)
         if path.with_name("config.json").is_file():
             commits.add(read_json(path.with_name("config.json"))["provenance"]["commit"])
+    for settings, condition in list(conditions.items()) if name in SCORES else ():
+        if len(condition.scores) > 1 and condition.settings["score"] in ("exact", "nearest"):
+            together = Condition(condition.settings | {"score": f"{settings[-1]}, seeds averaged"})
+            together.scores[min(condition.scores)] = [
+                replace(clips[0], score=float(np.mean([clip.score for clip in clips])))
+                for clips in zip(*condition.scores.values(), strict=True)
+            ]
+            conditions[tuple(together.settings.values())] = together
     about = {
         "data": printable(opened.dataset.root.name),
         "synthetic": opened.dataset.synthetic,

@@ -139,14 +139,15 @@ def run_all(runs: Sequence[Run], data: Path | str, *, device: str = "auto", jobs
 def _work(task: Mapping[str, Any]) -> None:
     config, out = from_dict(task["config"]), Path(task["out"])
     best = train(task["data"], out, config, device=task["device"])
-    scoring = replace(config.evaluate, precision=config.train.precision)
+    score = "exact" if config.evaluate.score == "auto" else config.evaluate.score  # that of the paper
+    scoring = replace(config.evaluate, precision=config.train.precision, score=score)
     evaluate(best, task["data"], out / "evaluation", config=scoring, device=task["device"])
 
 
-def read_clip_scores(evaluation: Path | str) -> list[Score]:
-    """The clips of an evaluation's scores.csv."""
-    columns = ("file", "machine_type", "machine_id", "subset", "anomaly", "score")
-    return [_score(row, row["score"]) for row in read_csv(Path(evaluation) / "scores.csv", columns)]
+def read_clip_scores(evaluation: Path | str, column: str = "score") -> list[Score]:
+    """The clips of an evaluation's scores.csv, with the scores of a column."""
+    columns = ("file", "machine_type", "machine_id", "subset", "anomaly", column)
+    return [_score(row, row[column]) for row in read_csv(Path(evaluation) / "scores.csv", columns)]
 
 
 def _score(row: Mapping[str, str], score: str) -> Score:
@@ -164,6 +165,14 @@ def finished(runs: Sequence[Run], failed: Mapping[Run, str]) -> dict[str, list[P
         why = next(iter(failed.values()))
         raise UserError(f"no run of {runs[0].variant} is done, so there is nothing to compare with: {why}")
     return done
+
+
+def scores_of_forms(run: Path) -> dict[str, list[Score]]:
+    """Every anomaly score that a finished run's evaluation holds, by its name."""
+    evaluation = read_json(run / "evaluation" / "evaluation.json")
+    columns = {form: "score" if form == evaluation["score"] else form for form in evaluation["forms"]}
+    folder = run / "evaluation"
+    return {form: measured(read_clip_scores(folder, column)) for form, column in columns.items()}
 
 
 def evaluated(run: Path) -> tuple[list[Score], Values]:

@@ -110,7 +110,8 @@ def run(
     failed = sweep.run_all(runs, data, device=device, jobs=jobs)
     checkpoints = sweep.finished(runs, failed)
     names = {f"{each.variant}, seed {each.seed}": line for each, line in failed.items()}
-    scoring = replace(config.evaluate, precision=config.train.precision)
+    score = "exact" if config.evaluate.score == "auto" else config.evaluate.score  # that of the paper
+    scoring = replace(config.evaluate, precision=config.train.precision, score=score)
     return examine(name, checkpoints, data, out, scoring, cutoffs, device, names)
 
 

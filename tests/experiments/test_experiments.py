@@ -19,7 +19,7 @@ from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate
 from osscl_min.experiments import analyses, figures, sweep, variants
 from osscl_min.features import LogMel, to_wave
-from osscl_min.metrics import Score, resampled
+from osscl_min.metrics import Score, evaluate_scores, resampled
 from osscl_min.model import OSSCL
 from osscl_min.runtime.files import UserError, locked
 
@@ -197,7 +197,7 @@ def results(swept):
             name, data, out, SMALL, seeds=seeds.get(name, (0,)), only=only.get(name, ("os-scl",)),
             cutoffs=(2000.0,), device="cpu",
         )
-        for name in ("components", *analyses.ANALYSES)
+        for name in ("components", "scores", *analyses.ANALYSES)
     }  # fmt: skip
 
 
@@ -276,41 +276,39 @@ def test_development_and_evaluation_sets_are_never_pooled(detector, monkeypatch)
     ]
     monkeypatch.setattr(reader, "clips", clips)
     development = [position for position, clip in enumerate(clips) if clip.machine_type != "fan"]
-    assert detector.positions("test") == development and 0 < len(development) < len(clips)
-    assert {row.subset for row in detector.score().rows} == {"development"}
+    assert 0 < len(development) < len(clips)
+    assert detector.score().clips == [clips[position] for position in development]
     unlabelled = [clip if clip.machine_type == "fan" else replace(clip, anomaly=None) for clip in clips]
     monkeypatch.setattr(reader, "clips", unlabelled)
     assert {row.subset for row in detector.score().rows} == {"evaluation"}
 
 
-def test_scores_are_the_same_embeddings_otherwise(detector):
-    rows = {settings["score"]: scored.rows for settings, scored in analyses.scored_otherwise(detector)}
-    test, training = detector.plain, detector.score("train")
-    weight = torch.nn.functional.normalize(detector.trained.model.arcface.weight.detach().double())
-    cosine = torch.from_numpy(test.embeddings).double() @ weight.T
-    labels = torch.from_numpy(test.labels)
-    expected = {
-        "cross-entropy with margin (paper)": test.scores,
-        "cross-entropy without margin": torch.nn.functional.cross_entropy(
-            30 * cosine, labels, reduction="none"
-        ),
-        "1 - cosine to the class weight": 1 - cosine[range(len(labels)), labels],
-    }
-    for name, values in expected.items():
-        np.testing.assert_allclose([score.score for score in rows[name]], values, rtol=1e-9, atol=1e-9)
-    (nearest,) = (scores for name, scores in rows.items() if "nearest" in name)
-    own = training.embeddings[training.labels == test.labels[5]].astype(float)
-    distances = np.sort(1 - own @ test.embeddings[5].astype(float))[: analyses.NEIGHBOURS]
-    assert nearest[5].score == pytest.approx(distances.mean(), abs=1e-6)
+def test_every_score_has_a_row_and_seeds_are_averaged(swept, results):
+    rows = {row["score"]: row for row in results["scores"]["conditions"]}
+    assert list(rows) == ["exact", "nearest", "profile", "gaussian", "exact, seeds averaged",
+                          "nearest, seeds averaged"]  # fmt: skip
+    runs = [run.folder for run in swept[2] if run.variant == "os-scl"]
+    each = [json.loads((run / "evaluation" / "evaluation.json").read_text())["forms"] for run in runs]
+    for name in ("exact", "nearest", "profile", "gaussian"):
+        assert rows[name]["each"]["auc_id_mean"] == pytest.approx([f[name]["auc_id_mean"] for f in each])
+    scores = [sweep.scores_of_forms(run)["nearest"] for run in runs]
+    mean = [replace(a, score=(a.score + b.score) / 2) for a, b in zip(*scores, strict=True)]
+    expected = evaluate_scores(mean)["average"]["auc_id_mean"]
+    together = rows["nearest, seeds averaged"]
+    assert together["seeds"] == [0] and together["each"]["auc_id_mean"] == pytest.approx([expected])
 
 
-def test_levels_are_the_machines_means(detector):
-    reader = detector.data.train
-    machine = reader.clips[5].machine
-    chosen = [n for n, clip in enumerate(reader.clips) if clip.machine == machine]
-    log_mel = LogMel(detector.trained.config.model.audio)(to_wave(reader.read(chosen)))
-    level = analyses.machine_levels(detector)[detector.trained.classes.index(machine)]
-    torch.testing.assert_close(level, log_mel.mean((0, 1, 3)))
+def test_a_band_takes_the_level_of_the_machines_training_clips(detector, monkeypatch):
+    fills = []
+    monkeypatch.setattr(analyses, "replace_band", lambda rows, level=None: fills.append(level))
+    monkeypatch.setattr(analyses.Detector, "score", lambda self, **changes: None)
+    list(analyses.occluded(detector))
+    reader, trained = detector.data.train, detector.trained
+    assert len(trained.neighbours.labels) < len(reader)  # without the held-out ones
+    label = trained.neighbours.labels[0]
+    kept = trained.neighbours.recordings[trained.neighbours.labels == label]
+    log_mel = LogMel(trained.config.model.audio)(to_wave(reader.read(kept)))
+    torch.testing.assert_close(fills[-1][label], log_mel.mean((0, 1, 3)))
 
 
 def test_embeddings_of_known_clusters(detector):
