@@ -41,10 +41,12 @@ def keep(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) ->
     for name in ("results", "thresholds"):
         if table := getattr(results, f"{name}_table")(run):
             write_text(folder / f"{name}.md", f"{markdown(table)}\n\n{results.origin(run)}\n")
-    for picture in PICTURES:
-        if (run / "figures" / picture).is_file():
-            with replacing(folder / picture, "wb") as file:
-                file.write((run / "figures" / picture).read_bytes())
+    copies = {run / "figures" / name: folder / name for name in PICTURES}
+    copies |= {path: folder / "notebooks" / path.name for path in (run / "notebooks").glob("0*.ipynb")}
+    for source, copy in copies.items():
+        if source.is_file():
+            with replacing(copy, "wb") as file:
+                file.write(source.read_bytes())
     for name, text in results.paper_tables(run).items():
         write_text(folder.parent / "paper" / f"{folder.name}_{name}.tex", text)
 
