@@ -302,7 +302,7 @@ def test_a_band_takes_the_level_of_the_machines_training_clips(detector, monkeyp
     fills = []
     monkeypatch.setattr(analyses, "replace_band", lambda rows, level=None: fills.append(level))
     monkeypatch.setattr(analyses.Detector, "score", lambda self, **changes: None)
-    list(analyses.occluded(detector))
+    list(analyses.occluded(replace(detector)))
     reader, trained = detector.data.train, detector.trained
     assert len(trained.neighbours.labels) < len(reader)  # without the held-out ones
     label = trained.neighbours.labels[0]
