@@ -130,14 +130,11 @@ def _pack(
     dataset: Dataset, store: Path, header: Line, audio: AudioConfig, verify: bool, jobs: int | None
 ) -> str:
     old, old_lines, _ = _read_index(store)
-    files, old_files = (
-        {dataset.name(clip.path) for clip in dataset.clips},
-        {line["file"] for line in old_lines},
-    )
+    known = {line["file"] for line in old_lines}
     other = "choose another folder or remove it"
     if old and old | settings(audio, dataset.channel) != old:
         raise UserError(f"{printable(store)} holds {describe(old)}, not {describe(header)}; {other}")
-    if old_files and not files & old_files:
+    if known and known.isdisjoint(dataset.name(clip.path) for clip in dataset.clips):
         raise UserError(f"{printable(store)} is the store of other data; {other}")
     size, finished, report = audio.samples * SAMPLE.itemsize, "digest" in old, []  # bytes per row
     lines: dict[Clip, Line] = {}
@@ -174,16 +171,11 @@ def _pack(
         _write_index(store, header, lines.values())
 
     def work(clip: Clip) -> tuple[Line, np.ndarray]:
-        file, first = dataset.name(clip.path), clip.start == 0
-        line = {
-            "file": file,
-            "clip": asdict(clip) | {"path": file},
-            "problem": "",
-            "remarks": [],
-            "content": "",
-        }
-        line["sha256"] = _hash(clip.path) if first else ""
-        line["sound"] = measure(clip.path) if first else None
+        file = dataset.name(clip.path)
+        line = {"file": file, "clip": asdict(clip) | {"path": file}, "sha256": "", "sound": None}
+        line |= {"problem": "", "remarks": [], "content": ""}
+        if clip.start == 0:
+            line |= {"sha256": _hash(clip.path), "sound": measure(clip.path)}
         row = np.zeros(audio.samples, SAMPLE)
         try:
             row[:], line["remarks"] = decode(clip.path, audio, dataset.channel, clip.start)
@@ -210,7 +202,7 @@ def _pack(
     report.append(
         f"{printable(store)}: {len(dataset.split('train'))} training and {len(dataset.split('test'))} test "
         f"clips of {audio.seconds:g} s at {audio.sample_rate} Hz, {len(final) * size / 1e6:.0f} MB; "
-        f"clips: {decoded} decoded, {len(final) - decoded} kept; files: {len(old_files - files)} removed"
+        f"clips: {decoded} decoded, {len(final) - decoded} kept"
     )
     return "\n".join(report)
 
@@ -237,7 +229,8 @@ def _read_index(store: Path) -> tuple[Line, list[Line], str]:
         describe(header), header["files"]["train"], header["files"]["test"]
         with suppress(ValueError, LookupError, TypeError):  # the last line may be half there
             for line in map(json.loads, content.splitlines()):
-                lines.append(line | {name: line[name] for name in NAMES})
+                line["clip"]["split"], [line[name] for name in NAMES]  # are there
+                lines.append(line)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}, [], f"{printable(store / INDEX)} is damaged; {AGAIN}"
     if "digest" not in header:
