@@ -18,11 +18,12 @@ from osscl_min.runtime.files import read_json
 
 AXES = {  # experiments whose rows differ in a number: title and axis
     "high-frequency": ("AUC ({}) of filtered test clips", "cut-off (kHz)"),
-    "bands": ("AUC ({}) without a band of the log-mel", "middle of the band (kHz)"),
-    "noise": ("AUC ({}) in noise", "signal-to-noise ratio (dB)"),
+    "bands": ("AUC ({}) with a band of the log-mel replaced", "middle of the band (kHz)"),
+    "noise": ("AUC ({}) in simulated noise", "signal-to-noise ratio (dB)"),
 }
 LINES = {"none": "unfiltered", "low-pass": "low-pass: what is below the cut-off stays",
          "high-pass": "high-pass: what is above the cut-off stays"}  # fmt: skip
+COLOURS = (plot.BLACK, plot.BLUE, plot.VERMILLION, plot.GREEN, plot.PURPLE, plot.ORANGE, plot.SKY, plot.GREY)
 
 
 def write(result: Result, out: Path | str) -> list[Path]:
@@ -76,7 +77,7 @@ def curves(result: Result, measure: str = "auc_id_mean") -> Figure:
     figure, axes = plot.panels(title, result["synthetic"], list(lines), 4, (2.9, 2.6), sharey=True)
     for ax, panel in zip(axes, lines.values(), strict=True):
         for number, (name, rows) in enumerate(panel.items()):
-            look = {"color": plot.COLOURS[number % len(plot.COLOURS)], "label": name}
+            look = {"color": COLOURS[number % len(COLOURS)], "label": name}
             if rows[0][0] is None:
                 _, value, low, high = rows[0]
                 ax.axhline(value, linestyle="--", **look)
