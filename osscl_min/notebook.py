@@ -22,13 +22,13 @@ class OpenRun:
 
     @property
     def config(self) -> Config:
-        """The settings that the run was trained with."""
+        """The settings of its training."""
         return self.trained.config
 
     @property
     def audio(self) -> AudioConfig:
         """What a clip is for this detector."""
-        return self.trained.config.model.audio
+        return self.config.model.audio
 
     @property
     def note(self) -> str:
@@ -37,13 +37,7 @@ class OpenRun:
 
 
 def run_folder() -> Path:
-    """The folder named by OSSCL_RUN, relative to the repository; runs/quick without.
-
-    Raises
-    ------
-    UserError
-        If no trained run is there.
-    """
+    """The folder named by OSSCL_RUN, relative to the repository; by default runs/quick."""
     run = ROOT / os.environ.get("OSSCL_RUN", "runs/quick")
     if not (run / "best.pt").is_file():
         raise UserError(f"no trained run in {run}: `bash reproduce.sh` makes runs/quick, or set OSSCL_RUN")
@@ -51,12 +45,9 @@ def run_folder() -> Path:
 
 
 def open_run(*splits: str) -> OpenRun:
-    """Open the run of `run_folder` and its data: OSSCL_DATA, a folder or store; data/ in the run without.
+    """Open the run of `run_folder` and the "train" or "test" clips of its data, by default both.
 
-    Parameters
-    ----------
-    *splits : {"train", "test"}
-        Which clips to open; both without any.
+    The data is the folder or store named by OSSCL_DATA, by default RUN/data.
     """
     run = run_folder()
     trained = checkpoint.load(run / "best.pt")

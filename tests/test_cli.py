@@ -9,13 +9,14 @@ import sys
 
 import pytest
 from conftest import COMMAND, ROOT, environment
+from test_surface import help_text
 
 from osscl_min import __version__, cli
 from osscl_min.runtime.files import UserError
 
 
-def run(*command):
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment(NO_COLOR="1")}
+def run(*command, **options):
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment(NO_COLOR="1")} | options
     return subprocess.run(list(map(str, command)), **options)
 
 
@@ -23,23 +24,35 @@ def osscl(*arguments):
     return run(*COMMAND, *arguments)
 
 
-def test_version_and_default_preset():
-    assert osscl("--version").stdout == f"osscl-min {__version__}\n"
-    text = " ".join(osscl("train", "--help").stdout.split())
-    assert "(default: small)" in text and "small (the default)" in " ".join(osscl("--help").stdout.split())
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Run a command in this process: exit status, standard output and error."""
+
+    def main(*arguments):
+        monkeypatch.setattr("sys.argv", ["osscl", *map(str, arguments)])
+        try:
+            status = cli.main() or 0
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return main
 
 
-def test_the_preset_gives_the_defaults():
-    for preset, seconds in (("quick", "2.0"), ("paper", "10.0")):
-        text = " ".join(osscl("train", "--preset", preset, "--help").stdout.split())
-        assert f"(default: {seconds})" in text and f"(default: {preset})" in text
+def test_version(main):
+    assert main("--version") == (0, f"osscl-min {__version__}\n", "")
 
 
-def test_metrics_of_a_folder(tmp_path):
+@pytest.mark.parametrize(("preset", "seconds"), [("quick", "2.0"), ("paper", "10.0")])
+def test_the_preset_gives_the_defaults(preset, seconds):
+    text = " ".join(help_text("train", "--preset", preset).split())
+    assert f"(default: {seconds})" in text and f"(default: {preset})" in text
+
+
+def test_metrics_of_a_folder(main, tmp_path):
     (tmp_path / "fan_anomaly_score_id_00.csv").write_text("normal_id_00_0.wav,0.1\nanomaly_id_00_0.wav,0.9\n")
-    result = osscl("metrics", tmp_path, "--out", tmp_path / "out", "--bootstrap", 0)
-    assert result.returncode == 0, result.stderr
-    assert "| fan          | 100.00" in result.stdout
+    status, out, error = main("metrics", tmp_path, "--out", tmp_path / "out", "--bootstrap", 0)
+    assert (status, error) == (0, "") and "| fan          | 100.00" in out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["average"]["mauc"] == 1.0
 
 
@@ -48,6 +61,7 @@ MISTAKES = {  # arguments, the only line on standard error
     "evaluate --checkpoint nowhere.pt --data . --out x": "no such checkpoint: nowhere.pt",
     "train --data nowhere --out x": "no such data folder: nowhere",
     "report nowhere": "no such run: nowhere",
+    "bench model --data .": "bench model reads no data: leave out --data",
     "metrics . --out FILE": "FILE is a file; --out takes a folder",
     "inspect . --out FILE": "FILE is a file; --out takes a folder",
     "evaluate --checkpoint best.pt --data . --out FILE": "FILE is a file; --out takes a folder",
@@ -60,17 +74,11 @@ MISTAKES = {  # arguments, the only line on standard error
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_a_mistake_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_makes_nothing(arguments, main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("kept")
-    monkeypatch.setattr("sys.argv", ["osscl", *arguments.split()])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == f"osscl: {MISTAKES[arguments]}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["FILE"] and (
-        tmp_path / "FILE"
-    ).read_text() == "kept"
+    assert main(*arguments.split()) == (2, "", f"osscl: {MISTAKES[arguments]}\n")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("FILE", "kept")]
 
 
 def test_experiments_refuse_torchrun(monkeypatch):
@@ -95,56 +103,43 @@ def test_errors_end_in_one_line_and_their_status(error, status, line):
         "sys.argv[1:] = ['fail']; cli.main()"
     )
     strict = environment(PYTHONIOENCODING="utf-8:strict")
-    content = pickle.dumps(error)
-    result = subprocess.run([sys.executable, "-c", program], input=content, capture_output=True, env=strict)
+    result = run(sys.executable, "-c", program, input=pickle.dumps(error), env=strict, text=False)
     assert (result.returncode, result.stderr.decode()) == (status, line)
 
 
-@pytest.mark.parametrize("module", ["tyro", "numpy"])
-def test_ctrl_c_while_it_starts_is_quiet(module, tmp_path):
-    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+def test_ctrl_c_while_it_starts_is_quiet(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")
     path = f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"
-    result = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True,
-                            cwd=ROOT, env=environment(PYTHONPATH=path))  # fmt: skip
+    result = run(*COMMAND, "--help", env=environment(PYTHONPATH=path))
     assert (result.returncode, result.stderr) == (130, "")
 
 
-def test_an_unknown_option_stops():
-    result = osscl("train", "--data", "x", "--out", "y", "--trian.epochs", "3")
-    assert result.returncode == 2 and "--trian.epochs" in result.stdout + result.stderr
+def test_an_unknown_option_stops(main):
+    status, out, error = main("train", "--data", "x", "--out", "y", "--trian.epochs", "3")
+    assert status == 2 and "--trian.epochs" in out + error
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--bogus"], "unknown option --bogus"),
-        (["--preset", "huge"], "unknown preset huge"),
-        (["--data"], "--data needs a value"),
-        (["--data", "nowhere"], "no such data folder"),
-        (["--seed", "x1"], "--seed takes a whole number, not x1"),
-    ],
-)
-def test_reproduce_refuses_with_one_line(arguments, message):
-    result = run("bash", "reproduce.sh", *arguments)
+REFUSALS = {  # arguments of reproduce.sh -> the only line
+    "--bogus": "unknown option --bogus",
+    "--preset huge": "unknown preset huge",
+    "--data": "--data needs a value",
+    "--data nowhere": "no such data folder",
+    "--seed x1": "--seed takes a whole number, not x1",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSALS)
+def test_reproduce_refuses_with_one_line(arguments):
+    result = run("bash", "reproduce.sh", *arguments.split())
     assert result.returncode == 2
-    assert result.stderr.startswith(f"reproduce.sh: {message}")
+    assert result.stderr.startswith(f"reproduce.sh: {REFUSALS[arguments]}")
 
 
 def test_reproduce_help():
     result = run("bash", "reproduce.sh", "--help")
-    assert result.returncode == 0
-    for option in (
-        "--test",
-        "--data",
-        "--preset",
-        "--full",
-        "--seed",
-        "--out",
-        "--device",
-        "--experiments",
-        "--test -- tests/kernels",
-    ):
-        assert option in result.stdout
+    assert result.returncode == 0 and "--test -- tests/kernels" in result.stdout
+    for option in "data preset full seed out device experiments".split():
+        assert f"--{option} " in result.stdout
 
 
 STUB = """#!/bin/bash
@@ -180,10 +175,8 @@ def test_reproduce_calls_the_commands_and_reuses_what_is_there(arguments, tmp_pa
     shutil.copy(ROOT / "reproduce.sh", tmp_path)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     for commands in STORIES[arguments]:
-        result = subprocess.run(
-            ["bash", "reproduce.sh", *arguments.split()], cwd=tmp_path, capture_output=True, text=True,
-            env=environment(PATH=path, VIRTUAL_ENV="active"),
-        )  # fmt: skip
+        active = environment(PATH=path, VIRTUAL_ENV="active")
+        result = run("bash", "reproduce.sh", *arguments.split(), cwd=tmp_path, env=active)
         assert result.returncode == (arguments == "--experiments"), result.stderr
         calls = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("called: ")]
         assert calls == commands.split()

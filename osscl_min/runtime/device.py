@@ -33,8 +33,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def prepare(device: torch.device, precision: str = "fp32") -> str:
     """Set the process up for a long computation; returns a line such as "float32 on cpu, 2 threads".
 
-    On a CPU, freed memory is kept for the next batch. On a GPU, cuDNN searches the fastest convolutions, and
-    "tf32" lets float32 products round their factors to TensorFloat-32, which "fp32" forbids.
+    On a CPU, freed memory is kept for the next batch. On a GPU, cuDNN searches for the fastest convolutions,
+    and float32 products round their factors to TensorFloat-32 with "tf32" but not with "fp32".
     """
     # PyTorch itself still reads these flags, and reading them fails after fp32_precision was set instead
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -14,17 +14,10 @@ class CaptureError(Exception):
 
 
 class Graphed:
-    """A function of tensors of fixed shapes, recorded as a CUDA graph and replayed.
+    """A function, tensors of fixed shapes -> dict of tensors, recorded as a CUDA graph and replayed.
 
-    Parameters
-    ----------
-    function : callable
-        Tensors -> dict of tensors; it may change other tensors, such as weights, in place.
-
-    Raises
-    ------
-    CaptureError
-        If CUDA refuses to capture it. Other errors, running out of memory included, pass through.
+    It may change other tensors, such as weights, in place. CaptureError means that CUDA refuses to capture it;
+    other errors, running out of memory included, pass through.
     """
 
     def __init__(self, function: Callable[..., dict[str, torch.Tensor]]):

@@ -9,9 +9,9 @@ from osscl_min.runtime.files import UserError
 
 
 class Settings:
-    """Base of frozen dataclasses: checks every field against its hint, and makes tuples of lists.
+    """Base of frozen dataclasses that checks every field against its hint, and makes tuples of lists.
 
-    A hint ``Annotated[float, "(0, 1]"]`` gives the range as an interval. A wrong value is a UserError.
+    ``Annotated[float, "(0, 1]"]`` gives the range as an interval. A wrong value is a UserError.
     """
 
     def __post_init__(self) -> None:

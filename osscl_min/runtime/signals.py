@@ -1,4 +1,4 @@
-"""Stopping on a signal at a moment of one's own."""
+"""Stopping on a signal, but not before the work is saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 def noting_signals(hurry: bool = True) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of stopping at once.
 
-    With `hurry` a second one acts as usual; torchrun may pass on a signal that its processes already have.
+    With `hurry` a second one acts as usual; torchrun, however, may send its processes the same one twice.
     """
     signals: list[int] = []
     before: dict[int, Any] = {}
