@@ -10,9 +10,9 @@ compiling alone does not notice) or lacks tensor-core instructions where they ar
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import importlib
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,17 +33,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import triton  # noqa: E402
 from osscl_kernels import LAYERS, backend, frames  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.compiler import BaseBackend, GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import native_specialize_impl  # noqa: E402
 
 MODULES = ("supcon", "tfgram_infer", "tfgram_train")
 # Shared memory per program, bytes (CUDA C++ programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
-TYPES = {
-    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.uint8: "*u8",
-    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
 COLUMNS = "name capability registers stack spills shared_bytes tensor_core seconds triton problems".split()
 
 
@@ -66,12 +63,8 @@ class Case:
         shape = " ".join(f"{k}={v}" for k, v in self.constants.items() if isinstance(v, int))
         return f"{self.module} {self.kernel} {self.precision} {shape} warps={self.num_warps}"
 
-    def resembles(self, other: Case) -> bool:
-        """Whether only the dilation, or a precision that the kernel does not know, tells the two apart."""
-        return self.comparable() == other.comparable()
-
     def comparable(self) -> Case:
-        """Without what makes no other machine code of interest."""
+        """Without what makes no other machine code of interest: the dilation, an unused precision."""
         constants = {key: value for key, value in self.constants.items() if key != "DILATION"}
         return replace(self, precision="", constants=constants, aligned=())
 
@@ -88,37 +81,23 @@ class Recorder:
     def launch(self, *arguments, num_warps=4, num_stages=3, **constants):
         """Add this launch to the cases."""
         values = dict(zip(self.function.arg_names, arguments, strict=False)) | constants
-        fixed = {p.name for p in self.function.params if p.is_constexpr}
-        signature, aligned = {}, []
-        for name in self.function.arg_names:
-            value = values[name]
-            if name in fixed:
-                signature[name] = "constexpr"
-                continue
-            tensor = torch.is_tensor(value)
-            signature[name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
-            if tensor or (isinstance(value, int) and value % 16 == 0):
+        signature, fixed, aligned = {}, {}, []
+        for parameter in self.function.params:
+            name, value = parameter.name, values[parameter.name]
+            kind, known = "constexpr", None
+            if not parameter.is_constexpr:
+                kind, known = native_specialize_impl(BaseBackend, value, False, True, True)
+            signature[name] = kind
+            if kind == "constexpr":
+                fixed[name] = value
+            elif known == "D":
                 aligned.append(name)
-        constants = {name: values[name] for name in sorted(fixed)}
         case = Case(
-            self.module, self.function.__name__, self.precision, signature, constants,
+            self.module, self.function.__name__, self.precision, signature, fixed,
             tuple(aligned), num_warps, num_stages,
         )  # fmt: skip
-        if not any(case.resembles(other) for other in self.cases):
+        if case.comparable() not in [other.comparable() for other in self.cases]:
             self.cases.append(case)
-
-
-@contextlib.contextmanager
-def recording(host, precision: str, cases: list[Case]) -> Iterator[None]:
-    """Within it a module's kernels are recorded instead of launched."""
-    name = host.__name__.rpartition(".")[2]
-    kernels = {
-        key: Recorder(value, name, precision, cases)
-        for key, value in vars(host).items()
-        if isinstance(value, triton.JITFunction)
-    }
-    with mock.patch.multiple(host, **kernels):
-        yield
 
 
 def module(part: str):
@@ -151,7 +130,7 @@ def launch(
 
         def call():
             out, _, _, saved = host.forward(wave, weights, vectors, vectors, 1e-5, 512, precision)
-            host._backward(out, wave, weights, saved, 512, precision, False)
+            host._backward(out, wave, weights, saved, 512, precision)
 
         return call
     folded = [w.permute(2, 1, 0) for w in weights]
@@ -164,11 +143,13 @@ def record(capability: int) -> list[Case]:
     cases: list[Case] = []
     with mock.patch.object(backend, "capability", lambda _: capability), torch.no_grad():
         for part in MODULES:
-            for precision in module(part).PRECISIONS[1:]:
-                sizes = {row["size"] for row in backend.tile_rows() if part in row["kernel"]} or {0}
-                for size in sorted(sizes):
-                    with recording(module(part), precision, cases):
-                        launch(part, precision, size or 64)()
+            host = module(part)
+            kernels = {k: v for k, v in vars(host).items() if isinstance(v, triton.JITFunction)}
+            sizes = {row["size"] for row in backend.tile_rows() if part in row["kernel"]} or {0}
+            for precision, size in itertools.product(host.PRECISIONS[1:], sorted(sizes)):
+                recorders = {k: Recorder(v, part, precision, cases) for k, v in kernels.items()}
+                with mock.patch.multiple(host, **recorders):
+                    launch(part, precision, size or 64)()
     return cases
 
 

@@ -40,22 +40,11 @@ def jit(function: Callable) -> Callable:
 
 
 def resolve(tensor: Tensor, backend: str = "auto") -> str:
-    """Choose the implementation for an input: "triton" or "torch".
+    """Choose the implementation for a tensor: "triton" or "torch".
 
-    Parameters
-    ----------
-    tensor : torch.Tensor
-        The input whose device and dtype decide.
-    backend : {"auto", "triton", "torch"}
-        "auto" follows OSSCL_KERNELS_BACKEND where it is set, and otherwise takes Triton for a CUDA tensor on
-        compute capability 8.0 or newer, PyTorch for anything else.
-
-    Raises
-    ------
-    ValueError
-        If `backend` or the environment variable names no known backend.
-    RuntimeError
-        If Triton is requested where it cannot run.
+    "auto" follows OSSCL_KERNELS_BACKEND where it is set, and otherwise takes Triton for a CUDA tensor on
+    compute capability 8.0 or newer, PyTorch for anything else. A ValueError names an unknown backend, a
+    RuntimeError why Triton cannot run where it is requested.
     """
     source = "argument"
     if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
@@ -63,12 +52,11 @@ def resolve(tensor: Tensor, backend: str = "auto") -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
     obstacle = _obstacle(tensor)
-    if backend == "triton":
-        if obstacle:
-            raise RuntimeError(f"{source} requests the triton backend, but {obstacle}")
-        return "triton"
-    runs_by_itself = not obstacle and tensor.is_cuda  # the interpreter runs only when it is requested
-    return "triton" if backend == "auto" and runs_by_itself else "torch"
+    if backend == "triton" and obstacle:
+        raise RuntimeError(f"{source} requests the triton backend, but {obstacle}")
+    if backend == "auto":  # the interpreter runs only when it is requested
+        backend = "triton" if tensor.is_cuda and not obstacle else "torch"
+    return backend
 
 
 def _obstacle(tensor: Tensor) -> str:
@@ -102,13 +90,11 @@ def tile(kernel: str, precision: str, tensor: Tensor, size: int = 0) -> dict[str
     """Launch constants of a kernel for a problem of `size` rows on the tensor's device."""
     family = FAMILIES.index(FAMILY_OF.get(capability(tensor), 86))
     fitting = [
-        ((FAMILIES.index(row["sm"]), row["size"]), row["tile"])
+        (FAMILIES.index(row["sm"]), row["size"], row["tile"])
         for row in tile_rows()
-        if (row["kernel"], row["precision"]) == (kernel, precision)
-        and FAMILIES.index(row["sm"]) <= family
-        and row["size"] <= size
+        if (row["kernel"], row["precision"]) == (kernel, precision) and row["size"] <= size
     ]
-    return dict(max(fitting, key=lambda choice: choice[0])[1])
+    return dict(max((row for row in fitting if row[0] <= family), key=lambda row: row[:2])[2])
 
 
 def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -117,16 +103,10 @@ def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next step instead of returning it to the system.
+    """Let glibc keep freed memory for the next step; False where the C library has no such setting.
 
-    Activations are freed at the end of every step; getting them back page by page can cost a large part of
-    the next step. The setting holds for the whole process, which then stays at its largest size: a training
-    program calls this once, a library does not.
-
-    Returns
-    -------
-    bool
-        False where the C library has no such setting.
+    Getting activations back from the system page by page can cost a large part of a step. The setting holds
+    for the whole process, which stays at its largest size: a training program calls this, a library does not.
     """
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -15,7 +15,6 @@ so a tile of s, computed again, serves both its rows and its columns: two produc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -37,11 +36,7 @@ def supcon_loss_ref(
     base_temperature: float = 0.07,
     reduction: str = "mean",
 ) -> Tensor:
-    """Supervised contrastive loss of single-view features: the dense formula in plain PyTorch.
-
-    Holds several N x N matrices. The reference that `supcon_loss` is tested against; parameters, result and
-    source as there, without the choice of precision, backend and group.
-    """
+    """`supcon_loss` as the dense formula in plain PyTorch, which holds several N x N matrices."""
     _check(features, labels, temperature, base_temperature, "auto", reduction)
     with torch.autocast(features.device.type, enabled=False):
         z = features if features.dtype == torch.float64 else features.float()
@@ -77,11 +72,10 @@ def supcon_loss(
     temperature, base_temperature : float
         Similarities are divided by `temperature`, the loss is multiplied by temperature / base_temperature.
     precision : {"auto", "ieee", "tf32x3", "bf16"}
-        Arithmetic of the matrix products; everything else is float32. At temperature 0.02 an error in a
-        cosine is multiplied by 50. "ieee": float32 multiply-adds, no tensor cores. "tf32x3": three tf32
-        products on tensor cores, as exact as float32 in practice. "bf16": features are rounded to 8 bits, so
-        logits are off by up to 0.2. "auto": bf16 for bfloat16 features,
-        tf32x3 for float32 and float16. On a CPU products are float32, and float64 for float64 everywhere.
+        Arithmetic of the matrix products; everything else is float32. "ieee": float32 multiply-adds, no
+        tensor cores. "tf32x3": three tf32 products on tensor cores, as exact as float32 in practice. "bf16":
+        features are rounded to 8 bits, so logits at temperature 0.02 are off by up to 0.2. "auto": bf16 for
+        bfloat16 features, tf32x3 for float32 and float16. On a CPU products are float32; float64 stays.
     backend : {"auto", "triton", "torch"}
         See `backend.resolve`. float64 and D > 128 always take the chunked PyTorch path.
     reduction : {"mean", "none"}
@@ -97,13 +91,6 @@ def supcon_loss(
     Tensor, shape () or (N,)
         float32, or float64 for float64 features. Rows without a positive give 0 and get gradient only as
         other rows' negatives.
-
-    Raises
-    ------
-    ValueError
-        If a shape, type, temperature or choice is not one of the above.
-    RuntimeError
-        If Triton is asked for where it cannot run.
 
     References
     ----------
@@ -168,16 +155,11 @@ def _forward(features, labels, start, rows, mean, temperature, base_temperature,
     scale = temperature / base_temperature
     single = False  # whether one program has all rows, and writes the mean
     if choice == "torch":
-        mine = slice(start, start + rows)
-        first, counts = _classes(labels)
-        count.copy_(counts[mine])
-        positives = _class_sums(z, first)[first[mine]].sub_(z[mine])
-        mean_positive = positives.mul_(z[mine]).sum(1).div_(count.clamp(min=1) * temperature)
-        for a, b, s in _similarities(z, start, rows, temperature):
-            peak = s.amax(1, keepdim=True).clamp_(min=torch.finfo(s.dtype).min)
-            sums = s.sub_(peak).exp_().sum(1)
-            lse[a:b] = torch.where(sums > 0, sums.log().add_(peak[:, 0]), math.inf)
-        losses = torch.where(count > 0, lse - mean_positive, 0.0).mul_(scale)
+        for a, b, s, positive in _similarities(z, labels, start, rows, temperature):
+            count[a:b] = positive.sum(1)
+            losses[a:b] = torch.where(positive, s, 0.0).sum(1).div_(count[a:b].clamp(min=1))
+            lse[a:b] = torch.where(s.isneginf().all(1), math.inf, s.logsumexp(1))
+        losses = torch.where(count > 0, lse - losses, 0.0).mul_(scale)
     elif rows:
         constants = tile("supcon_forward", precision, z, len(z))
         single = rows <= constants["BM"]
@@ -209,19 +191,14 @@ def _backward(
     factor = 1 / (base_temperature * (max(len(z), 1) if mean else 1))
     dz = z.new_empty((rows, z.shape[1]), dtype=lse.dtype)
     if choice == "torch":
-        mine = slice(start, start + rows)
-        first, _ = _classes(labels)
         w = torch.where(count > 0, gradient * factor, 0.0)
         v = w / count.clamp(min=1)
-        positives = _class_sums(z, first)[first[mine]].sub_(z[mine], alpha=2)
-        dz = positives.mul_(v[mine, None]).add_(_class_sums(z, first, v)[first[mine]]).neg_()
-        other = None
-        for a, b, s in _similarities(z, start, rows, temperature):
+        for a, b, s, positive in _similarities(z, labels, start, rows, temperature):
             own = slice(start + a, start + b)
-            other = torch.empty_like(s) if other is None else other[: b - a]
-            torch.sub(s, lse, out=other).exp_().mul_(w)
-            s.sub_(lse[own, None]).exp_().mul_(w[own, None]).add_(other)
-            dz[a:b] += _product(s.to(z.dtype), z, torch.empty_like(dz[a:b]))
+            g = (s - lse).exp_().mul_(w)
+            g += s.sub_(lse[own, None]).exp_().mul_(w[own, None])
+            g -= torch.where(positive, v[own, None] + v, 0.0)
+            _product(g.to(z.dtype), z, dz[a:b])
     elif rows:
         constants = tile("supcon_backward", precision, z, len(z))
         with launching_on(z):
@@ -319,42 +296,30 @@ def _constants(precision: str, constants: dict) -> dict:
     return {"D": WIDTH, "PRECISION": product, "UPCAST": INTERPRETED} | constants
 
 
-# Class sums of the PyTorch path: the positive terms are linear in them. Nothing here waits for the device.
+# The PyTorch path. Nothing here waits for the device.
 
 
-def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's class index, the class's first place in sorted order; and how many positives it has."""
-    values = labels.sort().values
-    first = torch.searchsorted(values, labels)
-    return first, torch.searchsorted(values, labels, right=True) - first - 1
-
-
-def _class_sums(z: Tensor, first: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sum of each class's rows, weighted, at the row of its class index."""
-    terms = z.double() if weight is None else z.double() * weight[:, None]
-    sums = torch.zeros_like(terms)
-    if z.is_cuda:  # index_add_ is not deterministic there
-        return sums.index_put_((first,), terms, accumulate=True).to(_accurate(z))
-    return sums.index_add_(0, first, terms).to(_accurate(z))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """a b into `out`; of bfloat16 (on CUDA only) with sums and result in float32."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.bfloat16:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.mm(a, b, out=out)
+            out.copy_(torch.mm(a, b, out_dtype=torch.float32))
+        else:
+            torch.mm(a, b, out=out)
 
 
-def _similarities(z: Tensor, start: int, rows: int, temperature: float) -> Iterator[tuple[int, int, Tensor]]:
-    """Chunks of rows of z z^T / temperature with -inf at each row's own column."""
+def _similarities(z: Tensor, labels: Tensor, start: int, rows: int, temperature: float):
+    """Chunks of rows of z z^T / temperature, -inf at a row's own column, and which columns are positives."""
     step = min(max(CHUNK_ELEMENTS[z.device.type] // max(len(z), 1), 16), max(rows, 1))
-    buffer = z.new_empty((step if z.dtype != torch.bfloat16 else 0, len(z)))
+    buffer = z.new_empty((step, len(z)), dtype=_accurate(z))
     for a in range(0, rows, step):
         b = min(a + step, rows)
-        s = _product(z[start + a : start + b], z.T, buffer[: b - a]).div_(temperature)
-        s.diagonal(start + a).fill_(-math.inf)
-        yield a, b, s
+        own, s = slice(start + a, start + b), buffer[: b - a]
+        _product(z[own], z.T, s)
+        s.div_(temperature).diagonal(start + a).fill_(-math.inf)
+        positive = labels[own, None] == labels
+        positive.diagonal(start + a).fill_(False)
+        yield a, b, s, positive
 
 
 # The kernels. Logits are in base 2: exp2 is what the hardware has.

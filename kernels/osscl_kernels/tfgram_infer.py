@@ -3,8 +3,8 @@
 Every activation is channels-last, (clip, time, channel), so a three-tap convolution is a matrix product.
 
 - Front kernel: layers 0, 1, 2 and the pool by four. A row of the product is (clip, time segment, parity); it
-  walks its segment two frames a step, and the taps of a convolution are a ring of tiles in registers. So the
-  activations at full rate, most of the memory traffic, are never written.
+  walks its segment two frames a step, and a tile of activations enters the sums of all frames that it is a
+  tap of, which wait in registers. So activations at full rate, most of the traffic, are never written.
 - Convolution kernel: layers 3 to 6, one launch each. A row of the product is (pooled frame, slot in its
   window), so an adaptive maximum pool, overlapping windows included, is a maximum over neighbouring rows.
 
@@ -55,6 +55,33 @@ def frames(samples: int, hop: int = 512) -> int:
     return 1 + samples // hop
 
 
+def lengths(samples: int, count: int) -> list[int]:
+    """Time steps of each layer's convolution output, before its pool, and of the last pool's output."""
+    first = (samples + 2 * LAYERS[0].padding - LAYERS[0].kernel) // LAYERS[0].stride + 1
+    return [first, first, first, first // 4, first // 4, 2 * count, 2 * count, count]
+
+
+def widest_window(length: int, pooled: int) -> int:
+    """Most steps in a window of an adaptive pool; with the arguments exchanged, most windows at a step."""
+    return -(-length // pooled) + (length % pooled > 0)
+
+
+def pool_ref(x: Tensor, layer: Layer, count: int) -> Tensor:
+    """The layer's pool over the last dimension, for T = `count`."""
+    if layer.pool == "max4":
+        return F.max_pool2d(x, (1, 4))
+    if layer.pool:
+        return F.adaptive_max_pool2d(x, (None, 2 * count if layer.pool == "frames2" else count))
+    return x
+
+
+def half_wanted(wave: Tensor) -> bool:
+    """Whether precision "auto" is bf16: for a bfloat16 wave or under bfloat16 autocast."""
+    device = wave.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return autocast or wave.dtype == torch.bfloat16
+
+
 @dataclass(frozen=True)
 class Folded:
     """Convolutions with batch normalisation folded in, one entry a layer; see `fold_batchnorm`."""
@@ -76,17 +103,8 @@ def fold_batchnorm(module: nn.Module, dtype: torch.dtype | None = None) -> Folde
     w' = w gamma / sqrt(variance + eps) and b' = beta - mean gamma / sqrt(variance + eps), in float64. Nothing
     is cached: fold on every evaluation call, or once and keep the result while the module does not change.
 
-    Parameters
-    ----------
-    module : nn.Module
-        With `conv` (seven Conv1d without bias) and `norm` (seven BatchNorm1d), shaped as `LAYERS` says.
-    dtype : torch.dtype, optional
-        Of the result; default: the parameters'. Biases stay at least float32.
-
-    Raises
-    ------
-    ValueError
-        If the layers' eps differ.
+    `module` has `conv` (seven Conv1d without bias) and `norm` (seven BatchNorm1d of one eps), shaped as
+    `LAYERS` says. The result has `dtype`, by default the parameters', and biases of at least float32.
     """
     convs, norms = module.conv, module.norm
     if len({norm.eps for norm in norms}) != 1:
@@ -105,20 +123,14 @@ def fold_batchnorm(module: nn.Module, dtype: torch.dtype | None = None) -> Folde
 
 
 def tfgram_infer_ref(wave: Tensor, folded: Folded, *, hop: int = 512) -> Tensor:
-    """TFgram feature at inference in plain PyTorch: conv1d, relu and the pools; any floating-point dtype.
-
-    Parameters and result as of `tfgram_infer`, without the choice of precision and backend.
-    """
+    """`tfgram_infer` in plain PyTorch: conv1d, relu and the pools; any floating-point dtype."""
     _check(wave, folded, "auto")
     x = _floating(wave, folded.weights[0].dtype).unsqueeze(1)
     count = frames(wave.shape[1], hop)
     for layer, weight, bias in zip(LAYERS, folded.weights, folded.biases, strict=True):
         kernel = weight.permute(2, 1, 0)
         x = F.conv1d(x, kernel, bias.to(x.dtype), layer.stride, layer.padding, layer.dilation).relu()
-        if layer.pool == "max4":
-            x = F.max_pool1d(x, 4)
-        elif layer.pool:
-            x = F.adaptive_max_pool1d(x, 2 * count if layer.pool == "frames2" else count)
+        x = pool_ref(x, layer, count)
     return x
 
 
@@ -141,19 +153,12 @@ def tfgram_infer(
         a bfloat16 wave, else what a convolution would take: "tf32" on a GPU where `torch.backends.cudnn`
         allows it (its default), "ieee" elsewhere. To the PyTorch path both mean float32.
     backend : {"auto", "triton", "torch"}
-        See `osscl_kernels.backend.resolve`. Where a gradient is wanted "auto" is "torch".
+        See `backend.resolve`. Where a gradient is wanted "auto" is "torch", and "triton" a RuntimeError.
 
     Returns
     -------
     torch.Tensor
         (clips, 128, 1 + samples // hop), in the wave's dtype, float32 for int16.
-
-    Raises
-    ------
-    ValueError
-        If wave, weights or an option do not fit.
-    RuntimeError
-        If Triton is asked for where it cannot run, or where a gradient is wanted.
 
     References
     ----------
@@ -163,19 +168,15 @@ def tfgram_infer(
     if wave.dtype == torch.float64:
         precision = "ieee"
     elif precision == "auto":
-        precision = _precision(wave)
+        tf32 = wave.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        precision = "bf16" if half_wanted(wave) else "tf32" if tf32 else "ieee"
     choice = resolve(wave, backend)
     count = frames(wave.shape[1], hop)
-    differentiated = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (wave, *folded.weights, *folded.biases)
-    )
-    if choice == "triton" and differentiated:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (wave, *folded.weights, *folded.biases)):
         if backend == "triton":
-            raise RuntimeError(
-                "the TFgram inference kernels have no backward: use no_grad or backend='torch'"
-            )
+            raise RuntimeError("the inference kernels have no backward: use no_grad or backend='torch'")
         choice = "torch"
-    if choice == "triton" and max(_pools(wave.shape[1], count)[2:]) <= 64:
+    if choice == "triton" and max(_slots(lengths(wave.shape[1], count))) <= 64:
         out = _infer(wave, list(folded.weights), list(folded.biases), count, precision)
     else:
         with torch.autocast(wave.device.type, enabled=False):
@@ -196,27 +197,13 @@ def _check(wave: Tensor, folded: Folded, precision: str) -> None:
         raise ValueError(f"tfgram: weights are {shapes}; expected fold_batchnorm's (taps, inputs, outputs)")
 
 
-def _precision(wave: Tensor) -> str:
-    device = wave.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    if half or wave.dtype == torch.bfloat16:
-        return "bf16"
-    return "tf32" if wave.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
 def _floating(wave: Tensor, dtype: torch.dtype) -> Tensor:
     return wave.to(dtype) if wave.is_floating_point() else (wave.to(torch.float32) / 32768).to(dtype)
 
 
-def _pools(samples: int, count: int) -> tuple[int, int, int, int]:
-    """Frames of layer 0, frames after the pool by four, slots of the windows of layers 4 and 6."""
-    length = (samples + 2 * LAYERS[0].padding - LAYERS[0].kernel) // LAYERS[0].stride + 1
-    pooled = length // 4
-    slots = []
-    for before, after in ((pooled, 2 * count), (2 * count, count)):
-        widest = before // after if before % after == 0 else -(-before // after) + 1
-        slots.append(1 << (widest - 1).bit_length())
-    return length, pooled, *slots
+def _slots(size: list[int]) -> tuple[int, int]:
+    """Slots for a window of layers 4 and 6: a power of two."""
+    return tuple(1 << (widest_window(size[i], size[i + 1]) - 1).bit_length() for i in (4, 6))
 
 
 def _infer_torch(wave: Tensor, folded: Folded, count: int, precision: str) -> Tensor:
@@ -232,11 +219,7 @@ def _infer_torch(wave: Tensor, folded: Folded, count: int, precision: str) -> Te
         x = F.pad(_floating(x, dtype), (0, -x.shape[1] % 5)).unflatten(1, (1, -1, 5)).permute(0, 3, 1, 2)
         for layer, kernel, bias in zip(LAYERS, kernels, biases, strict=True):
             x = F.conv2d(x, kernel, bias, padding=(0, layer.dilation), dilation=(1, layer.dilation))
-            if layer.pool == "max4":
-                x = F.max_pool2d(x, (1, 4))
-            elif layer.pool:
-                x = F.adaptive_max_pool2d(x, (1, 2 * count if layer.pool == "frames2" else count))
-            x = x.relu_()  # after the pool: the same, on fewer frames
+            x = pool_ref(x, layer, count).relu_()  # ReLU after the pool: the same, on fewer frames
         return x[:, :, 0]
 
     if wave.device.type != "cpu" or len(wave) < 2:
@@ -251,38 +234,40 @@ def _infer_torch(wave: Tensor, folded: Folded, count: int, precision: str) -> Te
 )
 def _infer(wave, weights, biases, count, precision):
     clips, samples = wave.shape
-    length, pooled, *slots = _pools(samples, count)
+    size = lengths(samples, count)
     storage = torch.bfloat16 if precision == "bf16" else torch.float32
     out = wave.new_empty((clips, LAYERS[-1].outputs, count), dtype=torch.float32)
     if not clips:
         return out
-    if wave.stride(1) != 1 or wave.dtype not in (torch.int16, torch.float32):
-        wave = wave.to(wave.dtype if wave.dtype == torch.int16 else torch.float32).contiguous()
-    weights = [w.to(storage).contiguous() for w in weights]
-    biases = [b.float().contiguous() for b in biases]
     front, conv = tile("tfgram_front", precision, wave), tile("tfgram_layer", precision, wave)
+    rows = front["P"] // 2  # segments a program walks
+    far = abs(wave.stride(0)) * rows >= 1 << 31  # the kernel's offsets from a program's first clip are 32-bit
+    if far or wave.stride(1) != 1 or wave.dtype not in (torch.int16, torch.float32):
+        wave = wave.to(wave.dtype if wave.dtype == torch.int16 else torch.float32).contiguous()
+    weights = [w.to(storage) for w in weights]
+    if precision != "ieee":  # tensor cores want the sum's index last
+        weights[3:] = [w.flatten(0, 1).T for w in weights[3:]]
+    weights = [w.contiguous() for w in weights]
+    biases = [b.float().contiguous() for b in biases]
     # bfloat16 products are wrong in the interpreter: there they are taken in float32.
     shared = {"DT": tl.bfloat16 if precision == "bf16" and not INTERPRETED else tl.float32}
     shared["PRECISION"] = "ieee" if precision == "ieee" else "tf32"
     with launching_on(wave):
-        rows = front["P"] // 2  # segments a program walks
-        segment = _segment(clips, length, rows, wave)
-        segments = triton.cdiv(pooled * 4, segment)
-        x = wave.new_empty((clips, pooled, 64), dtype=storage)
+        segment = _segment(clips, size[0], rows, wave)
+        segments = triton.cdiv(size[3] * 4, segment)
+        x = wave.new_empty((clips, size[3], 64), dtype=storage)
         front_kernel[(triton.cdiv(clips * segments, rows),)](
             wave, weights[0], biases[0], weights[1], biases[1], weights[2], biases[2], x,
-            clips, wave.stride(0), samples, length, pooled, segments, segment,
+            clips, wave.stride(0), samples, size[0], size[3], segments, segment,
             C=64, **shared, **front,
         )  # fmt: skip
-        for i, slot in zip(range(3, 7), (1, slots[0], 1, slots[1]), strict=True):
-            before, after = x.shape[1], {3: pooled, 4: 2 * count, 5: 2 * count, 6: count}[i]
+        slots = dict(zip((4, 6), _slots(size), strict=True))
+        for i in range(3, 7):
+            slot, after = slots.get(i, 1), size[i + 1]
             y = out if i == 6 else wave.new_empty((clips, after, 128), dtype=storage)
             tiles = triton.cdiv(after, conv["BM"] // slot)
-            weight = weights[i].flatten(0, 1)
-            if precision != "ieee":  # tensor cores want the sum's index last
-                weight = weight.T.contiguous()
             conv_kernel[(clips * tiles, 128 // conv["BN"])](
-                x, weight, biases[i], y, before, after, tiles,
+                x, weights[i], biases[i], y, size[i], after, tiles,
                 CI=LAYERS[i].inputs, CO=128, DILATION=LAYERS[i].dilation, SLOTS=slot, LAST=i == 6,
                 **shared, **conv,
             )  # fmt: skip
@@ -316,61 +301,68 @@ def front_kernel(
     rows 0 to 7 hold the even frames of eight segments, rows 8 to 15 the odd frames of the same eight, and so
     on, which puts both into the same thread. RELOAD keeps the weights out of shared memory.
     """
+    top = tl.program_id(0) * (P // 2)  # offsets from the program's first segment fit into 32 bits
     row = tl.arange(0, P)
-    part = tl.program_id(0) * (P // 2) + row // 16 * 8 + row % 8
-    clip = part // segments
+    part = top + row // 16 * 8 + row % 8
     begin = part % segments * segment + row // 8 % 2  # first frame of layer 2
-    live = clip < clips
-    wave = X + clip.to(tl.int64) * clip_stride
+    begin = tl.where(part < clips * segments, begin, 1 << 28)  # past the end of every clip
+    X += (top // segments).to(tl.int64) * clip_stride
+    wave = (part // segments - top // segments) * clip_stride
     c = tl.arange(0, C)
     # The 11 samples under frame s and the 11 under frame s + 1 lie in the same 16: one tile, two matrices.
     j = tl.arange(0, 16)
     w0 = tl.load(W0 + j[:, None] * C + c[None, :], mask=j[:, None] < 11, other=0.0).to(DT)
     w0_next = tl.load(W0 + (j[:, None] - 5) * C + c[None, :], mask=j[:, None] >= 5, other=0.0).to(DT)
-    w10 = _weights(W1, 0, C, DT, RELOAD)
-    w11 = _weights(W1, 1, C, DT, RELOAD)
-    w12 = _weights(W1, 2, C, DT, RELOAD)
-    w20 = _weights(W2, 0, C, DT, RELOAD)
-    w21 = _weights(W2, 1, C, DT, RELOAD)
-    w22 = _weights(W2, 2, C, DT, RELOAD)
+    w10 = _matrix(W1, 0, C, DT, RELOAD)
+    w11 = _matrix(W1, 1, C, DT, RELOAD)
+    w12 = _matrix(W1, 2, C, DT, RELOAD)
+    w20 = _matrix(W2, 0, C, DT, RELOAD)
+    w21 = _matrix(W2, 1, C, DT, RELOAD)
+    w22 = _matrix(W2, 2, C, DT, RELOAD)
 
-    top = tl.program_id(0) * (P // 2)  # offsets from the program's first segment fit into 32 bits
     part = top + tl.arange(0, P // 2)
     place = part // segments * pooled + part % segments * (segment // 4)
     origin = top // segments * pooled + top % segments * (segment // 4)
     last = tl.where(part // segments < clips, pooled - part % segments * (segment // 4), 0)
     OUT += ((top // segments).to(tl.int64) * pooled + top % segments * (segment // 4)) * C
 
-    # Every carried tile has zeros of its own: Triton drops the loop-carried slots of aliased ones.
-    older = tl.zeros([P, C], DT)  # layer 1 at s - 4
-    old = tl.zeros([P, C], DT)  # layer 1 at s - 2
-    best = tl.zeros([P, C], tl.float32)
-    x = _samples(wave, begin - 4, j, samples, live)
-    before = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PRECISION), B0 + c, begin - 3, length, DT)
-    x = _samples(wave, begin - 2, j, samples, live)
-    for step in range(-2, segment // 2):  # layer 2 at s - 2; the first two steps only fill the ring
+    # Sums in progress. Each has zeros of its own: Triton drops the loop-carried slots of aliased tiles.
+    one_tap = tl.zeros([P, C], tl.float32)  # layer 2, two steps ahead
+    two_taps = tl.zeros([P, C], tl.float32)  # layer 2, one step ahead
+    best = tl.zeros([P // 2, C], tl.float32)
+    x = _samples(X, wave, begin - 4, j, samples)
+    inside = _inside(begin - 3, length)
+    layer0 = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PRECISION), B0 + c, inside, DT)
+    begun = _product(layer0, w10, None, DT, PRECISION, RELOAD)  # layer 1, one step ahead
+    x = _samples(X, wave, begin - 2, j, samples)
+    for step in range(-2, segment // 2):  # layer 2 at s - 2; the first two steps only begin its sums
         s = begin + 2 * step + 2
-        coming = _samples(wave, s + 2, j, samples, live)
-        here = _relu(tl.dot(_as(x, DT), w0, input_precision=PRECISION), B0 + c, s, length, DT)
-        after = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PRECISION), B0 + c, s + 1, length, DT)
-        new = _relu(_taps(before, here, after, w10, w11, w12, DT, PRECISION, RELOAD), B1 + c, s, length, DT)
-        y = _taps(older, old, new, w20, w21, w22, DT, PRECISION, RELOAD)
+        coming = _samples(X, wave, s + 2, j, samples)
+        inside = _inside(s, length)
+        layer0 = _relu(tl.dot(_as(x, DT), w0, input_precision=PRECISION), B0 + c, inside, DT)
+        sums = _product(layer0, w11, begun, DT, PRECISION, RELOAD)
+        follows = _inside(s + 1, length)
+        layer0 = _relu(tl.dot(_as(x, DT), w0_next, input_precision=PRECISION), B0 + c, follows, DT)
+        sums = _product(layer0, w12, sums, DT, PRECISION, RELOAD)
+        # A mask in this step makes Triton wait here for what is used in the next one only; otherwise it moves
+        # unfinished products between registers, and ptxas then waits for each of their instructions.
+        begun = tl.where(follows, _product(layer0, w10, None, DT, PRECISION, RELOAD), 0.0)
+        layer1 = _relu(sums, B1 + c, inside, DT)
+        layer2 = _product(layer1, w22, two_taps, DT, PRECISION, RELOAD)
+        two_taps = tl.where(inside, _product(layer1, w21, one_tap, DT, PRECISION, RELOAD), 0.0)
+        one_tap = tl.where(inside, _product(layer1, w20, None, DT, PRECISION, RELOAD), 0.0)
         x = coming
-        before = after
-        older = old
-        old = new
-        if step % 2 == 0:
-            best = y
-        else:
-            best = tl.maximum(best, y)
-            pool = tl.reshape(tl.max(tl.reshape(best, (P // 16, 2, 8, C)), axis=1), (P // 2, C))
-            pool = tl.maximum(pool + tl.load(B2 + c)[None, :], 0.0)
+        # Not in the branch, for the same reason.
+        pool = tl.reshape(tl.max(tl.reshape(layer2, (P // 16, 2, 8, C)), axis=1), (P // 2, C))
+        best = tl.where(step % 2 == 0, pool, tl.maximum(best, pool))
+        if step % 2 != 0:
+            pool = tl.maximum(best + tl.load(B2 + c)[None, :], 0.0)
             to = OUT + ((place - origin + step // 2) * C)[:, None] + c[None, :]
             tl.store(to, pool.to(OUT.dtype.element_ty), mask=((step > 0) & (step // 2 < last))[:, None])
 
 
 @jit
-def _weights(W, tap: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, RELOAD: tl.constexpr):
+def _matrix(W, tap: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, RELOAD: tl.constexpr):
     """One tap's (C, C) matrix, or where it is."""
     c = tl.arange(0, C)
     w = W + tap * C * C + c[:, None] * C + c[None, :]
@@ -380,10 +372,17 @@ def _weights(W, tap: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, RELOAD: tl
 
 
 @jit
-def _samples(wave, frame, j, samples, live):
+def _product(a, w, sums, DT: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr):
+    if RELOAD:
+        w = tl.load(w).to(DT)
+    return tl.dot(a, w, sums, input_precision=PRECISION)
+
+
+@jit
+def _samples(X, wave, frame, j, samples):
     """The 16 samples under layer-0 frames `frame` and `frame + 1`, zero outside the clip."""
     at = 5 * frame[:, None] - 5 + j[None, :]
-    return tl.load(wave[:, None] + at, mask=live[:, None] & (at >= 0) & (at < samples), other=0)
+    return tl.load(X + (wave[:, None] + at), mask=(at >= 0) & (at < samples), other=0)
 
 
 @jit
@@ -394,23 +393,14 @@ def _as(x, DT: tl.constexpr):
 
 
 @jit
-def _taps(a, b, c, w0, w1, w2, DT: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr):
-    if RELOAD:
-        y = tl.dot(a, tl.load(w0).to(DT), input_precision=PRECISION)
-        y = tl.dot(b, tl.load(w1).to(DT), y, input_precision=PRECISION)
-        y = tl.dot(c, tl.load(w2).to(DT), y, input_precision=PRECISION)
-    else:
-        y = tl.dot(a, w0, input_precision=PRECISION)
-        y = tl.dot(b, w1, y, input_precision=PRECISION)
-        y = tl.dot(c, w2, y, input_precision=PRECISION)
-    return y
+def _inside(frame, length):
+    return ((frame >= 0) & (frame < length))[:, None]
 
 
 @jit
-def _relu(y, bias, frame, length, DT: tl.constexpr):
+def _relu(y, bias, inside, DT: tl.constexpr):
     """ReLU(y + bias) where the frame exists, else the zero that the next convolution pads with."""
-    inside = (frame >= 0) & (frame < length)
-    return tl.where(inside[:, None], tl.maximum(y + tl.load(bias)[None, :], 0.0), 0.0).to(DT)
+    return tl.where(inside, tl.maximum(y + tl.load(bias)[None, :], 0.0), 0.0).to(DT)
 
 
 @jit
@@ -423,8 +413,7 @@ def conv_kernel(
     """Three-tap convolution, bias, ReLU and adaptive maximum pool (SLOTS = 1: none).
 
     X (clips, length, CI) -> OUT (clips, pooled, CO), or (clips, CO, pooled) for the LAST layer. W is
-    (3 CI, CO), transposed for tensor cores. Every window
-    of the pool holds at most SLOTS frames.
+    (3 CI, CO), transposed for tensor cores. A window of the pool holds at most SLOTS frames.
     """
     clip = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles * (BM // SLOTS)

@@ -5,8 +5,8 @@ Batch statistics stand between the layers, and only raw convolution outputs are 
 - BN + ReLU of the layer before are the kernel's prologue (zero padding comes after them), never stored.
 - The first layer's mean and variance follow from those of the 11 samples under it, gathered in float64:
   mean = w.mu, variance = w^T cov w. So that layer itself runs inside its neighbours' prologues.
-- Further layers store one (count, mean, centred sum of squares) per program; Chan's formula joins them in a
-  fixed order. No atomics: the same input gives the same bits.
+- Further layers store one (mean, centred sum of squares) per program; Chan's formula joins them in float64.
+  There are no atomics: the same input gives the same bits.
 - Backward, with dz the gradient behind the ReLU: dgamma = sum dz xhat and dbeta = sum dz are summed where dz
   is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first layer
   needs only sum dz (x - mu) and the same covariance.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backend import INTERPRETED, jit, launching_on, resolve, tile, tl, triton
-from .tfgram_infer import LAYERS, frames
+from .tfgram_infer import LAYERS, Layer, frames, half_wanted, lengths, pool_ref, widest_window
 
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
 MIN_SAMPLES = 40  # below it the adaptive pools would have to repeat frames
@@ -40,8 +40,7 @@ def tfgram_train_ref(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """`tfgram_train` in plain PyTorch: convolution, batch_norm, the pools and ReLU; any floating-point dtype.
 
-    Parameters and results as there, without the choice of precision and backend. Convolutions are conv2d of
-    height one, because conv1d has no channels_last format, in which a CPU is up to twice as fast.
+    Convolutions are conv2d of height one: conv1d has no channels_last, in which a CPU is up to twice as fast.
     """
     _check(wave, weights, gammas, betas, "auto")
     count = frames(wave.shape[1], hop)
@@ -53,11 +52,7 @@ def tfgram_train_ref(
         x = F.batch_norm(y, mean, variance, gamma, beta, training=True, momentum=1.0, eps=eps)
         means.append(mean)
         variances.append(variance * (1 - gamma.numel() / y.numel()))  # batch_norm gives the unbiased variance
-        if layer.pool == "max4":
-            x = F.max_pool2d(x, (1, 4))
-        elif layer.pool:
-            x = F.adaptive_max_pool2d(x, (1, 2 * count if layer.pool == "frames2" else count))
-        x = F.relu(x)  # after the pool: the same values and gradients, on fewer frames
+        x = F.relu(pool_ref(x, layer, count))  # ReLU last: the same values and gradients, on fewer frames
     return x[:, :, 0], means, variances
 
 
@@ -72,7 +67,7 @@ def tfgram_train(
     precision: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """TFgram feature with the batch's own statistics, differentiable in weights, gammas, betas and wave.
+    """TFgram feature with the batch's own statistics, differentiable in weights, gammas and betas.
 
     Parameters
     ----------
@@ -91,7 +86,8 @@ def tfgram_train(
         activations in bfloat16. "auto": bf16 for a bfloat16 wave or under bf16 autocast; otherwise tf32, or
         tf32x3 where `torch.backends.cudnn.allow_tf32` is off. On the CPU: bf16, or the wave's own precision.
     backend : {"auto", "triton", "torch"}
-        See `backend.resolve`. "torch" is `tfgram_train_ref`.
+        See `backend.resolve`. "torch" is `tfgram_train_ref`. Where the wave's gradient is wanted "auto" is
+        "torch", and "triton" a RuntimeError.
 
     Returns
     -------
@@ -101,13 +97,6 @@ def tfgram_train(
         Mean and biased variance of each convolution's output over clips and time, without gradient; see
         `update_running_statistics`.
 
-    Raises
-    ------
-    ValueError
-        If a shape or choice is not one of the above, or a layer has one value per channel only.
-    RuntimeError
-        If Triton is asked for where it cannot run.
-
     References
     ----------
     Huang et al., arXiv 2509.13853, the TFgram branch as its authors' code runs it; Ioffe and Szegedy,
@@ -116,13 +105,14 @@ def tfgram_train(
     """
     _check(wave, weights, gammas, betas, precision)
     choice = resolve(wave, backend)
+    if torch.is_grad_enabled() and wave.requires_grad:
+        if backend == "triton":
+            raise RuntimeError("the TFgram training kernels give the wave no gradient: use backend='torch'")
+        choice = "torch"
     device = wave.device.type
     if precision == "auto":
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-        if autocast or wave.dtype == torch.bfloat16:
-            precision = "bf16"
-        else:
-            precision = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+        full = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+        precision = "bf16" if half_wanted(wave) else full
     with torch.autocast(device, enabled=False):
         if choice == "triton":
             output, means, variances, _ = forward(
@@ -145,15 +135,8 @@ def update_running_statistics(
 ) -> None:
     """Do to BatchNorm buffers what their own forward pass in training mode does.
 
-    Parameters
-    ----------
-    norms : iterable of torch.nn.BatchNorm1d
-        Their running_mean, running_var and num_batches_tracked change in place; a module without buffers
-        (track_running_stats=False) is left alone. `momentum=None` is the cumulative average.
-    means, variances : sequences of tensors, shapes (C,)
-        Batch mean and biased variance; the running variance takes the unbiased one.
-    counts : sequence of int
-        Values per channel that they were taken over; see `rows`.
+    `means` and biased `variances` are the batch's, over `counts` values a channel (see `rows`). A module
+    without buffers (track_running_stats=False) is left alone; `momentum=None` is the cumulative average.
     """
     for norm, mean, variance, count in zip(norms, means, variances, counts, strict=True):
         if norm.running_mean is None:
@@ -167,7 +150,7 @@ def update_running_statistics(
 
 def rows(wave: Tensor, hop: int = 512) -> list[int]:
     """Values per channel under each layer's batch statistics, for a wave (B, samples)."""
-    return [len(wave) * length for length in lengths(wave.shape[1], hop)]
+    return [len(wave) * n for n in lengths(wave.shape[1], frames(wave.shape[1], hop))[: len(LAYERS)]]
 
 
 def _check(wave, weights, gammas, betas, precision):
@@ -192,6 +175,13 @@ def _check(wave, weights, gammas, betas, precision):
 
 # Kernels. AFF (4, C) float32: a layer's mean, rstd, gamma, beta. GRAD (2, C) float32: its dgamma, dbeta.
 # A window of the first layer is a row of 16 samples, 11 of them live and less their means MU.
+
+
+@jit
+def _tile(tiles, BM: tl.constexpr):
+    """Clip and time steps of a program, of which each clip has `tiles`."""
+    pid = tl.program_id(0)
+    return (pid // tiles).to(tl.int64), pid % tiles * BM + tl.arange(0, BM)
 
 
 @jit
@@ -258,26 +248,6 @@ def _routed(DZ, IDX, clip, window, offset, c, inside, pooled, C: tl.constexpr):
 
 
 @jit
-def window_moments_kernel(X, MEAN, SQUARE, samples, length, tiles, BM: tl.constexpr):
-    """Mean (16,) and centred products (16, 16) of a tile of the first layer's windows, in float64."""
-    pid = tl.program_id(0)
-    clip = (pid // tiles).to(tl.int64)
-    t = pid % tiles * BM + tl.arange(0, BM)
-    k = tl.arange(0, 16)
-    inside = t < length
-    n = tl.minimum(length - pid % tiles * BM, BM).to(tl.float64)
-    at = 5 * t[:, None] - 5 + k[None, :]
-    live = inside[:, None] & (k < 11)[None, :] & (at >= 0) & (at < samples)
-    x = tl.load(X + clip * samples + at, mask=live, other=0.0).to(tl.float64)
-    mean = tl.sum(x, 0) / n
-    x = tl.where(inside[:, None], x - mean[None, :], 0.0)
-    tl.store(MEAN + pid * 16 + k, mean)
-    for j in tl.static_range(11):
-        column = tl.sum(tl.where((k == j)[None, :], x, 0.0), 1)
-        tl.store(SQUARE + pid * 256 + j * 16 + k, tl.sum(x * column[:, None], 0))
-
-
-@jit
 def _weight_at(W, k, n, BK: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
     """Rows k to k + BK, columns n of the (TAPS, OUTPUTS) weights, stored as `_weight_layout` says."""
     k += tl.arange(0, BK)
@@ -290,15 +260,14 @@ def _weight_at(W, k, n, BK: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.conste
 
 @jit
 def conv_kernel(
-    X, MU, W0, AFF, W, Y, COUNT, MEAN, SQUARE,
+    X, MU, W0, AFF, W, Y, MEAN, SQUARE,
     length, samples, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y = conv(ReLU(BN(X))) raw, and the tile's count, mean and centred sum of squares per channel."""
+    """Y = conv(ReLU(BN(X))) raw, and the tile's mean and centred sum of squares per channel."""
     pid = tl.program_id(0)
-    clip = (pid // tiles).to(tl.int64)
-    t = pid % tiles * BM + tl.arange(0, BM)
+    clip, t = _tile(tiles, BM)
     co = tl.arange(0, CO)
     acc = tl.zeros([BM, CO], tl.float32)
     for k0 in range(0, 3 * CI, BK):
@@ -315,47 +284,8 @@ def conv_kernel(
     n = tl.minimum(length - pid % tiles * BM, BM).to(tl.float32)
     mean = tl.sum(tl.where(inside, acc, 0.0), 0) / n
     off = tl.where(inside, acc - mean[None, :], 0.0)
-    tl.store(COUNT + pid, n)
     tl.store(MEAN + pid * CO + co, mean)
     tl.store(SQUARE + pid * CO + co, tl.sum(off * off, 0))
-
-
-@jit
-def combine_kernel(
-    COUNT, MEAN, SQUARE, COUNT_OUT, MEAN_OUT, SQUARE_OUT, GAMMA, BETA, AFF, parts, share, eps,
-    C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Chan's formula over `share` parts a program; the LAST level writes mean, variance and AFF."""
-    group = tl.program_id(0)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    count = tl.zeros([BC], tl.float64)
-    mean = tl.zeros([BC], tl.float64)
-    square = tl.zeros([BC], tl.float64)
-    for first in range(group * share, tl.minimum((group + 1) * share, parts), BP):
-        p = first + tl.arange(0, BP)
-        live = p < tl.minimum((group + 1) * share, parts)
-        n = tl.load(COUNT + p, mask=live, other=0.0).to(tl.float64)[:, None]
-        at = p[:, None] * C + c[None, :]
-        m = tl.load(MEAN + at, mask=live[:, None], other=0.0).to(tl.float64)
-        s = tl.load(SQUARE + at, mask=live[:, None], other=0.0).to(tl.float64)
-        total = count + tl.sum(n, 0)
-        joint = (count * mean + tl.sum(n * m, 0)) / total
-        apart = m - joint[None, :]
-        square += tl.sum(s + n * apart * apart, 0) + count * (mean - joint) * (mean - joint)
-        mean = joint
-        count = total
-    if LAST:
-        variance = square / count
-        tl.store(MEAN_OUT + c, mean.to(tl.float32))
-        tl.store(SQUARE_OUT + c, variance.to(tl.float32))
-        tl.store(AFF + c, mean.to(tl.float32))
-        tl.store(AFF + C + c, (1.0 / tl.sqrt(variance + eps)).to(tl.float32))
-        tl.store(AFF + 2 * C + c, tl.load(GAMMA + c).to(tl.float32))
-        tl.store(AFF + 3 * C + c, tl.load(BETA + c).to(tl.float32))
-    else:
-        tl.store(COUNT_OUT + group + c * 0, count)  # the same number from every channel
-        tl.store(MEAN_OUT + group * C + c, mean)
-        tl.store(SQUARE_OUT + group * C + c, square)
 
 
 @jit
@@ -363,8 +293,8 @@ def pool_kernel(
     Y, AFF, P, IDX, length, pooled, tiles, width, C: tl.constexpr, BY4: tl.constexpr, BM: tl.constexpr
 ):
     """Raw value P of each window's maximum after BN, and its place IDX in the window: the first of equals."""
-    clip = (tl.program_id(0) // tiles).to(tl.int64)
-    w = tl.program_id(0) % tiles * BM + tl.arange(0, BM).to(tl.int64)
+    clip, w = _tile(tiles, BM)
+    w = w.to(tl.int64)
     c = tl.arange(0, C)
     inside = w < pooled
     if BY4:
@@ -375,9 +305,8 @@ def pool_kernel(
         end = ((w + 1) * length + pooled - 1) // pooled
     gamma = tl.load(AFF + 2 * C + c)[None, :]
     sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0))
-    best = tl.load(Y + (clip * length + start)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0).to(
-        tl.float32
-    )
+    at = (clip * length + start)[:, None] * C + c[None, :]
+    best = tl.load(Y + at, mask=inside[:, None], other=0.0).to(tl.float32)
     place = tl.zeros([BM, C], tl.int32)
     for step in range(1, width):
         live = (inside & (start + step < end))[:, None]
@@ -394,8 +323,8 @@ def pool_kernel(
 @jit
 def unpool_kernel(DZ, IDX, OUT, length, pooled, tiles, overlap, C: tl.constexpr, BM: tl.constexpr):
     """Gradients of adaptive windows, added to the steps that won; at most `overlap` windows meet."""
-    clip = (tl.program_id(0) // tiles).to(tl.int64)
-    t = tl.program_id(0) % tiles * BM + tl.arange(0, BM).to(tl.int64)
+    clip, t = _tile(tiles, BM)
+    t = t.to(tl.int64)
     c = tl.arange(0, C)
     inside = t < length
     first = t * pooled // length
@@ -403,9 +332,8 @@ def unpool_kernel(DZ, IDX, OUT, length, pooled, tiles, overlap, C: tl.constexpr,
     for i in range(overlap):
         w = first + i
         dz += _routed(DZ, IDX, clip, w, t - w * length // pooled, c, inside, pooled, C)
-    tl.store(
-        OUT + (clip * length + t)[:, None] * C + c[None, :], dz.to(OUT.dtype.element_ty), mask=inside[:, None]
-    )
+    at = (clip * length + t)[:, None] * C + c[None, :]
+    tl.store(OUT + at, dz.to(OUT.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
@@ -413,12 +341,11 @@ def input_gradient_kernel(
     Y, DZ, IDX, AFF, GRAD, W, X, MU, W0, AFF_X, DX, SUMS, PRODUCTS,
     length, pooled, count, samples, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
-    STORE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz of the layer before, and the tile's sums of dz xhat and dz (FIRST: of dz and dz windows)."""
+    """dz of the layer before, and the tile's sums of dz xhat and dz; FIRST: only sums, of dz and windows."""
     pid = tl.program_id(0)
-    clip = (pid // tiles).to(tl.int64)
-    t = pid % tiles * BM + tl.arange(0, BM)
+    clip, t = _tile(tiles, BM)
     ci = tl.arange(0, CI)
     acc = tl.zeros([BM, CI], tl.float32)
     for k0 in range(0, 3 * CO, BK):
@@ -434,13 +361,12 @@ def input_gradient_kernel(
     else:
         xhat, z = _normalised(tl.load(X + at, mask=inside, other=0.0).to(tl.float32), AFF_X, ci, CI)
     dz = tl.where(inside & (z > 0), acc, 0.0)
-    if STORE:
-        tl.store(DX + at, dz.to(DX.dtype.element_ty), mask=inside)
     if FIRST:
         k = tl.arange(0, 16)
         products = tl.dot(tl.trans(x), dz, input_precision=PRECISION)
         tl.store(PRODUCTS + pid.to(tl.int64) * 16 * CI + k[:, None] * CI + ci[None, :], products)
     else:
+        tl.store(DX + at, dz.to(DX.dtype.element_ty), mask=inside)
         tl.store(SUMS + pid * 2 * CI + ci, tl.sum(dz * xhat, 0))
     tl.store(SUMS + pid * 2 * CI + CI + ci, tl.sum(dz, 0))
 
@@ -463,16 +389,12 @@ def weight_gradient_kernel(
         clip = (block // tiles).to(tl.int64)
         t = block % tiles * BM + tl.arange(0, BM)
         dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t, co, length, pooled, count, CO, BY4).to(DT)
-        a = _activation(X, MU, W0, AFF_X, clip, t - DILATION, ci, length, samples, CI, FIRST, PRECISION).to(
-            DT
-        )
-        left = tl.dot(tl.trans(a), dy, left, input_precision=PRECISION)
-        a = _activation(X, MU, W0, AFF_X, clip, t, ci, length, samples, CI, FIRST, PRECISION).to(DT)
-        middle = tl.dot(tl.trans(a), dy, middle, input_precision=PRECISION)
-        a = _activation(X, MU, W0, AFF_X, clip, t + DILATION, ci, length, samples, CI, FIRST, PRECISION).to(
-            DT
-        )
-        right = tl.dot(tl.trans(a), dy, right, input_precision=PRECISION)
+        a = _activation(X, MU, W0, AFF_X, clip, t - DILATION, ci, length, samples, CI, FIRST, PRECISION)
+        left = tl.dot(tl.trans(a.to(DT)), dy, left, input_precision=PRECISION)
+        a = _activation(X, MU, W0, AFF_X, clip, t, ci, length, samples, CI, FIRST, PRECISION)
+        middle = tl.dot(tl.trans(a.to(DT)), dy, middle, input_precision=PRECISION)
+        a = _activation(X, MU, W0, AFF_X, clip, t + DILATION, ci, length, samples, CI, FIRST, PRECISION)
+        right = tl.dot(tl.trans(a.to(DT)), dy, right, input_precision=PRECISION)
     to = PART + part.to(tl.int64) * 3 * CI * CO + ci[:, None] * CO + co[None, :]
     tl.store(to, left)
     tl.store(to + CI * CO, middle)
@@ -482,14 +404,6 @@ def weight_gradient_kernel(
 # Host side. The operators are functional: what the backward pass reads is a result of the forward pass.
 
 
-def lengths(samples: int, hop: int = 512) -> list[int]:
-    """Time steps of each layer's convolution output, before its pool."""
-    first = (samples + 2 * LAYERS[0].padding - LAYERS[0].kernel) // LAYERS[0].stride + 1
-    wide = 2 * frames(samples, hop)
-    return [first, first, first, first // 4, first // 4, wide, wide]
-
-
-MOMENTS_ROWS = 128
 POOL = {"BM": 16, "num_warps": 8, "num_stages": 1}
 SHARES = 128  # partial sums of a weight gradient
 
@@ -512,48 +426,30 @@ def _share(parts: int, programs: int) -> tuple[int, int]:
     return share, triton.cdiv(parts, share)
 
 
-def _combine(count: Tensor, mean: Tensor, square: Tensor, gamma: Tensor, beta: Tensor, eps: float):
-    """Mean, variance and AFF from the programs' moments."""
-    parts, channels = mean.shape
-    blocks = channels // 16
-
-    def run(last, groups, share, *out):
-        combine_kernel[(groups, blocks)](
-            count, mean, square, *out, parts, share, eps, C=channels, BC=16, BP=32, LAST=last
-        )
-
-    affine = mean.new_empty(4, channels, dtype=torch.float32)
-    if parts > 128:
-        share, groups = _share(parts, 128)
-        out = [mean.new_empty(shape, dtype=torch.float64) for shape in ((groups,), *[(groups, channels)] * 2)]
-        run(False, groups, share, *out, gamma, beta, affine)
-        count, mean, square = out
-        parts = groups
-    out = [mean.new_empty(channels, dtype=torch.float32) for _ in range(3)]
-    run(True, 1, parts, *out, gamma, beta, affine)
-    return out[1], out[2], affine
+def _joined(mean: Tensor, square: Tensor, clips: int, length: int, rows: int):
+    """Mean and variance of `clips` times `length` values from their tiles', by Chan's formula in float64."""
+    tiles = len(mean) // clips
+    count = (length - torch.arange(tiles, device=mean.device) * rows).clamp(max=rows)
+    count, mean = count.repeat(clips)[:, None].double(), mean.double()
+    total = (count * mean).sum(0) / (clips * length)
+    between = (count * (mean - total).square()).sum(0)
+    return total, (square.sum(0, dtype=torch.float64) + between) / (clips * length)
 
 
-def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float, length: int):
-    """Mean, variance and AFF (for centred windows); the windows' mean (16,) and covariance (16, 16)."""
-    clips, samples = x.shape
-    tiles = triton.cdiv(length, MOMENTS_ROWS)
-    means = x.new_empty(clips * tiles, 16, dtype=torch.float64)
-    squares = x.new_zeros(clips * tiles, 16, 16, dtype=torch.float64)
-    window_moments_kernel[(clips * tiles,)](
-        x, means, squares, samples, length, tiles, BM=MOMENTS_ROWS, num_warps=4
-    )
-    counts = (length - torch.arange(tiles, device=x.device) * MOMENTS_ROWS).clamp(max=MOMENTS_ROWS)
-    counts = counts.repeat(clips)[:, None].double()
-    mu = (means * counts).sum(0) / (clips * length)
-    apart = means - mu
-    covariance = (squares.sum(0) + apart.T @ (counts * apart)) / (clips * length)
-    w = F.pad(weight[:, 0].double(), (0, 5))
+def _affine(mean: Tensor, variance: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    return torch.stack([mean, (variance + eps).rsqrt(), gamma.double(), beta.double()]).float()
+
+
+def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float):
+    """Mean, variance and AFF (for centred windows); the windows' mean (11,) and covariance (11, 11)."""
+    windows = F.pad(x.double(), (5, 5)).unfold(1, 11, 5).flatten(0, 1)
+    mu = windows.mean(0)
+    windows = windows - mu
+    covariance = windows.T @ windows / len(windows)
+    w = weight[:, 0].double()
     variance = ((w @ covariance) * w).sum(1)
-    affine = torch.stack(
-        [torch.zeros_like(variance), (variance + eps).rsqrt(), gamma.double(), beta.double()]
-    )
-    return (w @ mu).float(), variance.float(), affine.float(), mu, covariance
+    affine = _affine(torch.zeros_like(variance), variance, gamma, beta, eps)
+    return w @ mu, variance, affine, mu, covariance
 
 
 @torch.library.custom_op(
@@ -564,50 +460,40 @@ def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: fl
 )
 def forward(wave, weights, gammas, betas, eps, hop, precision):
     """Output, means and variances of all layers in a row, and what the backward pass reads."""
-    with launching_on(wave):  # autograd sets the device by itself
-        return _forward(wave, weights, gammas, betas, eps, hop, precision)
-
-
-def _forward(wave, weights, gammas, betas, eps, hop, precision):
     x = wave.float().contiguous()
     clips, samples = x.shape
-    size = lengths(samples, hop)
-    pooled = [*size[1:], frames(samples, hop)]
-    mean, variance, affine, mu, covariance = _first_layer(x, weights[0], gammas[0], betas[0], eps, size[0])
-    means, variances, affines, stored = [mean], [variance], [affine], []
-    first = (mu.float(), _first_weight(weights[0]))
-    source = x
-    for index in range(1, len(LAYERS)):
-        layer, length = LAYERS[index], size[index]
-        options = _options("conv", index, precision, x)
-        tiles = triton.cdiv(length, options["BM"])
-        y = _raw(x, precision, clips, length, layer.outputs)
-        count = x.new_empty(clips * tiles)
-        moments = [x.new_empty(clips * tiles, layer.outputs) for _ in range(2)]
-        weight = _weight_layout(weights[index].permute(2, 1, 0), y.dtype, precision)
-        conv_kernel[(clips * tiles,)](
-            source, *first, affines[-1], weight, y, count, *moments, length, samples, tiles, **options
-        )
-        mean, variance, affine = _combine(count, *moments, gammas[index], betas[index], eps)
-        means.append(mean)
-        variances.append(variance)
-        affines.append(affine)
-        stored.append(y)
-        source = y
-        if layer.pool:
-            out = pooled[index]
-            source = _raw(x, precision, clips, out, layer.outputs)
-            by4 = layer.pool == "max4"
-            width = 4 if by4 else _window(length, out)
-            place = torch.empty_like(source, dtype=_place_dtype(width))
-            tiles = triton.cdiv(out, POOL["BM"])
-            pool_kernel[(clips * tiles,)](
-                y, affine, source, place, length, out, tiles, width, C=layer.outputs, BY4=by4, **POOL
+    size = lengths(samples, frames(samples, hop))
+    stored, source = [], x
+    with launching_on(wave):  # autograd sets the device by itself
+        mean, variance, affine, mu, covariance = _first_layer(x, weights[0], gammas[0], betas[0], eps)
+        means, variances, affines = [mean], [variance], [affine]
+        first = _first_operands(mu, weights[0])
+        for index in range(1, len(LAYERS)):
+            layer, length = LAYERS[index], size[index]
+            options = _options("conv", index, precision, x)
+            tiles = triton.cdiv(length, options["BM"])
+            y = _raw(x, precision, clips, length, layer.outputs)
+            moments = [x.new_empty(clips * tiles, layer.outputs) for _ in range(2)]
+            weight = _weight_layout(weights[index].permute(2, 1, 0), y.dtype, precision)
+            conv_kernel[(clips * tiles,)](
+                source, *first, affine, weight, y, *moments, length, samples, tiles, **options
             )
-            stored += [source, place]
-    z = _normalised_ref(source, affine)[1]
-    output = z.relu().transpose(1, 2).contiguous()
-    return output, torch.cat(means), torch.cat(variances), [mu, covariance, *affines, *stored]
+            mean, variance = _joined(*moments, clips, length, options["BM"])
+            affine = _affine(mean, variance, gammas[index], betas[index], eps)
+            means.append(mean)
+            variances.append(variance)
+            affines.append(affine)
+            stored.append(y)
+            source = y
+            if layer.pool:
+                out = size[index + 1]
+                source, place = _pool_results(x, precision, clips, layer, length, out)
+                tiles, width = triton.cdiv(out, POOL["BM"]), widest_window(length, out)
+                options = {"C": layer.outputs, "BY4": layer.pool == "max4"} | POOL
+                pool_kernel[(clips * tiles,)](y, affine, source, place, length, out, tiles, width, **options)
+                stored += [source, place]
+        output = _normalised_ref(source, affine)[1].relu().transpose(1, 2).contiguous()
+    return output, torch.cat(means).float(), torch.cat(variances).float(), [mu, covariance, *affines, *stored]
 
 
 def _raw(x: Tensor, precision: str, clips: int, length: int, channels: int) -> Tensor:
@@ -615,14 +501,11 @@ def _raw(x: Tensor, precision: str, clips: int, length: int, channels: int) -> T
     return x.new_empty(clips, length, channels, dtype=dtype)
 
 
-def _window(length: int, pooled: int) -> int:
-    """Most steps in a window of an adaptive pool; with the arguments exchanged, most windows at a step."""
-    return -(-length // pooled) + (length % pooled > 0)
-
-
-def _place_dtype(width: int) -> torch.dtype:
-    """Of a winner's place in a window of `width` steps."""
-    return torch.uint8 if width <= 256 else torch.int32
+def _pool_results(x: Tensor, precision: str, clips: int, layer: Layer, length: int, pooled: int):
+    """Room for a pool's values, and for the winners' places in their windows."""
+    values = _raw(x, precision, clips, pooled, layer.outputs)
+    dtype = torch.uint8 if widest_window(length, pooled) <= 256 else torch.int32
+    return values, torch.empty_like(values, dtype=dtype)
 
 
 def _weight_layout(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
@@ -631,9 +514,9 @@ def _weight_layout(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor
     return (weight if precision == "ieee" else weight.T).to(dtype).contiguous()
 
 
-def _first_weight(weight: Tensor) -> Tensor:
-    """(64, 1, 11) -> (16, 64) float32, padded with zeros."""
-    return F.pad(weight[:, 0].float(), (0, 5)).T.contiguous()
+def _first_operands(mu: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (16,) and weights (16, 64) of the first layer, padded with zeros."""
+    return F.pad(mu.float(), (0, 5)), F.pad(weight[:, 0].float(), (0, 5)).T.contiguous()
 
 
 def _normalised_ref(y: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
@@ -646,34 +529,31 @@ def _normalised_ref(y: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
 def _(wave, weights, gammas, betas, eps, hop, precision):
     clips, samples = wave.shape
     x = wave.new_empty(0, dtype=torch.float32)
-    size, count = lengths(samples, hop), frames(samples, hop)
-    pooled = [*size[1:], count]
-    channels = [layer.outputs for layer in LAYERS]
-    saved = [x.new_empty(16, dtype=torch.float64), x.new_empty(16, 16, dtype=torch.float64)]
-    saved += [x.new_empty(4, c) for c in channels]
-    for index in range(1, len(LAYERS)):
-        saved.append(_raw(x, precision, clips, size[index], channels[index]))
-        if LAYERS[index].pool:
-            source = _raw(x, precision, clips, pooled[index], channels[index])
-            width = 4 if LAYERS[index].pool == "max4" else _window(size[index], pooled[index])
-            saved += [source, torch.empty_like(source, dtype=_place_dtype(width))]
-    return x.new_empty(clips, channels[-1], count), *[x.new_empty(sum(channels)) for _ in range(2)], saved
+    size = lengths(samples, frames(samples, hop))
+    saved = [x.new_empty(shape, dtype=torch.float64) for shape in ((11,), (11, 11))]
+    saved += [x.new_empty(4, layer.outputs) for layer in LAYERS]
+    for layer, length, out in zip(LAYERS[1:], size[1:], size[2:], strict=False):
+        saved.append(_raw(x, precision, clips, length, layer.outputs))
+        if layer.pool:
+            saved += _pool_results(x, precision, clips, layer, length, out)
+    channels = sum(layer.outputs for layer in LAYERS)
+    statistics = [x.new_empty(channels) for _ in range(2)]
+    return x.new_empty(clips, LAYERS[-1].outputs, size[-1]), *statistics, saved
 
 
 @torch.library.custom_op(
     "osscl_kernels::tfgram_train_backward",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor wave, Tensor[] weights, Tensor[] saved, int hop, str precision, "
-    "bool wave_needed) -> Tensor[]",
+    schema="(Tensor gradient, Tensor wave, Tensor[] weights, Tensor[] saved, int hop, str precision)"
+    " -> Tensor[]",
 )
-def _backward(gradient, wave, weights, saved, hop, precision, wave_needed):
-    """Gradients of the wave (empty where not needed), of the weights, and of (gamma, beta) as (2, C)."""
+def _backward(gradient, wave, weights, saved, hop, precision):
+    """Gradients of the weights, and of (gamma, beta) as (2, C)."""
     x = wave.float().contiguous()
     clips, samples = x.shape
-    size = lengths(samples, hop)
-    pooled = [*size[1:], frames(samples, hop)]
+    size = lengths(samples, frames(samples, hop))
     (mu, covariance), affines, stored = saved[:2], saved[2:9], list(saved[9:])
-    first = (mu.float(), _first_weight(weights[0]))
+    first = _first_operands(mu, weights[0])
     gradients: list[list[Tensor]] = [[], []]  # last layer first
 
     xhat, z = _normalised_ref(stored[-2], affines[-1])
@@ -681,17 +561,16 @@ def _backward(gradient, wave, weights, saved, hop, precision, wave_needed):
     sums = torch.stack([(dz * xhat).sum((0, 1), dtype=torch.float64), dz.sum((0, 1), dtype=torch.float64)])
     dz = dz.to(stored[-2].dtype).contiguous()
     for index in range(len(LAYERS) - 1, 0, -1):
-        layer, length = LAYERS[index], size[index]
+        layer, length, out = LAYERS[index], size[index], size[index + 1]
         place = dz
         if layer.pool:
             place = stored.pop()
             stored.pop()
-        if layer.pool not in ("", "max4"):
+        if layer.pool.startswith("frames"):
             full = _raw(x, precision, clips, length, layer.outputs)
-            tiles = triton.cdiv(length, POOL["BM"])
-            overlap = _window(pooled[index], length)
+            tiles, overlap = triton.cdiv(length, POOL["BM"]), widest_window(out, length)
             unpool_kernel[(clips * tiles,)](
-                dz, place, full, length, pooled[index], tiles, overlap, C=layer.outputs, **POOL
+                dz, place, full, length, out, tiles, overlap, C=layer.outputs, **POOL
             )
             dz = full
         y = stored.pop()
@@ -700,7 +579,7 @@ def _backward(gradient, wave, weights, saved, hop, precision, wave_needed):
         gradients[1].append(sums)
         before = (y, dz, place, affines[index], sums)
         behind = (source, *first, affines[index - 1])
-        extent = (length, pooled[index], float(clips * length), samples)
+        extent = (length, out, float(clips * length), samples)
 
         options = _options("weight", index, precision, x)
         tiles = triton.cdiv(length, options["BM"])
@@ -713,49 +592,38 @@ def _backward(gradient, wave, weights, saved, hop, precision, wave_needed):
 
         options = _options("input", index, precision, x)
         tiles = triton.cdiv(length, options["BM"])
-        store = index > 1 or wave_needed
-        dx = _raw(x, precision, clips, length, layer.inputs) if store else dz
+        dx = _raw(x, precision, clips, length, layer.inputs) if index > 1 else dz
         sums = x.new_empty(clips * tiles, 2, layer.inputs)
         products = x.new_empty(clips * tiles, 16, layer.inputs) if index == 1 else sums
         weight = _weight_layout(weights[index].permute(2, 0, 1), y.dtype, precision)
         input_gradient_kernel[(clips * tiles,)](
-            *before, weight, *behind, dx, sums, products, *extent, tiles, STORE=store, **options
+            *before, weight, *behind, dx, sums, products, *extent, tiles, **options
         )
         dz = dx
         if index > 1:
             sums = sums.sum(0, dtype=torch.float64)
 
     # The first layer's gradients from sum dz (x - mu), sum dz and the windows' covariance.
-    w, rstd = F.pad(weights[0][:, 0].double(), (0, 5)), affines[0][1].double()
-    products = products.sum(0, dtype=torch.float64).T
+    w, rstd = weights[0][:, 0].double(), affines[0][1].double()
+    products = products.sum(0, dtype=torch.float64)[:11].T
     dgamma, dbeta = (w * products).sum(1) * rstd, sums[:, 1].sum(0, dtype=torch.float64)
     scale = (affines[0][2].double() * rstd)[:, None]
     dw = scale * (products - (dgamma * rstd)[:, None] * (w @ covariance))
-    gradients[0].append(dw[:, None, :11].float())
+    gradients[0].append(dw[:, None].float())
     gradients[1].append(torch.stack([dgamma, dbeta]).float())
-    dwave = x.new_empty(0)
-    if wave_needed:
-        xhat = (
-            F.conv1d(x[:, None], weights[0].float(), stride=5, padding=5).double() - (w @ mu)[:, None]
-        ) * rstd[:, None]
-        dy = dz.double().transpose(1, 2) - (dbeta[:, None] + dgamma[:, None] * xhat) / (clips * size[0])
-        dy = (dy * scale).float()
-        extra = samples - 5 * (size[0] - 1) - 1
-        dwave = F.conv_transpose1d(dy, weights[0].float(), stride=5, padding=5, output_padding=extra)[:, 0]
-    return [dwave, *[g for kind in gradients for g in reversed(kind)]]
+    return [g for kind in gradients for g in reversed(kind)]
 
 
 @_backward.register_fake
-def _(gradient, wave, weights, saved, hop, precision, wave_needed):
-    like = [wave.new_empty(wave.shape if wave_needed else 0, dtype=torch.float32)]
-    like += [torch.empty_like(w, dtype=torch.float32) for w in weights]
+def _(gradient, wave, weights, *_):
+    like = [torch.empty_like(w, dtype=torch.float32) for w in weights]
     return like + [w.new_empty(2, len(w), dtype=torch.float32) for w in weights]
 
 
 def _setup_context(ctx, inputs, output):
     wave, weights, gammas, betas, _, ctx.hop, ctx.precision = inputs
     ctx.save_for_backward(wave, *weights, *output[3])
-    ctx.dtypes = [t.dtype for t in (wave, *weights, *gammas, *betas)]
+    ctx.dtypes = [t.dtype for t in (*weights, *gammas, *betas)]
     ctx.set_materialize_grads(False)
 
 
@@ -763,11 +631,10 @@ def _autograd(ctx, gradient, *_):
     if gradient is None:
         return (None,) * 7
     wave, *rest = ctx.saved_tensors
-    result = _backward(gradient, wave, rest[:7], rest[7:], ctx.hop, ctx.precision, ctx.needs_input_grad[0])
-    result = result[:8] + [g[0] for g in result[8:]] + [g[1] for g in result[8:]]
+    result = _backward(gradient, wave, rest[:7], rest[7:], ctx.hop, ctx.precision)
+    result = result[:7] + [g[0] for g in result[7:]] + [g[1] for g in result[7:]]
     result = [g.to(dtype) for g, dtype in zip(result, ctx.dtypes, strict=True)]
-    dwave = result[0] if ctx.needs_input_grad[0] else None
-    return dwave, result[1:8], result[8:15], result[15:], None, None, None
+    return None, result[:7], result[7:14], result[14:], None, None, None
 
 
 forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -11,7 +11,7 @@ import hardware  # noqa: F401
 import pytest
 import torch
 from osscl_kernels import backend
-from osscl_kernels.tfgram_infer import LAYERS, frames
+from osscl_kernels.tfgram_infer import LAYERS, frames, widest_window
 from osscl_kernels.tfgram_train import rows, tfgram_train, tfgram_train_ref, update_running_statistics
 from torch import nn
 
@@ -23,7 +23,6 @@ ZERO, ZERO_DEAD = 1, 4  # channels with gamma = 0 and a positive or a negative b
 NAMES = (
     ["output"]
     + [f"{kind} {i}" for kind in ("mean", "variance") for i in range(7)]
-    + ["wave gradient"]
     + [f"{kind} gradient {i}" for kind in ("weight", "gamma", "beta") for i in range(7)]
 )
 triton_only = pytest.mark.skipif(backend.triton is None, reason="triton is not installed")
@@ -54,15 +53,15 @@ def noise(clips, samples):
 
 def run(function, wave, dtype=torch.float32, device=DEVICE, **options):
     """Output, statistics and every gradient under a random output gradient, in the order of NAMES."""
-    wave = wave.to(device, dtype, copy=True).requires_grad_()
+    wave = wave.to(device, dtype)
     groups = [[p.to(device, dtype, copy=True).requires_grad_() for p in g] for g in parameters()]
     output, means, variances = function(wave, *groups, **options)
     assert not any(s.requires_grad for s in (*means, *variances))
     generator = torch.Generator().manual_seed(7)
     gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     output.backward(gradient.to(output))
-    leaves = [wave, *groups[0], *groups[1], *groups[2]]
-    results = [output.detach(), *means, *variances, *[leaf.grad for leaf in leaves]]
+    gradients = [p.grad for group in groups for p in group]
+    results = [output.detach(), *means, *variances, *gradients]
     return dict(zip(NAMES, (r.cpu() for r in results), strict=True))
 
 
@@ -129,8 +128,8 @@ def test_adaptive_pool_of_any_window(length, pooled, poisoned):
     gradient = torch.randn(2, pooled, 128, generator=g).to(DEVICE)
     affine = torch.ones(4, 128, device=DEVICE)
     values, back = torch.empty_like(gradient), torch.empty_like(y)
-    width, overlap = fused._window(length, pooled), fused._window(pooled, length)
-    place = torch.empty_like(values, dtype=fused._place_dtype(width))
+    width, overlap = widest_window(length, pooled), widest_window(pooled, length)
+    place = torch.empty_like(values, dtype=torch.uint8 if width < 256 else torch.int32)
     tiles = [-(-n // fused.POOL["BM"]) for n in (pooled, length)]
     options = {"C": 128} | fused.POOL
     fused.pool_kernel[(2 * tiles[0],)](
@@ -174,20 +173,14 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(fused.forward, (wave, *groups, 1e-5, 512, "ieee"), test_utils=tests)
 
 
-@triton_only
-def test_combining_parts_at_two_levels(poisoned):
-    torch.manual_seed(0)
-    values = 5 + torch.randn(150, 7, 16, dtype=torch.float64)
-    count = torch.full((150,), 7.0)
-    mean, square = values.mean(1), values.var(1, correction=0) * 7
-    args = (count, mean.float(), square.float(), torch.ones(16), torch.zeros(16))
-    mean, variance, affine = (t.cpu() for t in fused._combine(*(a.to(DEVICE) for a in args), 1e-5))
-    flat = values.flatten(0, 1)
-    torch.testing.assert_close(mean.double(), flat.mean(0), rtol=2e-7, atol=0)
-    torch.testing.assert_close(variance.double(), flat.var(0, correction=0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        affine[1].double(), (flat.var(0, correction=0) + 1e-5).rsqrt(), rtol=1e-6, atol=0
-    )
+def test_moments_of_tiles_are_joined():
+    values = 500 + torch.randn(3, 37, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tiles = [part for clip in values for part in clip.split(16)]  # the last one of a clip is shorter
+    mean = torch.stack([part.mean(0) for part in tiles])
+    square = torch.stack([part.var(0, correction=0) * len(part) for part in tiles])
+    joint, variance = fused._joined(mean, square, 3, 37, 16)
+    torch.testing.assert_close(joint, values.flatten(0, 1).mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(variance, values.flatten(0, 1).var(0, correction=0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("choice", [pytest.param("triton", marks=triton_only), "torch"])
@@ -268,6 +261,9 @@ def test_what_it_refuses():
         tfgram_train(wave, groups[0][::-1], *groups[1:])
     with pytest.raises(RuntimeError, match="float64 has no Triton path|not installed"):
         tfgram_train(wave, *groups, backend="triton")
+    if backend.triton:
+        with pytest.raises(RuntimeError, match="give the wave no gradient"):
+            tfgram_train(wave.float().requires_grad_(), *groups, backend="triton")
 
 
 @cpu_only
