@@ -25,16 +25,12 @@ def batch():
     return wave, log_mel, torch.tensor([0, 0, 1, 1, 2, 2]), LAM, torch.tensor([3, 2, 5, 4, 0, 1])
 
 
-@pytest.fixture
-def model():
+def trainer(loss=LossConfig(), inputs=("log_mel",), frozen=(), **settings):
     torch.manual_seed(0)
-    return OSSCL(ModelConfig(audio=SHORT, inputs=("log_mel",), classes=3))
-
-
-def losses_of(model, batch, loss):
-    """The losses of a training step from this model's weights."""
-    config = replace(PRESETS["small"], model=model.config, loss=loss)
-    return Trainer(config, torch.device("cpu"), model).step(*batch)
+    small = PRESETS["small"]
+    model = replace(small.model, audio=SHORT, classes=3, inputs=inputs, frozen=frozen)
+    config = replace(small, model=model, loss=loss, train=replace(small.train, **settings))
+    return Trainer(config, torch.device("cpu"))
 
 
 def parts(model, batch):
@@ -47,9 +43,10 @@ def parts(model, batch):
 
 @pytest.mark.parametrize("contrastive", ["noise", "clean", "weighted", "none"])
 @pytest.mark.parametrize("margin_on", ["own", "each"])
-def test_every_variant_is_what_it_says(model, batch, contrastive, margin_on):
+def test_every_variant_is_what_it_says(batch, contrastive, margin_on):
+    student = trainer(LossConfig(contrastive=contrastive, margin_on=margin_on, contrastive_weight=0.5))
     labels, partners = batch[2], batch[2][batch[4]]
-    own, partner, embedding, clean = parts(model, batch)
+    own, partner, embedding, clean = parts(student.model, batch)
     other = own if margin_on == "own" else partner
     cross_entropy = LAM * F.cross_entropy(own, labels) + (1 - LAM) * F.cross_entropy(other, partners)
     expected = {
@@ -59,17 +56,16 @@ def test_every_variant_is_what_it_says(model, batch, contrastive, margin_on):
         + (1 - LAM) * supcon_loss_ref(embedding, partners),
         "none": torch.tensor(0.0),
     }[contrastive]
-    config = LossConfig(contrastive=contrastive, margin_on=margin_on, contrastive_weight=0.5)
-    losses = losses_of(model, batch, config)
+    losses = student.step(*batch)
     torch.testing.assert_close(losses["cross_entropy"], cross_entropy)
     torch.testing.assert_close(losses["contrastive"], expected)
     torch.testing.assert_close(losses["total"], cross_entropy + 0.5 * expected)
 
 
-def test_without_mixup_clips_are_clean(model, batch):
-    wave, log_mel, labels, _, _ = batch
-    logits, embedding = model(wave, log_mel, labels)
-    losses = losses_of(model, batch, LossConfig(mixup=False))
+def test_without_mixup_clips_are_clean(batch):
+    student, labels = trainer(LossConfig(mixup=False)), batch[2]
+    logits, embedding = student.model(*batch[:3])
+    losses = student.step(*batch)
     torch.testing.assert_close(losses["cross_entropy"], F.cross_entropy(logits, labels))
     torch.testing.assert_close(losses["contrastive"], supcon_loss_ref(embedding, labels))
 
@@ -82,15 +78,8 @@ def test_two_stages():
     assert stage_loss(PRESETS["small"], 0) == PRESETS["small"].loss
 
 
-def trainer(**settings):
-    torch.manual_seed(0)
-    model = replace(PRESETS["small"].model, audio=SHORT, classes=3, **settings.pop("model", {}))
-    train = replace(PRESETS["small"].train, **settings)
-    return Trainer(replace(PRESETS["small"], model=model, train=train), torch.device("cpu"))
-
-
 def test_frozen_convolutions_stay_as_drawn(batch):
-    frozen = trainer(model={"frozen": ("tfgram",)})
+    frozen = trainer(inputs=("tfgram", "log_mel"), frozen=("tfgram",))
     before = {name: value.clone() for name, value in frozen.model.state_dict().items()}
     frozen.step(*batch)
     for network in (frozen.model, frozen.ema):

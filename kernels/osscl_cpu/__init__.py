@@ -8,6 +8,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import encoder, native, tfgram
 
@@ -44,9 +45,9 @@ def accelerate(model: nn.Module) -> str:
         obstacle = obstacle or str(error)
     if obstacle:
         return f"training layers: PyTorch's own ({obstacle})"
-    model.encoder.forward = MethodType(_training(encoder.forward), model.encoder)
-    if model.tfgram is not None:
-        model.tfgram.forward = MethodType(_training(tfgram.forward), model.tfgram)
+    for module, compiled in ((model.encoder, encoder.forward), (model.tfgram, tfgram.forward)):
+        if module is not None:
+            module.forward = MethodType(_training(compiled), module)
     return "training layers: compiled for this CPU"
 
 
@@ -54,16 +55,13 @@ def _training(compiled: Callable[[nn.Module, Tensor, torch.dtype], Tensor]) -> C
     """A module's forward that takes the compiled path in training and the module's own elsewhere."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-        norms = (module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if (
             not torch.compiler.is_compiling()
             and x.device.type == "cpu"
-            and x.dtype in native.DTYPES
-            and dtype in native.DTYPES
+            and {x.dtype, dtype} <= native.DTYPES.keys()
             and len(x) > 1
-            and all(norm.training for norm in norms)
+            and all(norm.training for norm in self.modules() if isinstance(norm, _BatchNorm))
         ):
             return compiled(self, x, dtype)
         return type(self).forward(self, x)
