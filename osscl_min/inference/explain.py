@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from osscl_min.config import AudioConfig
 from osscl_min.data.audio import decode, duration, window_starts
 from osscl_min.features import hz_to_mel, mel_ticks, mel_to_hz, to_wave
 from osscl_min.inference.recordings import Recording, Scorer
 from osscl_min.neighbours import FORMS
 from osscl_min.runtime.files import UserError
-from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture, save
+from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture
 
 COLUMNS = 1500  # of a spectrogram at most; a longer recording's frames are averaged
 BANDS, PARTS = 16, 10  # patches of an explanation, over frequency and over time
@@ -25,11 +27,24 @@ def _title(scorer: Scorer, recording: Recording) -> str:
     return f"{Path(recording.file).name} as {' id '.join(scorer.trained.classes[recording.label])}{simulated}"
 
 
-def _window(scorer: Scorer, recording: Recording, start: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (samples,) int16 and log-mel (mels, frames) of a recording from `start` (s) on."""
+def _samples(scorer: Scorer, recording: Recording, start: float = 0.0) -> torch.Tensor:
+    """Samples (1, samples) int16 of the window that begins at `start` (s)."""
     samples, _ = decode(recording.file, scorer.audio, recording.channel, start)
-    log_mel = scorer.front(torch.from_numpy(samples[None]).to(scorer.device))[1]
-    return samples, log_mel[0, 0].cpu().numpy()
+    return torch.from_numpy(samples[None]).to(scorer.device)
+
+
+def _log_mel(scorer: Scorer, recording: Recording, start: float) -> np.ndarray:
+    """Log-mel (mels, frames) in dB of the same."""
+    return scorer.front(_samples(scorer, recording, start))[1][0, 0].cpu().numpy()
+
+
+def _draw_log_mel(ax: Axes, audio: AudioConfig, levels: np.ndarray, start: float, end: float) -> None:
+    """Draw levels (mels, columns) in dB over seconds and Hz."""
+    limits = np.nanpercentile(levels, (1, 99.5))
+    image = picture(ax, levels, "magma", limits, (start, end, 0, audio.mels))
+    ax.figure.colorbar(image, ax=ax, label="dB", pad=0.02, extend="both")
+    ax.set_yticks(*mel_ticks(audio))
+    ax.set(xlabel="time (s)", ylabel="frequency (Hz)")
 
 
 def spectrogram(scorer: Scorer, recording: Recording) -> np.ndarray:
@@ -39,55 +54,47 @@ def spectrogram(scorer: Scorer, recording: Recording) -> np.ndarray:
     columns = min(audio.frames, max(1, COLUMNS // len(starts)))  # per piece
     for number, start in enumerate(starts):
         try:
-            _, log_mel = _window(scorer, recording, start)
+            log_mel = _log_mel(scorer, recording, start)
         except UserError:
             log_mel = np.full((audio.mels, audio.frames), np.nan, np.float32)
         means = [part.mean(axis=1) for part in np.array_split(log_mel, columns, axis=1)]
-        overlap = number - (start or 0) / audio.seconds  # of the last piece with the one before
+        overlap = number - start / audio.seconds  # of the last piece with the one before
         pieces += means[round(overlap * columns) :]
     return np.stack(pieces, axis=1)
 
 
 def timeline(scorer: Scorer, recording: Recording, threshold: float | None) -> Figure:
     """Each window's score, the threshold, and the log-mel spectrogram below."""
-    audio = scorer.audio
-    starts, scores = recording.timeline()
-    length = max(duration(recording.file), audio.seconds)
+    seconds, starts = scorer.audio.seconds, np.array(recording.starts)
+    length = max(duration(recording.file), seconds)
     title = _title(scorer, recording)
     figure, (above, below) = panels(title, False, ["score", "log-mel"], 1, (9, 2.6), sharex=True)
     if len(starts) > 1:
         start = starts[recording.highest]
         look = {"color": VERMILLION, "alpha": 0.15, "linewidth": 0}
-        above.axvspan(start, start + audio.seconds, label="highest window", **look)
-    label = f"window of {audio.seconds:g} s"
-    above.hlines(scores, starts, starts + audio.seconds, color=BLUE, linewidth=2, label=label)
+        above.axvspan(start, start + seconds, label="highest window", **look)
+    label = f"window of {seconds:g} s"
+    above.hlines(recording.scores, starts, starts + seconds, color=BLUE, linewidth=2, label=label)
     if threshold is not None:
         above.axhline(threshold, color=VERMILLION, linestyle="--", linewidth=1.2, label="threshold")
     above.set(yscale="linear" if scorer.form in FORMS else "log", ylabel="anomaly score")
-    levels = spectrogram(scorer, recording)
-    image = picture(below, levels, "magma", np.nanpercentile(levels, (1, 99.5)), (0, length, 0, audio.mels))
-    below.set_yticks(*mel_ticks(audio))
-    below.set(xlabel="time (s)", ylabel="frequency (Hz)", xlim=(0, length))
-    figure.colorbar(image, ax=below, label="dB", pad=0.01, extend="both")
+    _draw_log_mel(below, scorer.audio, spectrogram(scorer, recording), 0, length)
+    below.set_xlim(0, length)
     legend_below(figure, [above])
     return figure
 
 
-def _spectrum(scorer: Scorer, wave: torch.Tensor) -> torch.Tensor:
-    """(B, samples) -> (B, bins, frames) complex, as the log-mel sees it."""
-    log_mel = scorer.front.log_mel
-    window = log_mel.window.to(wave.dtype)
+def _spectrum(scorer: Scorer, samples: torch.Tensor) -> torch.Tensor:
+    """Samples (1, samples) int16 -> (bins, frames) complex, as the log-mel sees it."""
+    wave, window = to_wave(samples), scorer.front.log_mel.window.float()
     options = {"window": window, "center": True, "pad_mode": "constant", "return_complex": True}
-    return torch.stft(wave, scorer.audio.n_fft, scorer.audio.hop, **options)
+    return torch.stft(wave, scorer.audio.n_fft, scorer.audio.hop, **options)[0]
 
 
 def usual_level(scorer: Scorer, recordings: Iterable[Recording]) -> torch.Tensor | None:
     """Root mean square of each frequency bin over the first windows of recordings; None without any."""
-    powers = []
-    for recording in recordings:
-        samples, _ = decode(recording.file, scorer.audio, recording.channel)
-        spectrum = _spectrum(scorer, to_wave(samples[None], scorer.device))
-        powers.append(spectrum.abs().square().mean(dim=(0, 2)))
+    spectra = (_spectrum(scorer, _samples(scorer, recording)) for recording in recordings)
+    powers = [spectrum.abs().square().mean(1) for spectrum in spectra]
     return torch.stack(powers).mean(0).sqrt() if powers else None
 
 
@@ -112,8 +119,8 @@ def occlusion(
         Each band over the whole window.
     """
     audio = scorer.audio
-    samples, _ = _window(scorer, recording, recording.starts[recording.highest])
-    spectrum = _spectrum(scorer, to_wave(samples[None], scorer.device))[0]
+    samples = _samples(scorer, recording, recording.starts[recording.highest])
+    spectrum = _spectrum(scorer, samples)
     if level is None:
         level = spectrum.abs().square().mean(1).sqrt()
     usual = torch.polar(level[:, None].expand_as(spectrum).contiguous(), spectrum.angle())
@@ -121,60 +128,37 @@ def occlusion(
     edges = mel_to_hz(np.linspace(low, high, BANDS + 1))[1:-1]
     band = np.digitize(np.linspace(0, audio.sample_rate / 2, len(spectrum)), edges)
     part = np.arange(spectrum.shape[1]) * PARTS // spectrum.shape[1]
-    falls = []
-    for chosen in range(-1, BANDS):  # -1: none, the score as it is
-        times = [part >= 0, *(part == number for number in range(PARTS))]
-        masks = torch.from_numpy((band == chosen)[None, :, None] & np.array(times)[:, None, :])
-        waves = torch.istft(
-            torch.where(masks.to(spectrum.device), usual, spectrum), audio.n_fft, audio.hop,
-            window=scorer.front.log_mel.window.float(), length=audio.samples,
-        )  # fmt: skip
-        repeated = np.repeat(samples[None], len(waves), axis=0)
-        falls.append(scorer.scores(repeated, [recording.label], lambda _, waves=waves: waves)[:, 0])
-    falls = falls[0][0] - np.array(falls[1:])
+    times = np.stack([part >= 0, *(part == number for number in range(PARTS))])[:, None]
+
+    def scores(masks: np.ndarray) -> np.ndarray:
+        replaced = torch.where(torch.from_numpy(masks).to(scorer.device), usual, spectrum)
+        window = scorer.front.log_mel.window.float()
+        waves = torch.istft(replaced, audio.n_fft, audio.hop, window=window, length=audio.samples)
+        repeated = samples.expand(len(masks), -1).cpu().numpy()
+        return scorer.scores(repeated, [recording.label], lambda _: waves)[:, 0]
+
+    falls = np.stack([scores((band == number)[:, None] & times) for number in range(BANDS)])
+    falls = scores(np.zeros((1, *spectrum.shape), bool)) - falls
     return falls[:, 1:], falls[:, 0]
 
 
 def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None = None) -> Figure:
     """The highest window's log-mel, and how far the score falls when parts of it take their usual level."""
-    audio = scorer.audio
+    audio, score = scorer.audio, recording.scores[recording.highest]
+    start = recording.starts[recording.highest]
     patches, bands = occlusion(scorer, recording, level)
-    starts, scores = recording.timeline()
-    highest = recording.highest
-    _, log_mel = _window(scorer, recording, recording.starts[highest])
     usual = "the window's own mean over time" if level is None else "the mean level of normal recordings"
-    title = f"{_title(scorer, recording)}\nscore {scores[highest]:.3g}; each part replaced by {usual}"
-    names = ["log-mel (dB)", "fall of the score, part by part", "whole bands"]
-    figure, axes = panels(title, False, names, 3, (3.8, 3.4), sharey=True)
-    extent = (starts[highest], starts[highest] + audio.seconds, 0, audio.mels)
-    most = np.abs(patches).max() or 1.0
-    for ax, content, colours, limits in (
-        (axes[0], log_mel, "magma", np.percentile(log_mel, (1, 99.5))),
-        (axes[1], patches, "RdBu_r", (-most, most)),
-    ):
-        figure.colorbar(picture(ax, content, colours, limits, extent), ax=ax, pad=0.02)
-        ax.set(xlabel="time (s)")
+    title = f"{_title(scorer, recording)}\nscore {score:.3g}; each part replaced by {usual}"
+    names = ["log-mel", "fall of the score, part by part", "whole bands"]
+    figure, (left, middle, right) = panels(title, False, names, 3, (3.8, 3.4), sharey=True)
+    most, end = np.abs(patches).max() or 1.0, start + audio.seconds
+    image = picture(middle, patches, "RdBu_r", (-most, most), (start, end, 0, audio.mels))
+    figure.colorbar(image, ax=middle, pad=0.02)
+    middle.set_xlabel("time (s)")
     height = audio.mels / BANDS
     colours = [VERMILLION if fall > 0 else BLUE for fall in bands]
-    axes[2].barh((np.arange(BANDS) + 0.5) * height, bands, 0.85 * height, color=colours)
-    axes[2].axvline(0, color=GREY, linewidth=0.8)
-    axes[2].set(xlabel="fall of the score", ylim=(0, audio.mels))
-    axes[0].set_yticks(*mel_ticks(audio))
-    axes[0].set_ylabel("frequency (Hz)")
+    right.barh((np.arange(BANDS) + 0.5) * height, bands, 0.85 * height, color=colours)
+    right.axvline(0, color=GREY, linewidth=0.8)
+    right.set(xlabel="fall of the score", ylim=(0, audio.mels))
+    _draw_log_mel(left, audio, _log_mel(scorer, recording, start), start, end)
     return figure
-
-
-def write(
-    scorer: Scorer,
-    recording: Recording,
-    threshold: float | None,
-    plot: Path | None,
-    explain: Path | None,
-    normal: Iterable[Recording] = (),
-) -> None:
-    """Draw a scored recording; the `normal` recordings of its machine give the usual level."""
-    if plot is not None:
-        save(timeline(scorer, recording, threshold), plot)
-    if explain is not None:
-        normal = [other for other in normal if other.machine == recording.machine]
-        save(explanation(scorer, recording, usual_level(scorer, normal)), explain)

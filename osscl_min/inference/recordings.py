@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, walk
 
 COLUMNS = (
     "file", "machine_type", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value",
-    "window_p_value", "calibration", "windows", "windows_not_scored", "at_seconds", "remarks", "problem",
+    "calibration", "windows", "windows_not_scored", "at_seconds", "remarks", "problem",
 )  # fmt: skip
 
 
@@ -44,53 +44,43 @@ class Recording:
     machine: tuple[str, str] = ("", "")  # its type and id; the id may be "" or unknown to the network
     candidates: tuple[int, ...] = ()  # classes to score against: its own, or all of its type where unknown
     channel: int | None = None
-    starts: list[float | None] = field(default_factory=lambda: [None])  # of windows, see `window_starts`
-    windows: dict[int, np.ndarray] = field(default_factory=dict)  # position in `starts` -> (candidates,)
-    missing: dict[int, str] = field(default_factory=dict)  # position in `starts` -> why it is not scored
-    remarks: list[str] = field(default_factory=list)
-    problem: str = ""  # why the file is not scored
-
-    @property
-    def label(self) -> int:
-        """The candidate with the lowest score, which is the highest of its windows'."""
-        return self.candidates[int(np.argmin(np.max(list(self.windows.values()), axis=0)))]
-
-    def timeline(self) -> tuple[np.ndarray, np.ndarray]:
-        """Starts (s) and scores of the windows; NaN for one that could not be scored."""
-        column = self.candidates.index(self.label)
-        scores = [self.windows[k][column] if k in self.windows else np.nan for k in range(len(self.starts))]
-        return np.array([start or 0.0 for start in self.starts]), np.array(scores)
+    starts: list[float] = field(default_factory=lambda: [0.0])  # of windows, in seconds
+    scores: np.ndarray | None = None  # (windows,), the highest counts; NaN for a window that is not scored
+    label: int | None = None  # the class that these are against: the candidate with the lowest highest score
+    reasons: set[str] = field(default_factory=set)  # why windows are not scored
+    remarks: set[str] = field(default_factory=set)  # what was done to read and score them
+    problem: str = ""  # why no window is scored
 
     @property
     def highest(self) -> int:
         """Position of the window with the highest score."""
-        return int(np.nanargmax(self.timeline()[1]))
+        return int(np.nanargmax(self.scores))
 
     def row(self, classes: Sequence[tuple[str, str]], calibration: Calibration) -> dict[str, Any]:
         """The result by COLUMNS and, where there are several windows, "timeline"."""
         row = dict.fromkeys(COLUMNS) | {"file": printable(self.file), "problem": self.problem}
         row["machine_type"], row["machine_id"] = map(printable, self.machine)
-        row["remarks"] = "; ".join(self.remarks)
-        if self.problem:
-            return row
-        starts, scores = self.timeline()
-        score, scored = float(np.nanmax(scores)), len(self.windows)
-        row |= {
-            "scored_as": " id ".join(classes[self.label]),
-            "score": score,
-            "windows": len(starts),
-            "windows_not_scored": len(starts) - scored,
-            "at_seconds": float(starts[self.highest]),
-        }
-        if threshold := calibration.threshold(self.machine, scored):
-            called = None if threshold.value is None else int(score > threshold.value)
-            row |= {"threshold": threshold.value, "anomaly": called, "calibration": threshold.source}
-            row["p_value"] = threshold.p_value(score)
-            row["window_p_value"] = threshold.window_p_value(score)
-        if len(starts) > 1:
-            pairs = zip(starts.tolist(), scores.tolist(), strict=True)
-            row["timeline"] = [[start, None if np.isnan(score) else score] for start, score in pairs]
-        return row
+        remarks = sorted(self.remarks)
+        if not self.problem:
+            scores, missing = self.scores.tolist(), int(np.isnan(self.scores).sum())
+            row |= {
+                "scored_as": " id ".join(classes[self.label]),
+                "score": scores[self.highest],
+                "windows": len(scores),
+                "windows_not_scored": missing,
+                "at_seconds": self.starts[self.highest],
+            }
+            if threshold := calibration.threshold(self.machine, len(scores) - missing):
+                row |= {"threshold": threshold.value, "calibration": threshold.source}
+                row["anomaly"] = int(row["score"] > threshold.value) if threshold.rank else None
+                row["p_value"] = threshold.p_value(row["score"])
+            if missing:
+                reasons = ", ".join(sorted(self.reasons))
+                remarks.append(f"{missing} of {len(scores)} windows not scored: {reasons}")
+            if len(scores) > 1:
+                pairs = zip(self.starts, scores, strict=True)
+                row["timeline"] = [[start, None if np.isnan(score) else score] for start, score in pairs]
+        return row | {"remarks": "; ".join(remarks)}
 
 
 @dataclass
@@ -98,11 +88,11 @@ class Scorer:
     """Scores recordings one after the other, in batches of windows."""
 
     trained: Checkpoint
-    machine_type: str | None = None  # of every file; left out, each file's place and name give it
+    machine_type: str | None = None  # of every file; by default, its place and name tell it
     machine_id: str | None = None
-    step: float | None = None  # seconds between windows, at most a window's length; training's without
-    batch_size: int | None = None  # windows per batch; the checkpoint's own without
-    channel: int | None = None  # of files with several; the layout's own choice without
+    step: float | None = None  # seconds between windows, at most a window's length; by default training's
+    batch_size: int | None = None  # windows per batch; by default the checkpoint's
+    channel: int | None = None  # of files with several; by default the layout's choice
     form: str = "auto"  # which score, see `EvaluateConfig.score`
 
     def __post_init__(self):
@@ -110,13 +100,18 @@ class Scorer:
         self.audio: AudioConfig = self.trained.config.model.audio
         self.device = self.trained.device
         self.front = FrontEnd(self.audio).to(self.device)
+        self.labels = {
+            (kind, number.removeprefix("id_")): label
+            for label, (kind, number) in enumerate(self.trained.classes)
+        }
         self.types = sorted({known for known, _ in self.trained.classes}, key=str.lower)
+        seconds = self.audio.seconds
         if self.step is None:  # as the recordings that set the thresholds were cut
-            self.step = min(self.audio.clip_step, self.audio.seconds) or self.audio.seconds / 2
+            self.step = min(self.audio.clip_step, seconds) or seconds / 2
         if self.batch_size is None:
             self.batch_size = self.trained.config.evaluate.batch_size
-        if not 0.01 <= self.step <= self.audio.seconds:
-            longest = f"{self.audio.seconds:g} s, the length of a window, so that nothing is skipped"
+        if not 0.01 <= self.step <= seconds:
+            longest = f"{seconds:g} s, the length of a window, so that nothing is skipped"
             raise UserError(f"a step of {self.step:g} s between windows: give 0.01 s to {longest}")
         if self.batch_size < 1:
             raise UserError(f"a batch of {self.batch_size} windows: give at least 1")
@@ -131,59 +126,69 @@ class Scorer:
 
     def identify(self, recording: Recording) -> None:
         """Set the recording's machine, the classes to score it against and its channel."""
-        classes, given = self.trained.classes, self.machine_type
-        if recording.machine[0]:  # a manifest's
-            possible = [(*recording.machine, None)]
+        given = self.machine_type
+        if recording.machine[0]:  # from a manifest
+            found = [(*recording.machine, None)]
         else:
-            possible = [
+            found = [
                 (part["type"], part["id"], layout.channel)
                 for layout, part in readings(Path(recording.file).absolute())
-                # any folder in a folder has the plain form, so only a known type makes it evidence
+                # any folder in a folder fits the plain layout, so there only a known type is evidence
                 if layout.distinctive or part["type"] in ([given] if given else self.types)
             ]
         if given:
-            possible = [(given, machine_id, channel) for _, machine_id, channel in possible]
-            possible.append((given, "", None))
-        if not possible:
+            found.append((given, "", None))
+        if not found:
             raise UserError(f"its name tells no machine; give --machine, one of {', '.join(self.types)}")
-        machines = []
-        for machine_type, machine_id, channel in possible:
-            machine = machine_type, machine_id if self.machine_id is None else self.machine_id
-            if machine not in classes:
-                machine = machine_type, machine[1].removeprefix("id_")
-            machines.append((machine, channel))
-        machine, channel = min(machines, key=lambda m: (m[0] not in classes, m[0][0] not in self.types))
-        if machine[0] not in self.types:
-            raise UserError(self._unknown(machine[0]))
-        own = [label for label, known in enumerate(classes) if known == machine]
-        same_type = [label for label, known in enumerate(classes) if known[0] == machine[0]]
-        recording.machine, recording.candidates = machine, tuple(own or same_type)
+        machines = [
+            (given or kind, (self.machine_id or number).removeprefix("id_"), channel)
+            for kind, number, channel in found
+        ]
+        kind, number, channel = min(
+            machines, key=lambda found: (found[:2] not in self.labels, found[0] not in self.types)
+        )
+        if kind not in self.types:
+            raise UserError(self._unknown(kind))
         recording.channel = channel if self.channel is None else self.channel
-        if not own:
-            which = f"id {printable(machine[1])} unknown" if machine[1] else "id not known"
-            recording.remarks.append(f"{which}: scored against every id of {machine[0]}, the lowest taken")
+        label = self.labels.get((kind, number))
+        if label is not None:
+            recording.machine, recording.candidates = self.trained.classes[label], (label,)
+        else:
+            same_type = [label for (known, _), label in self.labels.items() if known == kind]
+            recording.machine, recording.candidates = (kind, number), tuple(same_type)
+            which = f"id {printable(number)} unknown" if number else "id not known"
+            recording.remarks.add(f"{which}: scored against every id of {kind}, the lowest score counts")
 
     def _planned(self, files: Iterable[str | Recording]) -> Iterator[Recording]:
         for file in files:
             recording = file if isinstance(file, Recording) else Recording(str(file))
             try:
-                if not recording.problem:
-                    if not os.path.isfile(recording.file):  # False too for names that are too long
-                        exists = os.path.exists(recording.file)
-                        raise UserError("not a regular file" if exists else "no such file")
-                    if printable(recording.file) != recording.file:
-                        raise UserError("its name is not UTF-8")
-                    length = duration(recording.file)
-                    self.identify(recording)
-                    recording.starts = window_starts(length, self.audio, self.step)
+                if recording.problem:
+                    raise UserError(recording.problem)
+                if not os.path.exists(recording.file):  # False too for names that are too long
+                    raise UserError("no such file")
+                if printable(recording.file) != recording.file:
+                    raise UserError("its name is not UTF-8")
+                length = duration(recording.file)
+                self.identify(recording)
+                recording.starts = window_starts(length, self.audio, self.step)
             except UserError as error:
                 recording.problem = str(error)
+            recording.scores = np.full((len(recording.starts), len(recording.candidates)), np.nan)
             yield recording
 
-    def _read(self, recording: Recording, position: int) -> tuple[np.ndarray, list[str]]:
+    def _read(self, window: tuple[Recording, int]) -> np.ndarray | None:
+        recording, position = window
         if recording.problem:
-            raise UserError(recording.problem)
-        return decode(recording.file, self.audio, recording.channel, recording.starts[position])
+            return None
+        try:
+            start = recording.starts[position]
+            samples, remarks = decode(recording.file, self.audio, recording.channel, start)
+        except UserError as error:
+            recording.reasons.add(str(error))
+            return None
+        recording.remarks.update(remarks)
+        return samples
 
     def __call__(self, files: Iterable[str | Recording]) -> Iterator[Recording]:
         """Score files, in their order; one that cannot be scored has a `problem`.
@@ -193,42 +198,36 @@ class Scorer:
         recordings = self._planned(files)
         windows = ((recording, k) for recording in recordings for k in range(len(recording.starts)))
         batches = iter(lambda: list(islice(windows, self.batch_size)), [])
+        following: tuple[Sequence, Iterable] = (), ()
         with ThreadPoolExecutor(2) as pool:
-            waiting: list[tuple[Recording, int, Future]] = []
-            for batch in batches:
-                ready, waiting = waiting, [(*window, pool.submit(self._read, *window)) for window in batch]
-                yield from self._finish(ready)
-            yield from self._finish(waiting)
+            for batch in chain(batches, [()]):
+                ready, following = following, (batch, pool.map(self._read, batch))
+                yield from self._finish(*ready)
 
-    def _finish(self, batch: list[tuple[Recording, int, Future]]) -> Iterator[Recording]:
+    def _finish(
+        self, batch: Sequence[tuple[Recording, int]], decoded: Iterable[np.ndarray | None]
+    ) -> Iterator[Recording]:
         """Score a batch of windows; yield the recordings that it completes."""
-        decoded = []
-        for recording, position, future in batch:
-            try:
-                samples, remarks = future.result()
-                remarks = [remark for remark in remarks if not remark.startswith("cropped")]
-                recording.remarks = list(dict.fromkeys(recording.remarks + remarks))
-                decoded.append((recording, position, samples))
-            except UserError as error:
-                recording.missing[position] = str(error)
-        if decoded:
-            labels = sorted({label for recording, *_ in decoded for label in recording.candidates})
-            scores = self.scores(np.stack([samples for *_, samples in decoded]), labels)
-            for (recording, position, _), row in zip(decoded, scores, strict=True):
+        pairs = list(zip(batch, decoded, strict=True))
+        read = [(*window, samples) for window, samples in pairs if samples is not None]
+        if read:
+            labels = sorted({label for recording, *_ in read for label in recording.candidates})
+            scores = self.scores(np.stack([samples for *_, samples in read]), labels)
+            for (recording, position, _), row in zip(read, scores, strict=True):
                 own = row[np.searchsorted(labels, recording.candidates)]
                 if np.isfinite(own).all():
-                    recording.windows[position] = own
+                    recording.scores[position] = own
                 else:
-                    recording.missing[position] = "its score is not finite"
-        for recording, position, _ in batch:
-            if position + 1 == len(recording.starts):
-                reasons = ", ".join(dict.fromkeys(recording.missing.values()))
-                if not recording.windows:
-                    recording.problem = reasons
-                elif reasons:
-                    count = f"{len(recording.missing)} of {len(recording.starts)}"
-                    recording.remarks.append(f"{count} windows not scored: {reasons}")
-                yield recording
+                    recording.reasons.add("its score is not finite")
+        for recording, position in batch:
+            if position + 1 < len(recording.starts):
+                continue
+            if np.isnan(recording.scores).all():
+                recording.problem = recording.problem or ", ".join(sorted(recording.reasons))
+            else:
+                lowest = int(np.nanmax(recording.scores, axis=0).argmin())
+                recording.label, recording.scores = recording.candidates[lowest], recording.scores[:, lowest]
+            yield recording
 
     @torch.no_grad()
     def scores(
@@ -243,12 +242,13 @@ class Scorer:
         ((embedding, profiles, _),) = embed(model, self.front, [(windows, None)], precision, transform)
         described, columns = (embedding.cpu().numpy(), profiles.cpu().numpy()), []
         for label in labels:
-            target = torch.full((len(samples),), label, device=self.device)
             if self.form in FORMS:
-                scores = self.trained.neighbours.scores(self.form, target.cpu().numpy(), *described)
+                own = np.full(len(samples), label)
+                columns.append(self.trained.neighbours.scores(self.form, own, *described))
             else:
-                scores = anomaly_score(model.arcface(embedding, target), target, self.form).cpu().numpy()
-            columns.append(scores)
+                own = torch.full((len(samples),), label, device=self.device)
+                scores = anomaly_score(model.arcface(embedding, own), own, self.form)
+                columns.append(scores.cpu().numpy())
         return np.stack(columns, axis=1)
 
 

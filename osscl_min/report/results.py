@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from osscl_min import checkpoint
 from osscl_min.experiments.sweep import read_clip_scores
-from osscl_min.inference.calibration import Calibration
+from osscl_min.inference.calibration import Calibration, Threshold
 from osscl_min.metrics import Score, measured, table
 from osscl_min.runtime.files import UserError, printable, read_json
 from osscl_min.runtime.tables import latex, percent
@@ -136,25 +137,48 @@ def expectation(run: Path) -> str:
 def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
     """False alarms and detections of each machine type at the false-alarm rates asked for.
 
-    Thresholds are those of `osscl score`: from normal clips held out of training. Empty without such clips.
+    Thresholds come from normal recordings that were held out of training; like the test recordings, each
+    counts with its highest window. Empty without such recordings.
     """
     score = read_json(run / "evaluation" / "evaluation.json").get("score", "exact")
-    held_out = checkpoint.load(run / "best.pt").held_out(score)
+    machines, scores = checkpoint.load(run / "best.pt").held_out(score)
     clips = clip_scores(run / "evaluation")
-    machines = [(clip.machine_type, clip.machine_id) for clip in clips]
-    scores, truth = (np.array([getattr(clip, name) for clip in clips]) for name in ("score", "anomaly"))
+    if not (machines and clips):
+        return []
+    types, truth = (np.array([getattr(clip, name) for clip in clips]) for name in ("machine_type", "anomaly"))
     rows = [["rate", "machine type", "threshold from", "false alarms", "expected by chance", "detected"]]
-    for rate in rates if held_out[0] and clips else ():
-        for counts in Calibration(*held_out, rate).alarms(machines, scores, truth):
-            cells = {name: "-" if count is None else str(count) for name, count in counts.items()}
-            chance = "-"  # unknown where too few clips were held out to resolve the rate
-            if counts["chance"]:
-                chance = "{:.0f} to {:.0f} %".format(*(100 * bound for bound in counts["chance"]))
-            false_alarms = f"{cells['false_alarms']} of {cells['normal_clips']}"
-            detected = f"{cells['detected']} of {cells['anomalous_clips']}"
-            asked = [f"{100 * rate:g} %", cells["machine_type"], cells["threshold_from"]]
-            rows.append([*asked, false_alarms, chance, detected])
-    return rows if len(rows) > 1 else []
+    for rate in rates:
+        calibration = Calibration(machines, [own.max() for own in scores], rate)
+        thresholds = np.array([calibration.threshold((clip.machine_type, clip.machine_id)) for clip in clips])
+        resolved = all(threshold.rank for threshold in thresholds)
+        alarms = np.array([resolved and c.score > t.value for c, t in zip(clips, thresholds, strict=True)])
+        for name in [*sorted(set(types.tolist()), key=str.lower), "all"]:
+            own, chance = (types == name) | (name == "all"), "-"
+            sources = {threshold.source for threshold in thresholds[own]}
+            source = f"{len(sources)} groups" if len(sources) > 1 else sources.pop()
+            normal, anomalous = own & (truth == 0), own & (truth == 1)
+            false_alarms, detected = (
+                f"{alarms[group].sum() if resolved else '-'} of {group.sum()}"
+                for group in (normal, anomalous)
+            )
+            if resolved and normal.any():
+                chance = "{:.0f} to {:.0f} %".format(*(100 * _by_chance(thresholds[normal])))
+            rows.append([f"{100 * rate:g} %", name, source, false_alarms, chance, detected])
+    return rows
+
+
+def _by_chance(thresholds: Sequence[Threshold]) -> np.ndarray:
+    """The central 95 % of the share of false alarms among normal recordings, given the threshold of each.
+
+    The share of recordings above the r-th highest of n scores is Beta(r, n + 1 - r), one draw per group;
+    given it, the number of alarms is binomial.
+    """
+    probability = np.ones(1)  # of each number of false alarms
+    for threshold, count in Counter(thresholds).items():
+        n, rank = len(threshold.maxima), threshold.rank
+        alarms = scipy.stats.betabinom(count, rank, n + 1 - rank)
+        probability = np.convolve(probability, alarms.pmf(np.arange(count + 1)))
+    return np.searchsorted(np.cumsum(probability), (0.025, 0.975)) / len(thresholds)
 
 
 def published_table(metrics: dict[str, Any], synthetic: bool) -> Table:
