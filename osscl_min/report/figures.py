@@ -130,13 +130,16 @@ def score_histograms(evaluation: Path) -> Figure:
     types = _scores(evaluation)
     figure, axes = plot.panels("Anomaly scores", _is_synthetic(evaluation), list(types), sharex=True)
     scores = np.concatenate([values for _, values, _ in types.values()])
-    high = 1.001 * max(scores.max(), 1e-9)  # the axis is logarithmic, over two decades at least
-    low = min(high / 100, max(1e-12, scores.min()))
-    bins = np.geomspace(low, high, 25)
+    low, high, scale = scores.min(), scores.max(), "linear"
+    bins = np.linspace(low, high + 1e-9, 25)
+    if low >= 0:  # cross-entropies span decades, two at least
+        high, scale = 1.001 * max(high, 1e-9), "log"
+        low = min(high / 100, max(1e-12, low))
+        bins = np.geomspace(low, high, 25)
     for ax, (truth, values, _) in zip(axes, types.values(), strict=True):
         for anomaly, (label, colour) in TRUTH.items():
             ax.hist(np.maximum(values[truth == anomaly], low), bins, color=colour, alpha=0.5, label=label)
-        ax.set(xscale="log", xlabel="anomaly score", ylabel="clips")
+        ax.set(xscale=scale, xlabel="anomaly score", ylabel="clips")
         ax.yaxis.get_major_locator().set_params(integer=True)
     plot.legend_below(figure, axes)
     return figure
