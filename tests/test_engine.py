@@ -222,7 +222,7 @@ class Counting:
         return out
 
 
-def test_batches_arrive_in_order_from_two_buffers():
+def test_batches_arrive_in_order():
     batches = [np.array(batch) for batch in ([3, 1, 2], [0, 4, 5], [6, 7], [8, 9, 10, 3], [1, 2])]
     labels = np.arange(11) * 10
     for source in (Counting(), Resident(Counting(), CPU, chunk=4)):
