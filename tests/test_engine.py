@@ -179,7 +179,7 @@ def test_the_progress_line(data, tmp_path, monkeypatch):
     assert re.search(rf"16/16 .*(clip/s|s/clip), epoch 1/1, {losses}", screen.getvalue())
 
 
-def test_batches_arrive_in_order_from_two_buffers(data):
+def test_batches_arrive_in_order(data):
     reader = open_data(data, TINY.model.audio, splits=["train"]).train
     batches = [np.array(batch) for batch in ([3, 1, 2], [0, 4, 5], [6, 7], [8, 9, 10, 3], [1, 2])]
     labels = np.arange(len(reader)) * 10
