@@ -16,8 +16,8 @@ class CaptureError(Exception):
 class Graphed:
     """A function, tensors of fixed shapes -> dict of tensors, recorded as a CUDA graph and replayed.
 
-    It may change other tensors, such as weights, in place. CaptureError means that CUDA refuses to capture it;
-    other errors, running out of memory included, pass through.
+    It may change other tensors, such as weights, in place. A CaptureError says that CUDA refuses to capture
+    it; other errors, running out of memory included, pass through.
     """
 
     def __init__(self, function: Callable[..., dict[str, torch.Tensor]]):
