@@ -149,10 +149,7 @@ def test_a_detector_that_was_deleted_is_missed(data, uninterrupted, tmp_path):
         (lambda path: torch.save({"format": 1}, path), "last.pt: .*: it has no entry 'config'"),
         (lambda path: shutil.copy(path.with_name("best.pt"), path), "last.pt: .*: it has no entry 'clips'"),
         (lambda path: path.with_name("config.json").write_text("{"), "config.json: not a readable JSON"),
-        (
-            lambda path: path.with_name("config.json").write_text("[]"),
-            "config.json: not a readable JSON object",
-        ),
+        (lambda path: path.with_name("config.json").write_text("[]"), "config.json: not a readable JSON object"),
     ],
 )
 def test_a_damaged_run_folder_is_named(data, uninterrupted, tmp_path, damage, message):
