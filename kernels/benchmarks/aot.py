@@ -220,12 +220,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, nothing is left behind
         os.environ["TRITON_CACHE_DIR"] = cache
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(arguments.workers or os.cpu_count(), mp_context=context) as pool:
+        with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
             for row in pool.map(check, jobs):
                 rows.append(row)
-                cells = [f"{key} {row[key]}" for key in COLUMNS[2:7] if key in row]
-                fault = f"  <-- {row['problems']}" if row["problems"] else ""
-                print(f"sm_{row['capability']:<4}{row['name']}: {', '.join(cells)}{fault}", flush=True)
+                print("  ".join(f"{key} {row.get(key, '')}" for key in COLUMNS), flush=True)
     if arguments.out:
         with arguments.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")

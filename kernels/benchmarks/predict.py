@@ -21,32 +21,28 @@ RATES = {"bf16": 4096, "tf32": 2048, "tf32x3": 2048, "instructions": 4, "exponen
 RATES |= {"l2_bytes": 24}
 
 
-def clocks(work: dict[str, float], precision: str, share: float = 1.0) -> tuple[float, str]:
-    """Of a program that does `share` of the counted work, and the unit that takes them."""
-    parts = {
-        key: work[key] / RATES[key] for key in ("instructions", "exponentials", "wavefronts", "l2_bytes")
-    }
+def clocks(work: dict[str, float], precision: str) -> float:
+    """Of a program: those of the unit that has most to do."""
+    parts = [work[k] / RATES[k] for k in ("instructions", "exponentials", "wavefronts", "l2_bytes")]
     if precision != "ieee":
-        parts["tensor cores"] = work["tensor_flop"] / RATES[precision]
-    unit = max(parts, key=parts.__getitem__)
-    return share * parts[unit], unit
+        parts.append(work["tensor_flop"] / RATES[precision])
+    return max(parts)
 
 
 def milliseconds(kernel: str, passing: str, precision: str, size: int) -> float | str:
     """Of a pass over `size` rows or clips; empty where nothing was counted."""
-    total = 0.0
+    clocks_taken = 0.0
     for row in json.loads(COUNTED.read_text()):
         if (row["kernel"], row["precision"]) != (kernel, precision) or passing not in row["passes"]:
             continue
-        if kernel == "supcon":
-            if size < row.get("from", 0) or size >= row.get("below", math.inf):
-                continue
+        if kernel == "tfgram":
+            programs, share = size * row["programs_per_clip"], 1.0
+        elif row.get("from", 0) <= size < row.get("below", math.inf):
             programs, share = math.ceil(size / row["rows"]), size / row["columns"]
         else:
-            programs, share = size * row["programs_per_clip"], 1.0
-        waves = math.ceil(programs / MULTIPROCESSORS)
-        total += waves * clocks(row["work"], precision, share)[0] / CLOCK * 1e3
-    return total or ""
+            continue
+        clocks_taken += math.ceil(programs / MULTIPROCESSORS) * share * clocks(row["work"], precision)
+    return clocks_taken / CLOCK * 1e3 or ""
 
 
 def table() -> str:

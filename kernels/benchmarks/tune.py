@@ -36,8 +36,9 @@ def neighbours(tile: dict) -> Iterator[dict]:
 
 def milliseconds(kernel: str, precision: str, size: int, tile: dict) -> float:
     """Of the host function that launches the kernel, with this tile; infinite where it cannot run."""
-    part = {"supcon": "supcon", "front": "tfgram_infer", "layer": "tfgram_infer"}
-    part = next((value for key, value in part.items() if key in kernel), "tfgram_train")
+    part = "supcon" if "supcon" in kernel else "tfgram_train"
+    if kernel in ("tfgram_front", "tfgram_layer"):
+        part = "tfgram_infer"
     choose = backend.tile
 
     def chosen(name, *rest):

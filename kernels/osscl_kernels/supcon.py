@@ -24,7 +24,7 @@ from .backend import BACKENDS, INTERPRETED, jit, launching_on, resolve, tile, tl
 
 PRECISIONS = ("auto", "ieee", "tf32x3", "bf16")
 WIDTH = 128  # features per row in a tile, zero-padded; wider rows take the PyTorch path
-# Similarities that the PyTorch path holds at a time: what a core's cache holds, what fills a GPU.
+# Similarities that the PyTorch path holds at a time: what fits a core's cache, what fills a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
@@ -75,7 +75,7 @@ def supcon_loss(
         Arithmetic of the matrix products; everything else is float32. "ieee": float32 multiply-adds, no
         tensor cores. "tf32x3": three tf32 products on tensor cores, as exact as float32 in practice. "bf16":
         features are rounded to 8 bits, so logits at temperature 0.02 are off by up to 0.2. "auto": bf16 for
-        bfloat16 features, tf32x3 for float32 and float16. On a CPU products are float32; float64 stays.
+        bfloat16 features, tf32x3 for float32 and float16. PyTorch's products are float32; float64 stays.
     backend : {"auto", "triton", "torch"}
         See `backend.resolve`. float64 and D > 128 always take the chunked PyTorch path.
     reduction : {"mean", "none"}
@@ -198,7 +198,7 @@ def _backward(
             g = (s - lse).exp_().mul_(w)
             g += s.sub_(lse[own, None]).exp_().mul_(w[own, None])
             g -= torch.where(positive, v[own, None] + v, 0.0)
-            _product(g.to(z.dtype), z, dz[a:b])
+            _product(g, z, dz[a:b])
     elif rows:
         constants = tile("supcon_backward", precision, z, len(z))
         with launching_on(z):
@@ -273,9 +273,7 @@ def _accurate(tensor: Tensor) -> torch.dtype:
 
 def _operand(features: Tensor, precision: str, choice: str) -> Tensor:
     """The features as the products take them; Triton wants rows of whole 16-byte words."""
-    half = (
-        precision == "bf16" and (choice == "triton" or features.is_cuda) and features.dtype != torch.float64
-    )
+    half = precision == "bf16" and choice == "triton"
     z = features.to(torch.bfloat16 if half else _accurate(features)).contiguous()
     missing = -z.shape[1] % 16 if choice == "triton" else 0
     return torch.nn.functional.pad(z, (0, missing)) if missing else z
@@ -300,18 +298,14 @@ def _constants(precision: str, constants: dict) -> dict:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a b into `out`; of bfloat16 (on CUDA only) with sums and result in float32."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.bfloat16:
-            out.copy_(torch.mm(a, b, out_dtype=torch.float32))
-        else:
-            torch.mm(a, b, out=out)
+        torch.mm(a, b, out=out)
 
 
 def _similarities(z: Tensor, labels: Tensor, start: int, rows: int, temperature: float):
     """Chunks of rows of z z^T / temperature, -inf at a row's own column, and which columns are positives."""
     step = min(max(CHUNK_ELEMENTS[z.device.type] // max(len(z), 1), 16), max(rows, 1))
-    buffer = z.new_empty((step, len(z)), dtype=_accurate(z))
+    buffer = z.new_empty((step, len(z)))
     for a in range(0, rows, step):
         b = min(a + step, rows)
         own, s = slice(start + a, start + b), buffer[: b - a]

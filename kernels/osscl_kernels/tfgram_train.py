@@ -163,12 +163,11 @@ def _check(wave, weights, gammas, betas, precision):
         raise ValueError(
             f"tfgram_train: unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}"
         )
-    for name, given in (("weights", weights), ("gammas", gammas), ("betas", betas)):
-        expected = [
-            (layer.outputs, layer.inputs, layer.kernel) if name == "weights" else (layer.outputs,)
-            for layer in LAYERS
-        ]
-        shapes = [tuple(t.shape) for t in given]
+    matrices = [(layer.outputs, layer.inputs, layer.kernel) for layer in LAYERS]
+    vectors = [shape[:1] for shape in matrices]
+    given = (("weights", weights, matrices), ("gammas", gammas, vectors), ("betas", betas, vectors))
+    for name, tensors, expected in given:
+        shapes = [tuple(t.shape) for t in tensors]
         if shapes != expected:
             raise ValueError(f"tfgram_train: {name} of shapes {shapes}; expected {expected}")
 

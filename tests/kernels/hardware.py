@@ -1,11 +1,52 @@
-"""Make Triton's interpreter round as a GPU does; importing this module is enough.
+"""What tests of kernels share. Importing it makes Triton's interpreter round as a GPU does.
 
-By itself it truncates float32 to bfloat16 where the hardware rounds to the nearest, and multiplies tf32
-operands exactly where tensor cores ignore the last 13 bits.
+By itself the interpreter truncates float32 to bfloat16 where the hardware rounds to the nearest, and
+multiplies tf32 operands exactly where tensor cores ignore the last 13 bits.
 """
 
 import numpy as np
-from osscl_kernels import backend
+import pytest
+import torch
+from osscl_kernels import LAYERS, backend, frames
+from osscl_kernels.tfgram_infer import pool_ref
+from torch import nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned():
+    """Every fresh tensor holds NaN (bytes: 255) until something is written there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Modules(nn.Module):
+    """TFgram from plain layers, with statistics and gammas (some negative, one 0) as training leaves them."""
+
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.ModuleList(
+            nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, x.dilation, bias=False)
+            for x in LAYERS
+        )
+        self.norm = nn.ModuleList(nn.BatchNorm1d(x.outputs, momentum=momentum) for x in LAYERS)
+        for norm in self.norm:
+            nn.init.normal_(norm.weight)
+            norm.weight.data[3] = 0.0
+            nn.init.normal_(norm.bias, std=0.3)
+            norm.running_mean.normal_(std=0.2)
+            norm.running_var.uniform_(0.2, 2.0)
+
+    def forward(self, wave):
+        x, count = wave.unsqueeze(1), frames(wave.shape[1])
+        for conv, norm, layer in zip(self.conv, self.norm, LAYERS, strict=True):
+            x = pool_ref(norm(conv(x)).relu(), layer, count)
+        return x
+
 
 if backend.INTERPRETED:
     import triton.language as tl

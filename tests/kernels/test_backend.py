@@ -29,8 +29,14 @@ def on_gpu(monkeypatch, capability):
     return Pretended()
 
 
-def test_auto(monkeypatch):
+@pytest.fixture
+def installed(monkeypatch):
+    """Triton seems to be there, compiling."""
     monkeypatch.setattr(backend, "triton", object())
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+
+
+def test_auto(monkeypatch, installed):
     assert resolve(CPU) == "torch"
     assert resolve(on_gpu(monkeypatch, (8, 0))) == resolve(on_gpu(monkeypatch, (12, 0))) == "triton"
     assert resolve(on_gpu(monkeypatch, (7, 5))) == "torch"
@@ -38,18 +44,13 @@ def test_auto(monkeypatch):
     assert resolve(on_gpu(monkeypatch, (9, 0))) == "torch"
 
 
-def test_the_interpreter_runs_only_on_request(monkeypatch):
-    monkeypatch.setattr(backend, "triton", object())
+def test_the_interpreter_runs_only_on_request(monkeypatch, installed):
     monkeypatch.setattr(backend, "INTERPRETED", True)
     assert resolve(CPU) == "torch"
     assert resolve(CPU, "triton") == "triton"
-    monkeypatch.setattr(backend, "INTERPRETED", False)
-    with pytest.raises(RuntimeError, match="argument requests the triton backend, but the tensor is on cpu"):
-        resolve(CPU, "triton")
 
 
-def test_environment(monkeypatch):
-    monkeypatch.setattr(backend, "triton", object())
+def test_environment(monkeypatch, installed):
     gpu = on_gpu(monkeypatch, (9, 0))
     for value, choice in (("torch", "torch"), ("auto", "triton"), ("", "triton")):
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, value)
@@ -60,15 +61,17 @@ def test_environment(monkeypatch):
         resolve(gpu)
 
 
-def test_refusals(monkeypatch):
-    monkeypatch.setattr(backend, "INTERPRETED", True)
-    monkeypatch.setattr(backend, "triton", object())
+def test_refusals(monkeypatch, installed):
     with pytest.raises(ValueError, match="argument: unknown backend 'numpy'; expected one of auto, triton"):
         resolve(CPU, "numpy")
-    with pytest.raises(RuntimeError, match="float64 has no Triton path"):
-        resolve(CPU.double(), "triton")
-    with pytest.raises(RuntimeError, match="older than compute capability 8.0"):
-        resolve(on_gpu(monkeypatch, (7, 0)), "triton")
+    old = on_gpu(monkeypatch, (7, 0))
+    for tensor, reason in (
+        (CPU, "argument requests the triton backend, but the tensor is on cpu"),
+        (CPU.double(), "float64 has no Triton path"),
+        (old, "older than compute capability 8.0"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            resolve(tensor, "triton")
     monkeypatch.setattr(backend, "triton", None)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         resolve(CPU, "triton")

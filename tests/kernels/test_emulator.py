@@ -72,14 +72,6 @@ def transpose_kernel(X, OUT, B: tl.constexpr):
 
 
 @triton.jit
-def atomic_kernel(X, SUM, HIGHEST, n, B: tl.constexpr):
-    i = tl.program_id(0) * B + tl.arange(0, B)
-    x = tl.load(X + i, mask=i < n, other=0)
-    tl.atomic_add(SUM + i % 3, x, mask=i < n)
-    tl.atomic_max(HIGHEST + i * 0, x, mask=i < n)
-
-
-@triton.jit
 def ways_kernel(N, OUT, B: tl.constexpr):
     """Programs take loops of different lengths; int64 division branches per thread."""
     i = tl.arange(0, B)
@@ -185,14 +177,6 @@ def test_reductions_and_transposes(gpu):
     square, out = normal(64, 64), nan(64, 64)
     transpose_kernel[(1,)](square, out, B=64)
     assert torch.equal(out, square.T)
-
-
-@compiled
-def test_atomics(gpu):
-    x = torch.randint(-9, 1000, (500,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    total, highest = torch.zeros(3, dtype=torch.int32), torch.full((1,), -100, dtype=torch.int32)
-    atomic_kernel[(4,)](x, total, highest, 500, B=128)
-    assert total.tolist() == [x[i::3].sum() for i in range(3)] and highest == x.max()
 
 
 @compiled

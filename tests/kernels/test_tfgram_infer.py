@@ -1,49 +1,20 @@
 """TFgram at inference against float64: an error of at most twice the plain PyTorch path's plus FLOOR."""
 
 import importlib
-import os
 
-import hardware  # noqa: F401
 import pytest
 import torch
+from hardware import DEVICE, Modules, poisoned  # noqa: F401
 from osscl_kernels import backend
 from osscl_kernels.tfgram_infer import LAYERS, Folded, fold_batchnorm, frames, tfgram_infer_ref
-from torch import nn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOOR = 3e-7  # of the largest output
 tfgram_infer = importlib.import_module("osscl_kernels.tfgram_infer")  # the package's name is the function
 infer = tfgram_infer.tfgram_infer
-pytestmark = pytest.mark.skipif(backend.triton is None, reason="triton is not installed")
-
-
-class Modules(nn.Module):
-    """The plain layers, with statistics and affine as training leaves them: some gammas negative, one 0."""
-
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.conv = nn.ModuleList(
-            nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, dilation=x.dilation, bias=False)
-            for x in LAYERS
-        )
-        self.norm = nn.ModuleList(nn.BatchNorm1d(x.outputs) for x in LAYERS)
-        for norm in self.norm:
-            nn.init.normal_(norm.weight)
-            norm.weight.data[3] = 0.0
-            nn.init.normal_(norm.bias, std=0.3)
-            norm.running_mean.normal_(std=0.2)
-            norm.running_var.uniform_(0.2, 2.0)
-
-    def forward(self, wave):
-        x, count = wave.unsqueeze(1), frames(wave.shape[1])
-        for conv, norm, layer in zip(self.conv, self.norm, LAYERS, strict=True):
-            x = nn.functional.relu(norm(conv(x)))
-            if layer.pool == "max4":
-                x = nn.functional.max_pool1d(x, 4)
-            elif layer.pool:
-                x = nn.functional.adaptive_max_pool1d(x, 2 * count if layer.pool == "frames2" else count)
-        return x
+pytestmark = [
+    pytest.mark.skipif(backend.triton is None, reason="triton is not installed"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +30,6 @@ def folded(module):
 @pytest.fixture(scope="module")
 def exact(module):
     return fold_batchnorm(module, torch.float64)
-
-
-@pytest.fixture
-def poison():
-    """Every fresh tensor holds NaN until something is written there."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def waves(clips, samples, seed=1):
@@ -88,10 +50,11 @@ def plain(wave, folded, precision, **options):
         return tfgram_infer_ref(wave, folded, **options)
 
 
-def assert_within_budget(out, wave, folded, exact, precision, **options):
+def assert_within_budget(wave, folded, exact, precision="ieee", backend="triton", **options):
+    out = infer(wave, folded, precision=precision, backend=backend, **options)
     truth = tfgram_infer_ref(wave.double(), exact, **options)
-    assert truth.abs().max() > 0
-    assert out.isfinite().all()
+    assert out.shape == (len(wave), 128, frames(wave.shape[1], **options)) and out.dtype == torch.float32
+    assert truth.abs().max() > 0 and out.isfinite().all()
     # on a CPU PyTorch has no tf32 to compare with: each factor loses its last 13 bits, 2^-10 of it
     floor = 2**-9 if precision == "tf32" and DEVICE == "cpu" else FLOOR
     assert error(out, truth) <= 2 * error(plain(wave, folded, precision, **options), truth) + floor
@@ -122,54 +85,31 @@ def test_folded_layout_and_dtypes(module, folded, exact):
 SHAPES = [(1, 20), (2, 777), (3, 1003), (1, 2560), (1, 16000), (2, 17003)]
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
-@pytest.mark.parametrize(("clips", "samples"), SHAPES)
-def test_torch_path_against_float64(folded, exact, clips, samples, precision):
-    wave = waves(clips, samples)
-    out = infer(wave, folded, precision=precision, backend="torch")
-    assert out.shape == (clips, 128, frames(samples)) and out.dtype == torch.float32
-    assert_within_budget(out, wave, folded, exact, precision)
-
-
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("precision", ["ieee", "bf16"] if DEVICE == "cpu" else ["ieee", "tf32", "bf16"])
 @pytest.mark.parametrize(("clips", "samples"), SHAPES)
-def test_kernels_against_float64(folded, exact, poison, clips, samples, precision):
-    wave = waves(clips, samples)
-    out = infer(wave, folded, precision=precision, backend="triton")
-    assert out.shape == (clips, 128, frames(samples)) and out.dtype == torch.float32
-    assert_within_budget(out, wave, folded, exact, precision)
+def test_against_float64(folded, exact, clips, samples, precision, backend):
+    assert_within_budget(waves(clips, samples), folded, exact, precision, backend)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="another architecture's tiles")
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
 @pytest.mark.parametrize("capability", [80, 86])
-def test_every_memory_class(folded, exact, poison, monkeypatch, capability, precision):
+def test_every_memory_class(folded, exact, monkeypatch, capability, precision):
     monkeypatch.setattr(backend, "capability", lambda _: capability)
-    wave = waves(2, 1511)
-    assert_within_budget(
-        infer(wave, folded, precision=precision, backend="triton"), wave, folded, exact, precision
-    )
+    assert_within_budget(waves(2, 1511), folded, exact, precision)
 
 
 @pytest.mark.parametrize("segment", [4, 36, 1024])
-def test_segments_are_seamless(folded, exact, poison, monkeypatch, segment):
-    wave = waves(1 if segment == 4 else 2, 700)
+def test_segments_are_seamless(folded, exact, monkeypatch, segment):
     monkeypatch.setattr(tfgram_infer, "_segment", lambda *_: segment)
-    assert_within_budget(infer(wave, folded, precision="ieee", backend="triton"), wave, folded, exact, "ieee")
+    assert_within_budget(waves(1 if segment == 4 else 2, 700), folded, exact)
 
 
-@pytest.mark.parametrize("hop", [128, 256, 1000])
+@pytest.mark.parametrize("hop", [128, 256, 1000, 4096])  # windows too wide for a tile take the PyTorch path
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_other_hops(folded, exact, hop, backend):
-    wave = waves(1, 3001)
-    out = infer(wave, folded, hop=hop, precision="ieee", backend=backend)
-    assert_within_budget(out, wave, folded, exact, "ieee", hop=hop)
-
-
-def test_windows_too_wide_for_a_tile_take_the_torch_path(folded, exact):
-    wave = waves(1, 4096)
-    out = infer(wave, folded, hop=4096, precision="ieee", backend="triton")
-    assert_within_budget(out, wave, folded, exact, "ieee", hop=4096)
+    assert_within_budget(waves(1, max(3001, hop)), folded, exact, backend=backend, hop=hop)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -203,15 +143,10 @@ def test_runs_and_batches_agree_bit_for_bit(folded, backend):
         assert torch.equal(out[1:2], infer(wave[1:2], folded, precision="ieee", backend=backend))
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_no_clips(folded, backend):
-    assert infer(waves(0, 1000), folded, backend=backend).shape == (0, 128, 2)
-
-
-def test_silence_and_loud_edges(folded, exact, poison):
+def test_silence_and_loud_edges(folded, exact):
     wave = torch.zeros(2, 1100, device=DEVICE)
     wave[1, 0] = wave[1, -1] = 30.0  # what stands at the padded ends is seen, and seen once
-    assert_within_budget(infer(wave, folded, precision="ieee", backend="triton"), wave, folded, exact, "ieee")
+    assert_within_budget(wave, folded, exact)
 
 
 def test_auto_precision(folded, monkeypatch):
@@ -251,7 +186,9 @@ def test_a_gradient_takes_the_torch_path(monkeypatch):
         infer(wave, fold_batchnorm(module), backend="triton")
 
 
-def test_refusals(folded):
+def test_no_clips_and_refusals(folded):
+    for choice in ("triton", "torch"):
+        assert infer(waves(0, 1000), folded, backend=choice).shape == (0, 128, 2)
     wave = waves(1, 1000)
     with pytest.raises(ValueError, match="unknown precision 'fp8'"):
         infer(wave, folded, precision="fp8")
@@ -279,6 +216,7 @@ def test_compiles_to_one_graph(folded, backend):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_replays_as_a_cuda_graph(folded):
+    torch.use_deterministic_algorithms(False)
     wave = waves(3, 16000)
     expected = infer(wave, folded, precision="bf16", backend="triton")
     graph = torch.cuda.CUDAGraph()
@@ -290,8 +228,6 @@ def test_replays_as_a_cuda_graph(folded):
 
 
 def test_windows_of_the_papers_clips():
-    assert tfgram_infer._pools(160_000, 313) == (32_000, 8_000, 16, 2)
-
-
-if DEVICE == "cpu":
-    assert os.environ.get("TRITON_INTERPRET") == "1", "conftest.py sets it before the kernels are imported"
+    size = tfgram_infer.lengths(160_000, 313)
+    assert size == [32_000, 32_000, 32_000, 8_000, 8_000, 626, 626, 313]
+    assert tfgram_infer._slots(size) == (16, 2)

@@ -7,16 +7,15 @@ import pathlib
 import subprocess
 import sys
 
-import hardware  # noqa: F401
 import pytest
 import torch
+from hardware import DEVICE, Modules, poisoned  # noqa: F401
 from osscl_kernels import backend
-from osscl_kernels.tfgram_infer import LAYERS, frames, widest_window
+from osscl_kernels.tfgram_infer import LAYERS, widest_window
 from osscl_kernels.tfgram_train import rows, tfgram_train, tfgram_train_ref, update_running_statistics
 from torch import nn
 
 fused = importlib.import_module("osscl_kernels.tfgram_train")  # the package's name is the function
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(pathlib.Path(backend.__file__).parents[1])}
 FLOOR = 2e-6  # relative, in the Euclidean norm of each result
 ZERO, ZERO_DEAD = 1, 4  # channels with gamma = 0 and a positive or a negative beta
@@ -25,6 +24,7 @@ NAMES = (
     + [f"{kind} {i}" for kind in ("mean", "variance") for i in range(7)]
     + [f"{kind} gradient {i}" for kind in ("weight", "gamma", "beta") for i in range(7)]
 )
+pytestmark = pytest.mark.usefixtures("poisoned")
 triton_only = pytest.mark.skipif(backend.triton is None, reason="triton is not installed")
 cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU path")
 
@@ -84,17 +84,9 @@ def assert_close(results, exact, plain, floor=FLOOR):
         assert error(results[name], exact[name]) <= allowed, name
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory is NaN (255 in bytes), so that nothing unwritten passes unnoticed."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @triton_only
 @pytest.mark.parametrize("clips, samples", [(1, 331), (2, 1237), (3, 700)])
-def test_triton_forward_and_backward(clips, samples, poisoned):
+def test_triton_forward_and_backward(clips, samples):
     wave, exact, plain = truth(clips, samples)
     results = run(tfgram_train, wave, backend="triton", precision="ieee")
     # one clip of 331 samples leaves two frames: their statistics cancel nearly all of a gradient
@@ -110,7 +102,7 @@ def test_triton_forward_and_backward(clips, samples, poisoned):
 @pytest.mark.parametrize(
     "samples, hop", [(200, 20), (799, 30), pytest.param(12_040, 12_000, marks=pytest.mark.slow)]
 )
-def test_triton_takes_any_hop(samples, hop, poisoned):
+def test_triton_takes_any_hop(samples, hop):
     """Steps that lie in more than two windows of an adaptive pool, and windows of more than 256 steps."""
     wave = noise(2, samples)
     exact = run(tfgram_train_ref, wave, torch.float64, "cpu", hop=hop)
@@ -121,7 +113,7 @@ def test_triton_takes_any_hop(samples, hop, poisoned):
 
 @triton_only
 @pytest.mark.parametrize("length, pooled", [(10, 22), (39, 54), (7, 7), (50, 8), (602, 2)])
-def test_adaptive_pool_of_any_window(length, pooled, poisoned):
+def test_adaptive_pool_of_any_window(length, pooled):
     """The winners' places, and the gradients of every window that a step lies in."""
     g = torch.Generator().manual_seed(length)
     y = torch.randn(2, length, 128, generator=g).to(DEVICE)
@@ -199,35 +191,9 @@ def test_low_tone_with_an_offset(choice):
     assert error(results["output"], exact["output"]) <= 2 * error(plain["output"], exact["output"]) + 1e-5
 
 
-class Modules(nn.Module):
-    """The plain layers as a model holds them."""
-
-    def __init__(self, momentum):
-        super().__init__()
-        weights, gammas, betas = parameters()
-        self.conv = nn.ModuleList(
-            nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, x.dilation, bias=False)
-            for x in LAYERS
-        )
-        self.norm = nn.ModuleList(nn.BatchNorm1d(x.outputs, momentum=momentum) for x in LAYERS)
-        for i, (conv, norm) in enumerate(zip(self.conv, self.norm, strict=True)):
-            conv.weight.data, norm.weight.data, norm.bias.data = weights[i], gammas[i], betas[i]
-        self.double()
-
-    def forward(self, wave):
-        x, count = wave.unsqueeze(1), frames(wave.shape[1])
-        for conv, norm, layer in zip(self.conv, self.norm, LAYERS, strict=True):
-            x = nn.functional.relu(norm(conv(x)))
-            if layer.pool == "max4":
-                x = nn.functional.max_pool1d(x, 4)
-            elif layer.pool:
-                x = nn.functional.adaptive_max_pool1d(x, 2 * count if layer.pool == "frames2" else count)
-        return x
-
-
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_are_those_of_batch_norm(momentum):
-    plain, ours = Modules(momentum).train(), Modules(momentum).train()
+    plain, ours = (Modules(momentum).double().train() for _ in range(2))
     for step in range(2):
         wave = noise(2, 700 + step)
         expected = plain(wave)

@@ -11,10 +11,6 @@ from .ptx import EmulationError
 
 READ = {"tf32": read_tf32, "bf16": from_bf16}
 NAN = np.full((1, 1), np.nan, f4)
-ATOMIC = {
-    "add": np.add, "min": np.minimum, "max": np.maximum, "exch": lambda old, new: new,
-    "cas": lambda old, expected, new: new if old == expected else old,
-}  # fmt: skip
 
 
 def _memory(m, space):
@@ -57,21 +53,6 @@ def store(instruction, space, t, offset):
             view[at + i] = value
             if (view[at + i] != value).any():
                 m.findings[f"race threads write different values to one place: {instruction}"] += 1
-
-    return compute
-
-
-def atomic(instruction, name, t, offset, returns):
-    size = np.dtype(t).itemsize
-
-    def compute(m, addresses, *values):
-        at = m.memory.reach(m, _moved(m, addresses, offset), size, instruction, write=True) // size
-        view, old = m.memory.views[size].view(t), np.empty(len(at), t)
-        given = zip(*(m.full(value)[m.active] for value in values), strict=True)
-        for i, (place, operands) in enumerate(zip(at, given, strict=True)):
-            old[i] = view[place]
-            view[place] = ATOMIC[name](old[i], *operands)
-        return _spread(m, old) if returns else None
 
     return compute
 

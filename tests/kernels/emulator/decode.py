@@ -166,16 +166,6 @@ def _store(i, t):
     return Operation(i, warp.store(i, space, t, offset), [(base, reach), *values], on_machine=True)
 
 
-def _atomic(i, t):
-    """atom and red, of global memory."""
-    returns = i.mnemonic == "atom"
-    base, offset = address(i.operands[returns])
-    name = next(m for m in i.modifiers if m in warp.ATOMIC)
-    values = [(value, t) for value in i.operands[returns + 1 :]]
-    targets = [(i.operands[0], t)] * returns
-    return Operation(i, warp.atomic(i, name, t, offset, returns), [(base, u8), *values], targets, True)
-
-
 def _shuffle(i, t):
     targets = list(zip(vector(i.operands[0]), (u4, np.bool_), strict=False))
     sources = [(operand, u4) for operand in i.operands[1:4]]
@@ -225,7 +215,7 @@ def _start_copy(i, t):
 
 
 HANDLERS = {
-    "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "ldmatrix": _matrix,
+    "ld": _load, "st": _store, "shfl": _shuffle, "ldmatrix": _matrix,
     "stmatrix": _matrix, "mma": _multiply_matrices, "wgmma": _start_product, "cp": _start_copy,
 }  # fmt: skip
 
