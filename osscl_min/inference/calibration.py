@@ -64,10 +64,9 @@ class Calibration:
     Parameters
     ----------
     machines : iterable of (machine type, machine id)
-        Of each recording.
+        Of each recording. None took part in training or in the choice of the epoch.
     scores : sequence of float or of (windows,) float
-        Of each recording, its windows in order; higher = more anomalous. The recordings took no part in
-        training or in the choice of the epoch.
+        Of each recording; higher = more anomalous.
     rate : float
         Share of normal recordings that may be called anomalous, between 0 and 1.
     """
