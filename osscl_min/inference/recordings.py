@@ -247,7 +247,7 @@ class Scorer:
         return np.stack(columns, axis=1)
 
 
-def expand(names: Iterable[str]) -> Iterator[str | Recording]:
+def expand(names: Iterable[str]) -> Iterator[Recording]:
     """The files that are meant, one at a time.
 
     A name is a file; a folder, of which every visible sound file is taken; a manifest (.csv, or a folder with
@@ -262,27 +262,26 @@ def expand(names: Iterable[str]) -> Iterator[str | Recording]:
         elif os.path.isdir(name):
             yield from _folder(name)
         else:
-            yield name
+            yield Recording(name)
 
 
 def _manifest(name: str) -> Iterator[Recording]:
     try:
         dataset = scan(name)
+        yield from (Recording(str(clip.path), clip.machine) for clip in dataset.clips)
+        yield from (
+            Recording(str(dataset.root / file), problem=why) for file, why in dataset.problems.items()
+        )
     except UserError as error:
         yield Recording(name, problem=str(error))
-        return
-    for clip in dataset.clips:
-        yield Recording(str(clip.path), clip.machine)
-    for file, reason in dataset.problems.items():
-        yield Recording(str(dataset.root / file), problem=reason)
 
 
-def _folder(name: str) -> Iterator[str | Recording]:
+def _folder(name: str) -> Iterator[Recording]:
     others, empty = set(), True
     for path, reason in walk(name):
         if path.suffix.lower() in SOUND_SUFFIXES or (reason and path.is_dir()):
             empty = False
-            yield Recording(str(path), problem=reason) if reason else str(path)
+            yield Recording(str(path), problem=reason)
         else:
             others.add(path.suffix.lower())
     if empty:
