@@ -64,10 +64,9 @@ class Calibration:
     Parameters
     ----------
     machines : iterable of (machine type, machine id)
-        Of each recording.
+        Of each recording; none took part in training or in the choice of the epoch.
     scores : sequence of float or of (windows,) float
-        Of each recording, its windows in order; higher = more anomalous. The recordings took no part in
-        training or in the choice of the epoch.
+        Of each recording; higher = more anomalous.
     rate : float
         Share of normal recordings that may be called anomalous, between 0 and 1.
     """
@@ -76,8 +75,9 @@ class Calibration:
         if not 0 < rate < 1:
             raise UserError(f"a false-alarm rate lies between 0 and 1, such as 0.05; got {rate:g}")
         self.rate = rate
-        self.scores = [np.atleast_1d(np.asarray(own, np.float64)) for own in scores]
-        self._recordings = list(zip(machines, self.scores, strict=True))
+        self._recordings = [
+            (m, np.array(own, float, ndmin=1)) for m, own in zip(machines, scores, strict=True)
+        ]
         self._compare = cache(self._compare)
 
     def threshold(self, machine: Machine, windows: int = 1) -> Threshold | None:

@@ -104,19 +104,10 @@ def occlusion(
     """How far the score of the highest window falls when a part of its spectrum takes its usual level.
 
     The part's magnitudes are replaced, its phases kept, and the wave is resynthesised, so that every input of
-    the network changes. An anomaly in several places at once is not seen part by part.
-
-    Parameters
-    ----------
-    level : (bins,), optional
-        Usual magnitude of each frequency bin, see `usual_level`; without it, the window's own mean over time,
-        which leaves steady sounds as they are.
-
-    Returns
-    -------
-    patches : (BANDS, PARTS) float64
-    bands : (BANDS,) float64
-        Each band over the whole window.
+    the network changes. `level` (bins,) is the usual magnitude of each frequency bin, see `usual_level`;
+    by default the window's own mean over time, which leaves steady sounds as they are. Returns the falls for
+    patches (BANDS, PARTS), which miss an anomaly in several places at once, and for bands (BANDS,) over the
+    whole window.
     """
     audio = scorer.audio
     samples = _samples(scorer, recording, recording.starts[recording.highest])

@@ -100,10 +100,6 @@ class Scorer:
         self.audio: AudioConfig = self.trained.config.model.audio
         self.device = self.trained.device
         self.front = FrontEnd(self.audio).to(self.device)
-        self.labels = {
-            (kind, number.removeprefix("id_")): label
-            for label, (kind, number) in enumerate(self.trained.classes)
-        }
         self.types = sorted({known for known, _ in self.trained.classes}, key=str.lower)
         seconds = self.audio.seconds
         if self.step is None:  # as the recordings that set the thresholds were cut
@@ -126,7 +122,7 @@ class Scorer:
 
     def identify(self, recording: Recording) -> None:
         """Set the recording's machine, the classes to score it against and its channel."""
-        given = self.machine_type
+        classes, given = self.trained.classes, self.machine_type
         if recording.machine[0]:  # from a manifest
             found = [(*recording.machine, None)]
         else:
@@ -140,22 +136,21 @@ class Scorer:
             found.append((given, "", None))
         if not found:
             raise UserError(f"its name tells no machine; give --machine, one of {', '.join(self.types)}")
-        machines = [
-            (given or kind, (self.machine_id or number).removeprefix("id_"), channel)
-            for kind, number, channel in found
-        ]
-        kind, number, channel = min(
-            machines, key=lambda found: (found[:2] not in self.labels, found[0] not in self.types)
-        )
+        machines = []
+        for kind, number, channel in found:
+            machine = given or kind, self.machine_id or number
+            if machine not in classes:
+                machine = machine[0], machine[1].removeprefix("id_")
+            machines.append((machine, channel))
+        machine, channel = min(machines, key=lambda m: (m[0] not in classes, m[0][0] not in self.types))
+        kind, number = machine
         if kind not in self.types:
             raise UserError(self._unknown(kind))
-        recording.channel = channel if self.channel is None else self.channel
-        label = self.labels.get((kind, number))
-        if label is not None:
-            recording.machine, recording.candidates = self.trained.classes[label], (label,)
-        else:
-            same_type = [label for (known, _), label in self.labels.items() if known == kind]
-            recording.machine, recording.candidates = (kind, number), tuple(same_type)
+        recording.machine, recording.channel = machine, channel if self.channel is None else self.channel
+        same_type = [label for label, known in enumerate(classes) if known[0] == kind]
+        recording.candidates = tuple(label for label in same_type if classes[label] == machine)
+        if not recording.candidates:
+            recording.candidates = tuple(same_type)
             which = f"id {printable(number)} unknown" if number else "id not known"
             recording.remarks.add(f"{which}: scored against every id of {kind}, the lowest score counts")
 
@@ -252,7 +247,7 @@ class Scorer:
         return np.stack(columns, axis=1)
 
 
-def expand(names: Iterable[str]) -> Iterator[str | Recording]:
+def expand(names: Iterable[str]) -> Iterator[Recording]:
     """The files that are meant, one at a time.
 
     A name is a file; a folder, of which every visible sound file is taken; a manifest (.csv, or a folder with
@@ -267,27 +262,26 @@ def expand(names: Iterable[str]) -> Iterator[str | Recording]:
         elif os.path.isdir(name):
             yield from _folder(name)
         else:
-            yield name
+            yield Recording(name)
 
 
 def _manifest(name: str) -> Iterator[Recording]:
     try:
         dataset = scan(name)
+        yield from (Recording(str(clip.path), clip.machine) for clip in dataset.clips)
+        yield from (
+            Recording(str(dataset.root / file), problem=why) for file, why in dataset.problems.items()
+        )
     except UserError as error:
         yield Recording(name, problem=str(error))
-        return
-    for clip in dataset.clips:
-        yield Recording(str(clip.path), clip.machine)
-    for file, reason in dataset.problems.items():
-        yield Recording(str(dataset.root / file), problem=reason)
 
 
-def _folder(name: str) -> Iterator[str | Recording]:
+def _folder(name: str) -> Iterator[Recording]:
     others, empty = set(), True
     for path, reason in walk(name):
         if path.suffix.lower() in SOUND_SUFFIXES or (reason and path.is_dir()):
             empty = False
-            yield Recording(str(path), problem=reason) if reason else str(path)
+            yield Recording(str(path), problem=reason)
         else:
             others.add(path.suffix.lower())
     if empty:

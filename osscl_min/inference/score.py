@@ -70,9 +70,7 @@ class Summary:
     windows_not_scored: int = 0
     remarks: list[str] = field(default_factory=list)  # what was not scored, of the first files
     thresholds: Counter[str] = field(default_factory=Counter)  # and how many files each decided
-    entries: list[tuple] = field(
-        default_factory=list
-    )  # (rank, number, Recording, row); lowest rank: strangest
+    entries: list[tuple] = field(default_factory=list)  # (rank, number, Recording, row), the strangest
 
     def add(self, recording: Recording, row: dict[str, Any]) -> None:
         """Count a file, and keep it if it is among the most anomalous."""
@@ -88,14 +86,10 @@ class Summary:
         if row["calibration"]:
             value = "no decision" if row["threshold"] is None else f"{row['threshold']:.4g}"
             self.thresholds[f"{value} from {row['calibration']}"] += 1
-        rank = row["p_value"] or 1.0, -row["score"]
+        rank = row["p_value"] or 1.0, -row["score"]  # of equal p-values, the highest score first
         self.entries.append((rank, self.scored, recording, row))
         if len(self.entries) > 2 * SHOWN:
             self.entries = sorted(self.entries)[:SHOWN]
-
-    def strangest(self) -> tuple[Recording, dict[str, Any]]:
-        """The file with the lowest p-value, of equal ones that with the highest score, and its row."""
-        return min(self.entries)[2:]
 
     def text(self, scorer: Scorer) -> str:
         """A table of all files, or of the most anomalous of many, and what its columns rest on."""
@@ -139,8 +133,8 @@ def _tables(*paths: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
     The JSON is an array with one object per line.
     """
-    with ExitStack() as stack:
-        table, array = (stack.enter_context(replacing(p) if p else open(os.devnull, "w")) for p in paths)
+    with ExitStack() as stack, open(os.devnull, "w", encoding="utf-8") as null:
+        table, array = (stack.enter_context(replacing(path)) if path else null for path in paths)
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         separators = chain(["[\n"], repeat(",\n"))
@@ -179,26 +173,11 @@ def score(
 ) -> tuple[Scorer, Summary]:
     """Score recordings and decide about them; torchrun's processes share them, and the first one writes.
 
-    Parameters
-    ----------
-    checkpoint_path : Path or str
-        A run's best.pt, or the authors' .pth, which has no held-out clips to calibrate with.
-    files, calibrate_with : iterable of str
-        Recordings to judge, and further normal recordings; see `expand` and `calibrate`.
-    rate : float
-        Share of normal recordings that may be called anomalous.
-    csv_path, json_path : Path, optional
-        Get one row per file, COLUMNS; the JSON also the "timeline" of long ones: pairs of seconds and score,
-        None for a window that could not be scored.
-    plot_path, explain_path : Path, optional
-        Pictures (.png, .pdf, .svg) of the most anomalous recording, see `explain`.
-    options
-        machine_type, machine_id, step, batch_size, channel and form, see `Scorer`.
-
-    Raises
-    ------
-    UserError
-        If an output would replace an input, or no file could be scored.
+    `files` and `calibrate_with`, further normal recordings, are names as `expand` takes them; `rate` is the
+    share of normal recordings that may be called anomalous. The tables get a row of COLUMNS per file, the
+    JSON also the "timeline" of long ones: pairs of seconds and score, None for a window without. The pictures
+    (.png, .pdf, .svg) show the most anomalous recording. `options` go to `Scorer`: machine_type, machine_id,
+    step, batch_size, channel and form. An output that would replace an input is a UserError.
     """
     Calibration([], [], rate)  # refuses a wrong rate before anything is scored
     files, calibrate_with = list(files), list(calibrate_with)
@@ -223,7 +202,7 @@ def score(
         from osscl_min.inference import explain
         from osscl_min.runtime.plotting import save
 
-        recording, row = summary.strangest()
+        *_, recording, row = min(summary.entries)
         if plot_path:
             save(explain.timeline(scorer, recording, row["threshold"]), plot_path)
         if explain_path:

@@ -162,12 +162,12 @@ def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
                 for group in (normal, anomalous)
             )
             if resolved and normal.any():
-                chance = "{:.0f} to {:.0f} %".format(*(100 * _by_chance(thresholds[normal])))
+                chance = "{:.0f} to {:.0f} %".format(*(100 * rates_by_chance(thresholds[normal])))
             rows.append([f"{100 * rate:g} %", name, source, false_alarms, chance, detected])
     return rows
 
 
-def _by_chance(thresholds: Sequence[Threshold]) -> np.ndarray:
+def rates_by_chance(thresholds: Sequence[Threshold]) -> np.ndarray:
     """The central 95 % of the share of false alarms among normal recordings, given the threshold of each.
 
     The share of recordings above the r-th highest of n scores is Beta(r, n + 1 - r), one draw per group;

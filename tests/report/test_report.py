@@ -4,8 +4,11 @@ import re
 import shutil
 
 import nbformat
+import numpy as np
 import pytest
+import scipy.stats
 
+from osscl_min.inference.calibration import Calibration
 from osscl_min.report import pages, results
 from osscl_min.runtime.files import UserError, read_json, write_json
 
@@ -176,6 +179,17 @@ def test_thresholds_by_machine_type_are_of_the_measured_clips(copy):
     path = copy / "evaluation" / "scores.csv"  # clips of the evaluation set are another measurement
     path.write_text(path.read_text().replace("valve,00,development", "valve,00,evaluation"))
     assert results.thresholds_table(copy)[-1][3].endswith("of 22")
+
+
+def test_alarms_by_chance_are_beta_binomial():
+    machines = [("fan", "00")] * 43 + [("pump", "00")] * 43
+    one = Calibration(machines[:43], np.arange(43.0), 0.05).threshold(machines[0])
+    expected = np.array(scipy.stats.betabinom(180, 2, 42).interval(0.95)) / 180
+    np.testing.assert_allclose(results.rates_by_chance([one] * 180), expected)
+    two = Calibration(machines, np.arange(86.0), 0.05)
+    low, high = results.rates_by_chance([two.threshold(machine) for machine in machines])
+    (low_of_one, high_of_one) = results.rates_by_chance([one] * 86)
+    assert low_of_one <= low < high < high_of_one  # two groups vary less
 
 
 def test_tables_for_a_paper(copy):
