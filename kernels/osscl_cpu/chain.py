@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class Layer:
             weight = F.pad(weight, (0, 0, 0, -weight.shape[1] % native.CHANNELS))
         self.matrix = weight.transpose(0, -1)  # (taps, inputs, outputs) or (9, channels)
 
-    def forward(self, chain: Chain, below: Layer | Rows) -> None:
+    def forward(self, chain: Chain, below: Layer | Patches) -> None:
         """Compute the raw output from the layer below, and its statistics."""
         outputs, fields = self.matrix.shape[-1], below.fields()
         self.y = torch.empty(chain.clips, math.prod(self.out_size), outputs, dtype=chain.dtype)
@@ -111,7 +111,7 @@ class Layer:
             chain.run("pool_backward", dz=gradient, d=d, sums=sums, **self._pool_fields())
         self.dz, self.sums = d, sums.sum(0)
 
-    def backward(self, chain: Chain, below: Layer | Rows) -> list[Tensor]:
+    def backward(self, chain: Chain, below: Layer | Patches) -> list[Tensor]:
         """Gradients of `parameters`; the layer below receives its own."""
         if self.shortcut:
             self.shortcut.extra = self.dz
@@ -157,15 +157,24 @@ class Layer:
         }
 
 
-class Rows:
-    """Input of a chain below its first layer: rows (clips, rows, channels)."""
+class Patches:
+    """Input of a chain below a 3 x 3 convolution over an image: maps (B, C, H, W), a row per patch."""
 
-    def __init__(self, rows: Tensor):
-        self.parameters = [rows]
+    def __init__(self, maps: Tensor, stride: int):
+        self.parameters, self.stride = [maps], stride
+
+    def patches(self, padded: Tensor) -> Tensor:
+        """A view (B, rows of patches, patches, C, 3, 3) of padded maps."""
+        return padded.unfold(2, 3, self.stride).unfold(3, 3, self.stride).permute(0, 2, 3, 1, 4, 5)
 
     def start(self, chain: Chain) -> None:
         """Prepare to be read."""
-        self.x = self.parameters[0].detach().to(chain.dtype).contiguous()
+        self.padded = F.pad(self.parameters[0].detach().float(), (1, 1, 1, 1))
+        patches = self.patches(self.padded)
+        self.values = patches.shape[3:].numel()
+        width = self.values + -self.values % native.CHANNELS
+        self.x = torch.zeros(chain.clips, patches.shape[1:3].numel(), width, dtype=chain.dtype)
+        self.x[..., : self.values].view(patches.shape).copy_(patches)
 
     def fields(self) -> dict[str, Tensor]:
         """As of a layer."""
@@ -176,14 +185,20 @@ class Rows:
         return {"d": torch.empty_like(self.x)} if self.parameters[0].requires_grad else {}
 
     def receive(self, chain: Chain, d: Tensor | None = None) -> None:
-        """Take the gradient."""
-        self.gradients = [d]
+        """Take the gradient: of a pixel, the sum over its places in the patches."""
+        self.gradients = [None]
+        if d is not None:
+            patches = self.patches(self.padded.zero_())
+            d = d[..., : self.values].view(patches.shape)
+            for row, column in product(range(3), range(3)):
+                patches[..., row, column] += d[..., row, column]
+            self.gradients = [self.padded[:, :, 1:-1, 1:-1]]
 
 
 class Chain:
     """Layers over an input, for one step of training with activations stored in `dtype`."""
 
-    def __init__(self, source: Rows, layers: list[Layer], dtype: torch.dtype, clips: int):
+    def __init__(self, source: Patches, layers: list[Layer], dtype: torch.dtype, clips: int):
         self.source, self.layers, self.dtype = source, layers, dtype
         self.clips, self.parts = clips, min(PARTS, clips)
 

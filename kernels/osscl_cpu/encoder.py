@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chain import Chain, Layer, Rows
+from .chain import Chain, Layer, Patches
 from .native import CHANNELS
 
 
 def forward(module: nn.Module, maps: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, maps, mels, frames) -> (B, embedding), with the batch's own statistics."""
-    first, last = module.conv1.conv, module.linear7  # the last kernel is as large as the map
-    patches = F.unfold(maps, first.kernel_size, padding=first.padding, stride=first.stride).transpose(1, 2)
-    rows = Rows(F.pad(patches, (0, -patches.shape[2] % CHANNELS)))
-    x = Chain(rows, chain_layers(module, tuple(maps.shape[2:])), dtype, len(maps))()
+    source, last = Patches(maps, module.conv1.conv.stride[0]), module.linear7
+    x = Chain(source, chain_layers(module, tuple(maps.shape[2:])), dtype, len(maps))()
+    # the last kernel is as large as the map
     x = (x * last.conv.weight.flatten(1).T).sum(1)[:, :, None, None]
     return module.linear1(last.bn(x)).flatten(1)
 

@@ -7,7 +7,7 @@ import osscl_cpu
 import pytest
 import torch
 from osscl_cpu import native, tfgram
-from osscl_cpu.chain import Chain, Rows
+from osscl_cpu.chain import Chain, Patches
 from torch import nn
 
 from osscl_min.config import AudioConfig, ModelConfig
@@ -126,13 +126,13 @@ def test_tfgram_errs_no_more_than_plain_layers_do(shape):
 def test_bits_do_not_depend_on_threads(precision):
     torch.manual_seed(0)
     model, before, results = network(("log_mel", "tgram")), torch.get_num_threads(), []
-    rows = torch.randn(5, 7 * 25, 32)
+    maps = torch.randn(5, 2, 13, 50)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             encoder = copy.deepcopy(model.encoder)
             layers = osscl_cpu.encoder.chain_layers(encoder, (13, 50))
-            Chain(Rows(rows), layers, precision, 5)().square().sum().backward()
+            Chain(Patches(maps, 2), layers, precision, 5)().square().sum().backward()
             assert torch.get_num_threads() == threads
             results.append([p.grad for p in encoder.parameters() if p.grad is not None])
     finally:
