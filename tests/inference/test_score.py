@@ -352,7 +352,7 @@ def test_outputs_never_replace_what_is_there(workplace, command, monkeypatch, ou
         ("--false-alarm-rate nan", "got nan"),
         ("--false-alarm-rate 0", "between 0 and 1"),
         ("--machine drill", "osscl: machine type drill is unknown"),
-        ("--id 02", "its name tells no machine; give --machine, one of fan, pump"),
+        ("--id 02", "its name does not tell the machine; give --machine, one of fan, pump"),
         ("--calibrate gone.wav", "--calibrate: gone.wav: no such file"),
     ],
 )
