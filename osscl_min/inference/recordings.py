@@ -135,7 +135,9 @@ class Scorer:
         if given:
             found.append((given, "", None))
         if not found:
-            raise UserError(f"its name tells no machine; give --machine, one of {', '.join(self.types)}")
+            raise UserError(
+                f"its name does not tell the machine; give --machine, one of {', '.join(self.types)}"
+            )
         machines = []
         for kind, number, channel in found:
             machine = given or kind, self.machine_id or number

@@ -117,6 +117,14 @@ def test_decision_threshold_and_p_value(run, clip, trained):
     assert "no decision from 4 normal recordings of all machines; 5 % false alarms need 15 more" in text
 
 
+def test_of_many_files_the_table_shows_the_most_anomalous(run, clip, monkeypatch):
+    monkeypatch.setattr("osscl_min.inference.score.SHOWN", 2)
+    text, rows = run(clip.parent)
+    first = sorted(rows.values(), key=lambda row: (row["p_value"], -row["score"]))[:2]
+    assert [line.split()[1] for line in text.splitlines()[2:4]] == [row["file"] for row in first]
+    assert "8 files scored" in text and "the 2 with the lowest p-values" in text
+
+
 def test_a_long_recording_is_compared_with_recordings_as_long(run, clip, tmp_path):
     """Five of three windows: one decides about three windows, and three of one window are corrected for."""
     parts = [samples(path) for path in sorted(clip.parent.iterdir())]
@@ -344,7 +352,7 @@ def test_outputs_never_replace_what_is_there(workplace, command, monkeypatch, ou
         ("--false-alarm-rate nan", "got nan"),
         ("--false-alarm-rate 0", "between 0 and 1"),
         ("--machine drill", "osscl: machine type drill is unknown"),
-        ("--id 02", "its name tells no machine; give --machine, one of fan, pump"),
+        ("--id 02", "its name does not tell the machine; give --machine, one of fan, pump"),
         ("--calibrate gone.wav", "--calibrate: gone.wav: no such file"),
     ],
 )
