@@ -19,7 +19,7 @@ ORDER = [
     {"runtime"},
     {"config"},
     {"data"},
-    {"features", "model", "losses", "augment"},
+    {"features", "model", "losses", "augment", "neighbours"},
     {"checkpoint"},
     {"trainer", "train", "metrics", "evaluate"},
     {"inference", "experiments"},

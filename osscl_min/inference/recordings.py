@@ -32,7 +32,7 @@ from osscl_min.runtime.files import SOUND_SUFFIXES, UserError, printable, walk
 
 COLUMNS = (
     "file", "machine_type", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value",
-    "calibration", "windows", "windows_not_scored", "at_seconds", "remarks", "problem",
+    "window_p_value", "calibration", "windows", "windows_not_scored", "at_seconds", "remarks", "problem",
 )  # fmt: skip
 
 
@@ -74,6 +74,8 @@ class Recording:
                 row |= {"threshold": threshold.value, "calibration": threshold.source}
                 row["anomaly"] = int(row["score"] > threshold.value) if threshold.rank else None
                 row["p_value"] = threshold.p_value(row["score"])
+                # of the highest window alone, not corrected for their number
+                row["window_p_value"] = calibration.threshold(self.machine).p_value(row["score"])
             if missing:
                 reasons = ", ".join(sorted(self.reasons))
                 remarks.append(f"{missing} of {len(scores)} windows not scored: {reasons}")

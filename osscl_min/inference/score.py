@@ -27,8 +27,8 @@ from osscl_min.runtime.files import UserError, check_output, first_lines, printa
 from osscl_min.runtime.tables import markdown
 
 TABLE = (
-    "file", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value", "windows",
-    "windows_not_scored", "at_seconds",
+    "file", "machine_id", "scored_as", "score", "threshold", "anomaly", "p_value", "window_p_value",
+    "windows", "windows_not_scored", "at_seconds",
 )  # fmt: skip
 SHOWN, REMARKS = 40, 10  # rows and remarks on the screen
 

@@ -107,7 +107,7 @@ def test_decision_threshold_and_p_value(run, clip, trained):
         assert row["threshold"] == held_out[2]
         assert row["calibration"] == "4 normal recordings of all machines"
         assert row["anomaly"] == int(row["score"] > held_out[2])
-        assert row["p_value"] == (1 + sum(held_out >= row["score"])) / 5
+        assert row["p_value"] == row["window_p_value"] == (1 + sum(held_out >= row["score"])) / 5
     assert f"{held_out[2]:.4g} from 4 normal recordings of all machines (8 files)" in text
     more = run(clip, rate=0.2, calibrate_with=[str(clip)])[1][clip.name]
     assert more["calibration"] == "5 normal recordings of all machines"
@@ -136,6 +136,7 @@ def test_a_long_recording_is_compared_with_recordings_as_long(run, clip, tmp_pat
     for row in alone.values():  # four clips of one window: a rate of 0.2 is resolved for one, not for three
         assert row["windows"] == 3 and row["anomaly"] is None
         assert row["p_value"] == 1 or 5 * row["p_value"] == pytest.approx(3)
+        assert row["p_value"] == min(1, 3 * row["window_p_value"])
     normal = np.array([row["score"] for row in alone.values()])
     twice = [str(tmp_path / "normal"), str(tmp_path / "normal/fan/id_00/0.wav")]
     for row in run(tmp_path / "new", calibrate_with=twice, **options)[1].values():

@@ -107,8 +107,9 @@ def test_links_out_of_the_pages_become_text(tmp_path):
 
 def test_results_table(copy):
     rows = results.results_table(copy)
-    assert [row[0] for row in rows] == ["machine type", *TYPES, "average", "average, untrained"]
-    for row, name in ((rows[-2], "evaluation"), (rows[-1], "untrained")):
+    others = ["average, nearest", "average, profile", "average, gaussian", "average, untrained"]
+    assert [row[0] for row in rows] == ["machine type", *TYPES, "average", *others]
+    for row, name in ((rows[-5], "evaluation"), (rows[-1], "untrained")):
         average = read_json(copy / name / "metrics.json")["average"]
         assert row[1].startswith(f"{100 * average['auc_pooled']:.2f} [")
         accuracy = read_json(copy / name / "evaluation.json")["identity_accuracy"]
