@@ -1,6 +1,6 @@
-"""Scores that compare a clip with the training clips of its own machine, with and without the network.
+"""Scores that compare a clip with normal clips of its own machine, with and without the network.
 
-"nearest" adds two distances from the nearest training clips: between embeddings, and between profiles, the
+"nearest" adds two distances from the nearest of these clips: between embeddings, and between profiles, the
 98th percentile over time of each log-mel band, which short events raise too. "profile" is the second alone,
 and "gaussian" a Mahalanobis distance: neither needs training, so they show what the network is worth.
 """
@@ -16,8 +16,8 @@ from scipy.spatial.distance import cdist
 from sklearn.covariance import LedoitWolf
 
 PERCENTILE = 0.98
-NEAREST = 2  # training clips whose mean distance counts
-MOST = 200  # training clips kept per machine
+NEAREST = 2  # clips whose mean distance counts
+MOST = 200  # clips kept per machine
 # the scores of this module and, for each that adds distances, what these lie between
 FORMS = {"nearest": ("embeddings", "levels"), "profile": ("levels",), "gaussian": ()}
 
@@ -48,7 +48,7 @@ def choose(labels: np.ndarray, recordings: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """Training clips to compare with.
+    """Normal clips to compare with, those held out of training included.
 
     Every distance is normalised by the mean and the deviation of the same distance between the machine's own
     recordings, each left out in turn, so that the scores of different machines mean the same.
@@ -104,9 +104,14 @@ class Neighbours:
         return typical
 
     def scores(
-        self, form: str, labels: np.ndarray, embeddings: np.ndarray, profiles: np.ndarray
+        self,
+        form: str,
+        labels: np.ndarray,
+        embeddings: np.ndarray,
+        profiles: np.ndarray,
+        recordings: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Anomaly scores (m,) float64 of clips against their machines; NaN if the machine has too few here.
+        """Anomaly scores (m,) float64 of clips against their machines; NaN if a machine has too few here.
 
         Parameters
         ----------
@@ -114,8 +119,11 @@ class Neighbours:
         labels : (m,) int64
         embeddings : (m, D)
         profiles : (m, 3, mels), see `profile`
+        recordings : (m,) int64, optional
+            Numbers of the clips' recordings, which are left out of their comparisons ("gaussian" aside).
         """
         result = np.full(len(labels), np.nan)
+        recordings = np.full(len(labels), -1) if recordings is None else recordings
         points = {"embeddings": embeddings, "levels": profiles[:, 0]}
         for label in np.intersect1d(labels, self.labels):
             chosen, own = np.flatnonzero(labels == label), self.labels == label
@@ -123,28 +131,19 @@ class Neighbours:
                 if own.sum() > 1:
                     result[chosen] = _mahalanobis(self.profiles[own, 1:], profiles[chosen, 1:])
                 continue
-            nobody = np.zeros((len(chosen), own.sum()), bool)
-            result[chosen] = sum(
-                self._normalised(
-                    name, label, _nearest(cdist(points[name][chosen], getattr(self, name)[own])), nobody
-                )
-                for name in FORMS[form]
-            )
+            same, result[chosen] = recordings[chosen, None] == self.recordings[own], 0
+            for name in FORMS[form]:
+                distance = np.where(same, np.nan, cdist(points[name][chosen], getattr(self, name)[own]))
+                result[chosen] += self._normalised(name, label, _nearest(distance), same)
         return result
 
     def leave_one_out(self, form: str) -> np.ndarray:
-        """The same scores (n,) of the kept clips, as if each one's recording were not among them.
+        """The scores (n,) of the kept clips, as if each one's recording were not among them.
 
         Those of "profile" are exchangeable with the scores of new normal clips, so they can set thresholds.
-        Those of "nearest" are not: the network was trained on these clips.
+        Those of "nearest" are not: the network was trained on most of these clips.
         """
-        result = np.zeros(len(self.labels))
-        for label in np.unique(self.labels):
-            own = np.flatnonzero(self.labels == label)
-            same = self.recordings[own, None] == self.recordings[own]
-            for name in FORMS[form]:
-                result[own] += self._normalised(name, label, self._within[name][own], same)
-        return result
+        return self.scores(form, self.labels, self.embeddings, self.profiles, self.recordings)
 
 
 def _nearest(distances: np.ndarray) -> np.ndarray:

@@ -325,17 +325,17 @@ class Run:
         return trained.remark
 
     def _with_neighbours(self, trained: Checkpoint) -> Checkpoint:
-        recordings, training, seed = self.reader.recordings, self.training, self.trainer.config.train.seed
-        kept = training[choose(self.labels[training], recordings[training], seed)]
+        recordings = self.reader.recordings
+        kept = choose(self.labels, recordings, self.trainer.config.train.seed)
         *_, embeddings, profiles = (value.numpy() for value in self.score(trained.model, kept))
         neighbours = Neighbours(self.labels[kept], recordings[kept], embeddings, profiles)
         held_out = np.concatenate(self.held_out)
         labels, _, predicted, *described = (value.numpy() for value in self.score(trained.model, held_out))
         calibrating = np.isin(recordings[held_out], trained.calibration["recordings"].numpy())
-        nearest = neighbours.scores("nearest", labels, *described)[calibrating]
+        nearest = neighbours.scores("nearest", labels, *described, recordings[held_out])[calibrating]
         ends = np.cumsum([len(clips) for clips in self.held_out])
         recognised = int(sum(clips.mean() for clips in np.split(predicted == labels, ends[:-1])))
-        chance = np.bincount(self.labels[training]).max() / len(training)
+        chance = np.bincount(self.labels[self.training]).max() / len(self.training)
         test = binomtest(recognised, len(ends), chance, alternative="greater")
         names = "labels", "recordings", "embeddings", "profiles"
         more = {

@@ -44,7 +44,7 @@ def test_scores_are_normalised_distances_from_the_two_nearest():
     within = np.array([(1 + 3) / 2, (1 + 2) / 2, (2 + 3) / 2, (1.5 + 4) / 2, (1.5 + 5.5) / 2])
     score = near.scores("profile", np.zeros(1, int), np.zeros((1, 1)), np.full((1, 3, 1), 20.0))
     assert score == pytest.approx(((11.5 + 13) / 2 - within.mean()) / within.std(ddof=1))
-    others = np.delete(within, 3)
+    others = np.delete(within, 3)  # a clip that is left out does not set the scale of its own score either
     assert near.leave_one_out("profile")[3] == pytest.approx((within[3] - others.mean()) / others.std(ddof=1))
 
 
