@@ -25,9 +25,9 @@ class AudioConfig(Settings):
     """The front end: what a clip is and how its log-mel spectrogram is made."""
 
     sample_rate: Annotated[int, "[1000, 1000000]"] = 16_000  # Hz; the data set's
-    # of a clip; longer recordings give their first (ToyCar is 11 s; code), shorter ones are repeated (ours)
+    # length of a clip (code; ToyCar's are 11 s); shorter recordings are repeated (ours)
     seconds: Annotated[float, "[1, 3600]"] = 10.0
-    # from one clip of a longer recording to the next (ours); 0 takes its first clip alone (code)
+    # seconds from one clip of a longer recording to the next (ours); 0 takes its first clip alone (code)
     clip_step: NonNegative = 0.0
     n_fft: Annotated[int, "[2, inf)"] = 2048  # samples; window length too, periodic Hann (code)
     hop: Count = 512  # samples (code); Tgram and TFgram are made to match
