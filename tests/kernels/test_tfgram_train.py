@@ -85,7 +85,9 @@ def assert_close(results, exact, plain, floor=FLOOR):
 
 
 @triton_only
-@pytest.mark.parametrize("clips, samples", [(1, 331), (2, 1237), (3, 700)])
+@pytest.mark.parametrize(
+    "clips, samples", [(1, 331), (2, 1237), pytest.param(3, 700, marks=pytest.mark.slow)]
+)
 def test_triton_forward_and_backward(clips, samples):
     wave, exact, plain = truth(clips, samples)
     results = run(tfgram_train, wave, backend="triton", precision="ieee")
@@ -100,7 +102,8 @@ def test_triton_forward_and_backward(clips, samples):
 
 @triton_only
 @pytest.mark.parametrize(
-    "samples, hop", [(200, 20), (799, 30), pytest.param(12_040, 12_000, marks=pytest.mark.slow)]
+    "samples, hop",
+    [(200, 20), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((799, 30), (12_040, 12_000)))],
 )
 def test_triton_takes_any_hop(samples, hop):
     """Steps that lie in more than two windows of an adaptive pool, and windows of more than 256 steps."""
