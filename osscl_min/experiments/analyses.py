@@ -221,7 +221,7 @@ def examine(
     for settings, condition in list(conditions.items()) if name in SCORES else ():
         if len(condition.scores) > 1 and condition.settings["score"] in ("exact", "nearest"):
             together = Condition(condition.settings | {"score": f"{settings[-1]}, seeds averaged"})
-            together.scores[min(condition.scores)] = [
+            together.scores[-1] = [  # no seed's own, so paired with none
                 replace(clips[0], score=float(np.mean([clip.score for clip in clips])))
                 for clips in zip(*condition.scores.values(), strict=True)
             ]

@@ -263,7 +263,7 @@ def summarise(conditions: Sequence[Condition], about: Mapping[str, Any], times: 
 def origin(result: Result) -> str:
     """One line: on which data, how many seeds and clips, which commits."""
     synthetic = "Synthetic: simulated machines. " if result["synthetic"] else ""
-    seeds = sorted({seed for row in result["conditions"] for seed in row["seeds"]})
+    seeds = sorted({seed for row in result["conditions"] for seed in row["seeds"] if seed >= 0})
     return (
         f"{synthetic}Data {result['data']}, {result['clips']} test clips; preset {result['preset']}, "
         f"{result['epochs']} epochs, {result['precision']}; seeds {', '.join(map(str, seeds))}; trained at "
@@ -311,6 +311,7 @@ def table(result: Result) -> list[list[str]]:
         percent = {name: [value and 100 * value for value in row["each"][name]] for name in NAMES}
         for name, values in (percent | row["values"]).items():
             heading = name.replace("auc", "AUC").replace("id_mean", "id-mean").replace("_", " ")
+            heading = heading.replace("official", "AUC + pAUC, mean")
             known = [value for value in values if value is not None]
             line[heading] = mean_text(known, 1 if name in percent else 2) if known else ""
         line["difference"] = difference_text(row.get("difference"))
