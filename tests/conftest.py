@@ -27,7 +27,7 @@ def tiny(train, **parts):
     return replace(quick, train=replace(quick.train, **train), **parts)
 
 
-LOG_MEL = ModelConfig(audio=AudioConfig(seconds=1.0), inputs=("log_mel",))
+LOG_MEL = ModelConfig(audio=AudioConfig(seconds=1.0, clip_step=2.0), inputs=("log_mel",))
 TINY = tiny({"epochs": 3, "batch_size": 5}, model=LOG_MEL)  # a whole training in seconds
 
 

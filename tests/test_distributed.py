@@ -145,7 +145,10 @@ def test_ranks_share_the_clips_and_recordings_to_score(folder):
         with open(folder / name.format("one")) as one, open(folder / name.format("two")) as two:
             for alone, both in zip(csv.DictReader(one), csv.DictReader(two), strict=True):
                 assert float(alone.pop("score")) == pytest.approx(float(both.pop("score")), rel=1e-4)
-                same = alone.keys() - {"file", "p_value", "window_p_value"}
+                scores = [name for name in ("nearest", "profile", "gaussian") if name in alone]
+                for score_name in scores:  # differences of distances, divided by a small deviation
+                    assert float(alone[score_name]) == pytest.approx(float(both[score_name]), rel=0.01)
+                same = alone.keys() - {"file", "p_value", "window_p_value", *scores}
                 assert {key: alone[key] for key in same} == {key: both[key] for key in same}
 
 

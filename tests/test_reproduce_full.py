@@ -50,7 +50,9 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "osscl_min", root / "osscl_min", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "kernels").symlink_to(ROOT / "kernels")
     settings = (root / "osscl_min" / "config.py").read_text()
-    short = settings.replace("epochs=12", "epochs=3").replace("seconds=2.0", "seconds=1.0")
+    short = settings.replace("epochs=12", "epochs=3").replace(
+        "seconds=2.0, clip_step=2.0", "seconds=1.0, clip_step=1.0"
+    )
     (root / "osscl_min" / "config.py").write_text(short)
     (root / "notebooks").mkdir()
     cell = nbformat.v4.new_code_cell("import os; os.environ['OSSCL_DATA']")
