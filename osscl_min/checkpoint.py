@@ -45,7 +45,7 @@ class Checkpoint:
     # did not choose the epoch; files of version 0.1 have labels and scores alone, one clip per recording
     calibration: dict[str, torch.Tensor] | None = None
     neighbours: Neighbours | None = None
-    borrowed: tuple[int, ...] = ()  # classes of other people's machines, see `reader.with_others`
+    borrowed: tuple[int, ...] = ()  # classes that are not one's own machines, see `reader.with_others`
     # "recordings" held out, how many were "recognised", what "chance" gives, and its "p_value"
     recognition: dict[str, float] | None = None
 

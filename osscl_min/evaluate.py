@@ -80,7 +80,7 @@ def score_batches(
 
 @dataclass
 class Scored:
-    """Recordings and what is known of them: of a long one, its highest window."""
+    """Scores of recordings; its highest window stands for a long one."""
 
     clips: list[Clip]
     labels: np.ndarray  # (n,) int64, own class

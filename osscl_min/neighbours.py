@@ -43,6 +43,8 @@ def choose(labels: np.ndarray, recordings: np.ndarray, seed: int) -> np.ndarray:
             if count + len(clips) <= MOST:
                 kept.append(clips)
                 count += len(clips)
+            if count == MOST:
+                break
     return np.sort(np.concatenate(kept))
 
 

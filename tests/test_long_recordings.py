@@ -100,7 +100,9 @@ def test_borrowed_machines_do_not_calibrate(folder, tmp_path):
     others = tmp_path / "others"
     others.mkdir()
     (others / "pump").symlink_to(folder / "pump")
-    best = checkpoint.load(train(own, tmp_path / "run", CONFIG, others=others, device="cpu"))
+    half = replace(CONFIG, train=replace(CONFIG.train, validation_fraction=0.5))
+    best = checkpoint.load(train(own, tmp_path / "run", half, others=others, device="cpu"))
+    assert best.recognition["recordings"] == 4 > len(best.held_out()[0])  # of both machines
     assert [best.classes[label][0] for label in best.borrowed] == ["pump"]
     for form in ("exact", "nearest", "profile"):
         assert {machine[0] for machine in best.held_out(form)[0]} <= {"fan"}

@@ -54,7 +54,8 @@ def table() -> str:
         for precision in ("tf32x3", "tf32", "bf16", "ieee"):
             if predicted := milliseconds(kernel, passing, precision, size):
                 lines.append(f"| {kernel} | {passing} | {size} | {precision} | {predicted:.3g} |")
-    note = "Predicted from counted work, launches and pools left out; nothing here has been timed on a GPU."
+    left_out = "launches, pools and the moments that PyTorch joins are left out"
+    note = f"Predicted from counted work: {left_out}. Nothing here has been timed on a GPU."
     return "\n".join([*lines, "", note, ""])
 
 
