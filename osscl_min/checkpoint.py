@@ -41,8 +41,9 @@ class Checkpoint:
     classes: tuple[tuple[str, str], ...]  # label -> (machine type, machine id)
     epoch: int | None  # epochs trained; None for the authors' files
     synthetic: bool = False  # trained on simulated machines
-    # "labels", "recordings", "scores" and "nearest" (n,) of held-out normal clips of one's own machines that
-    # did not choose the epoch; files of version 0.1 have labels and scores alone, one clip per recording
+    # "labels", "recordings", "scores" and those of neighbours.FORMS, (n,), of held-out normal clips of one's
+    # own machines that did not choose the epoch; files of version 0.1 have labels and scores alone, one clip
+    # per recording
     calibration: dict[str, torch.Tensor] | None = None
     neighbours: Neighbours | None = None
     borrowed: tuple[int, ...] = ()  # classes that are not one's own machines, see `reader.with_others`
@@ -86,23 +87,17 @@ class Checkpoint:
         return asked
 
     def held_out(self, form: str = "exact") -> tuple[list[tuple[str, str]], list[np.ndarray]]:
-        """Machines and scores (windows,) of normal recordings that may set thresholds; empty without any.
-
-        Where the score takes no training, these are the kept training recordings, each left out of its own
-        comparison; otherwise the held-out ones.
-        """
-        if form in ("exact", "upstream", "nearest"):
-            if self.calibration is None:
-                return [], []
-            labels = self.calibration["labels"].numpy()
-            scores = self.calibration["nearest" if form == "nearest" else "scores"].numpy()
-            recordings = self.calibration.get("recordings", torch.arange(len(labels))).numpy()
-        elif form == "profile":
-            own = ~np.isin(self.neighbours.labels, self.borrowed)
-            scores = self.neighbours.leave_one_out(form)[own]
-            labels, recordings = self.neighbours.labels[own], self.neighbours.recordings[own]
-        else:
+        """Machines and scores (windows,) of normal recordings that may set thresholds; empty without any."""
+        if self.calibration is None:
             return [], []
+        scores = self.calibration[form if form in FORMS else "scores"].numpy()
+        recordings = self.calibration.get("recordings", torch.arange(len(scores))).numpy()
+        known = ~np.isnan(scores)
+        labels, scores, recordings = (
+            self.calibration["labels"].numpy()[known],
+            scores[known],
+            recordings[known],
+        )
         _, first = np.unique(recordings, return_index=True)
         machines = [self.classes[label] for label in labels[first]]
         return machines, [scores[recordings == recordings[clip]] for clip in first]

@@ -150,7 +150,8 @@ def score_clips(
     highest.sort()
     for name, values in forms.items():
         most = np.full(recordings.max() + 1, -np.inf)
-        np.maximum.at(most, recordings, values)
+        with np.errstate(invalid="ignore"):  # NaN stays NaN
+            np.maximum.at(most, recordings, values)
         forms[name] = most[recordings[highest]]
     clips = [reader.clips[position] for position in positions[highest]]
     seconds = time.perf_counter() - began

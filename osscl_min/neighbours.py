@@ -50,7 +50,7 @@ def choose(labels: np.ndarray, recordings: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """Normal clips to compare with, those held out of training included.
+    """Training clips to compare with.
 
     Every distance is normalised by the mean and the deviation of the same distance between the machine's own
     recordings, each left out in turn, so that the scores of different machines mean the same.
@@ -78,21 +78,13 @@ class Neighbours:
                 values[own] = _nearest(np.where(same, np.nan, cdist(points, points)))
         return distances
 
-    def _normalised(self, name: str, label: int, distance: np.ndarray, left_out: np.ndarray) -> np.ndarray:
-        """`distance` (m,), less the mean of the machine's own and divided by their deviation.
-
-        `left_out` (m, n) says which of the n clips of the machine do not count for each distance. A machine
-        of fewer than three recordings takes the average of all machines.
-        """
+    def _moments(self, name: str, label: int) -> tuple[float, float]:
+        """Mean and deviation of the distances within a machine; of fewer than three recordings or where all
+        are alike, the average of all machines."""
         own = self._within[name][self.labels == label]
-        counts = ~left_out & ~np.isnan(own)
-        number = np.maximum(counts.sum(1), 2)
-        mean = np.where(counts, own, 0).sum(1) / number
-        deviation = np.sqrt((np.where(counts, own - mean[:, None], 0) ** 2).sum(1) / (number - 1))
+        own = own[~np.isnan(own)]
         few = len(np.unique(self.recordings[self.labels == label])) < 3
-        if few or not deviation.all():
-            mean, deviation = self._typical[name]
-        return (distance - mean) / deviation
+        return self._typical[name] if few or not own.std() else (own.mean(), own.std(ddof=1))
 
     @cached_property
     def _typical(self) -> dict[str, tuple[float, float]]:
@@ -106,12 +98,7 @@ class Neighbours:
         return typical
 
     def scores(
-        self,
-        form: str,
-        labels: np.ndarray,
-        embeddings: np.ndarray,
-        profiles: np.ndarray,
-        recordings: np.ndarray | None = None,
+        self, form: str, labels: np.ndarray, embeddings: np.ndarray, profiles: np.ndarray
     ) -> np.ndarray:
         """Anomaly scores (m,) float64 of clips against their machines; NaN if a machine has too few here.
 
@@ -121,11 +108,8 @@ class Neighbours:
         labels : (m,) int64
         embeddings : (m, D)
         profiles : (m, 3, mels), see `profile`
-        recordings : (m,) int64, optional
-            Numbers of the clips' recordings, which are left out of their comparisons ("gaussian" aside).
         """
         result = np.full(len(labels), np.nan)
-        recordings = np.full(len(labels), -1) if recordings is None else recordings
         points = {"embeddings": embeddings, "levels": profiles[:, 0]}
         for label in np.intersect1d(labels, self.labels):
             chosen, own = np.flatnonzero(labels == label), self.labels == label
@@ -133,19 +117,12 @@ class Neighbours:
                 if own.sum() > 1:
                     result[chosen] = _mahalanobis(self.profiles[own, 1:], profiles[chosen, 1:])
                 continue
-            same, result[chosen] = recordings[chosen, None] == self.recordings[own], 0
+            result[chosen] = 0
             for name in FORMS[form]:
-                distance = np.where(same, np.nan, cdist(points[name][chosen], getattr(self, name)[own]))
-                result[chosen] += self._normalised(name, label, _nearest(distance), same)
+                mean, deviation = self._moments(name, label)
+                distance = _nearest(cdist(points[name][chosen], getattr(self, name)[own]))
+                result[chosen] += (distance - mean) / deviation
         return result
-
-    def leave_one_out(self, form: str) -> np.ndarray:
-        """The scores (n,) of the kept clips, as if each one's recording were not among them.
-
-        Those of "profile" are exchangeable with the scores of new normal clips, so they can set thresholds.
-        Those of "nearest" are not: the network was trained on most of these clips.
-        """
-        return self.scores(form, self.labels, self.embeddings, self.profiles, self.recordings)
 
 
 def _nearest(distances: np.ndarray) -> np.ndarray:

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from osscl_min import checkpoint
 from osscl_min.augment import training_noise
 from osscl_min.checkpoint import Checkpoint
-from osscl_min.config import Config, from_dict, to_dict, with_classes
+from osscl_min.config import Config, TrainConfig, from_dict, to_dict, with_classes
 from osscl_min.data.batches import batches_of, load_batches, resident, to_device
 from osscl_min.data.clips import BENCHMARK, label_table
 from osscl_min.data.reader import Reader, open_data, with_others
 from osscl_min.evaluate import score_batches
 from osscl_min.model import OSSCL
-from osscl_min.neighbours import Neighbours, choose
+from osscl_min.neighbours import FORMS, Neighbours, choose
 from osscl_min.runtime.device import choose_device, prepare
 from osscl_min.runtime.distributed import joined
 from osscl_min.runtime.files import (
@@ -45,19 +45,29 @@ from osscl_min.runtime.settings import flat
 from osscl_min.runtime.signals import noting_signals
 from osscl_min.trainer import Trainer
 
+RESOLVING = 20  # recordings held out for thresholds at a false-alarm rate of 5 %, where there are enough
 POSITION = ("epoch", "step", "losses", "seconds", "best")  # fields of a Run that its checkpoints hold
 
 
 def split_validation(
-    recordings: np.ndarray, fraction: float, seed: int
+    recordings: np.ndarray, labels: np.ndarray, borrowed: Sequence[int], config: TrainConfig
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Positions of the clips to train on, sorted, and those of each recording that is held out.
 
-    `recordings` (clips,) numbers each clip's recording from 0. At least one is held out, at random.
+    `recordings` (clips,) numbers each clip's recording from 0, `labels` (clips,) are classes and `borrowed`
+    those of machines that are not one's own. At least one recording is held out; see `TrainConfig.hold_out`.
     """
-    count = recordings.max() + 1
-    order = np.random.default_rng([seed, 0]).permutation(count)
-    held_out = order[: min(max(1, round(fraction * count)), count - 2)]
+    count, fraction, last = recordings.max() + 1, config.validation_fraction, [np.array([], int)]
+    own = len(np.unique(recordings[~np.isin(labels, borrowed)]))
+    enough = max(fraction, RESOLVING / own) if own >= 2.5 * RESOLVING else fraction
+    for label in np.unique(labels) if config.hold_out == "last" else ():
+        of_machine = np.unique(recordings[labels == label])
+        number = math.ceil((fraction if label in borrowed else enough) * len(of_machine) - 1e-9)
+        last.append(of_machine[len(of_machine) - min(max(2, number), 2 * len(of_machine) // 5) :])
+    order = np.random.default_rng([config.seed, 0]).permutation(count)
+    held_out = order[np.isin(order, np.concatenate(last))]
+    if not len(held_out):
+        held_out = order[: min(max(1, round(fraction * count)), count - 2)]
     training = np.flatnonzero(~np.isin(recordings, held_out))
     return training, [np.flatnonzero(recordings == recording) for recording in held_out]
 
@@ -146,9 +156,10 @@ def train(
         if classes == BENCHMARK and config.preset != "paper" and not dataset.synthetic:
             say(f"preset {config.preset}: not the paper's experiment on this data; --preset paper is")
         config = with_classes(config, len(classes))
-        fraction, seed = config.train.validation_fraction, config.train.seed
-        training, held_out = split_validation(reader.recordings, fraction, seed)
-        torch.manual_seed(seed)
+        labels = np.array([classes.index(clip.machine) for clip in reader.clips])
+        borrowed = [label for label, machine in enumerate(classes) if machine not in own]
+        training, held_out = split_validation(reader.recordings, labels, borrowed, config.train)
+        torch.manual_seed(config.train.seed)
         trainer = Trainer(config, where, ranks=ranks)
         say(f"training in {running}, computed by {trainer.computed_by}")
         about = {
@@ -168,8 +179,6 @@ def train(
             "provenance": provenance(where) | {"computed_by": trainer.computed_by},
         }
         source = resident(reader, config.model.audio.samples, where, config.engine.resident)
-        labels = np.array([classes.index(clip.machine) for clip in reader.clips])
-        borrowed = [label for label, machine in enumerate(classes) if machine not in own]
         run = Run(out, about, trainer, source, reader, labels, borrowed, training, held_out)
         run.start_or_resume()
         if run.epoch >= config.train.epochs:
@@ -325,21 +334,21 @@ class Run:
         return trained.remark
 
     def _with_neighbours(self, trained: Checkpoint) -> Checkpoint:
-        recordings = self.reader.recordings
-        kept = choose(self.labels, recordings, self.trainer.config.train.seed)
+        recordings, seed = self.reader.recordings, self.trainer.config.train.seed
+        kept = self.training[choose(self.labels[self.training], recordings[self.training], seed)]
         *_, embeddings, profiles = (value.numpy() for value in self.score(trained.model, kept))
         neighbours = Neighbours(self.labels[kept], recordings[kept], embeddings, profiles)
         held_out = np.concatenate(self.held_out)
         labels, _, predicted, *described = (value.numpy() for value in self.score(trained.model, held_out))
         calibrating = np.isin(recordings[held_out], trained.calibration["recordings"].numpy())
-        nearest = neighbours.scores("nearest", labels, *described, recordings[held_out])[calibrating]
+        forms = {form: neighbours.scores(form, labels, *described)[calibrating] for form in FORMS}
         ends = np.cumsum([len(clips) for clips in self.held_out])
         recognised = int(sum(clips.mean() for clips in np.split(predicted == labels, ends[:-1])))
         chance = np.bincount(self.labels[self.training]).max() / len(self.training)
         test = binomtest(recognised, len(ends), chance, alternative="greater")
         names = "labels", "recordings", "embeddings", "profiles"
         more = {
-            "calibration": trained.calibration | {"nearest": torch.from_numpy(nearest)},
+            "calibration": trained.calibration | {form: torch.from_numpy(forms[form]) for form in FORMS},
             "neighbours": {name: torch.from_numpy(getattr(neighbours, name)) for name in names},
             "borrowed": self.borrowed,
             "recognition": {

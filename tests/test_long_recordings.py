@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny
 
 from osscl_min import checkpoint
-from osscl_min.config import AudioConfig, EvaluateConfig, ModelConfig
+from osscl_min.config import AudioConfig, EvaluateConfig, ModelConfig, TrainConfig
 from osscl_min.data.reader import open_data
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate, score_clips
@@ -36,7 +36,8 @@ def run(folder, tmp_path_factory):
 
 def test_windows_of_one_recording_stay_on_one_side():
     recordings = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 9, 30))
-    training, held_out = split_validation(recordings, 0.2, seed=1)
+    split = TrainConfig(validation_fraction=0.2, seed=1)
+    training, held_out = split_validation(recordings, np.zeros_like(recordings), (), split)
     assert len(held_out) == 6
     together = np.concatenate(held_out)
     assert sorted([*training, *together]) == list(range(len(recordings)))
@@ -51,15 +52,13 @@ def test_each_recording_calibrates_once(folder, run, tmp_path, keep):
         run = train(folder, tmp_path / "best", config, device="cpu").parent
     best = checkpoint.load(run / "best.pt")
     assert best.recognition["recordings"] == 7 and "held-out recordings" in best.remark
-    for form in ("exact", "nearest"):
+    for form in checkpoint.SCORES:
         machines, scores = best.held_out(form)
         assert len(machines) == len(scores) == (7 if keep == "last" else 3)
         assert [len(own) for own in scores] == [4] * len(scores)
-    assert len(best.neighbours.labels) == 4 * 24
-    machines, scores = best.held_out("profile")
-    assert len(machines) == 24 and all(len(own) == 4 for own in scores)
+    assert len(best.neighbours.labels) == 4 * (24 - 7)
     reader = open_data(folder, AUDIO, splits=["train"]).train
-    _, held_out = split_validation(reader.recordings, 0.3, CONFIG.train.seed)
+    _, held_out = split_validation(reader.recordings, np.zeros(len(reader)), (), CONFIG.train)
     calibrating = {reader.recordings[clips[0]] for clips in held_out[0 if keep == "last" else 4 :]}
     assert set(best.calibration["recordings"].tolist()) == calibrating
     positions = np.flatnonzero(np.isin(reader.recordings, list(calibrating)))

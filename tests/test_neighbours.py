@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
 
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import PRESETS, Config
@@ -44,8 +43,6 @@ def test_scores_are_normalised_distances_from_the_two_nearest():
     within = np.array([(1 + 3) / 2, (1 + 2) / 2, (2 + 3) / 2, (1.5 + 4) / 2, (1.5 + 5.5) / 2])
     score = near.scores("profile", np.zeros(1, int), np.zeros((1, 1)), np.full((1, 3, 1), 20.0))
     assert score == pytest.approx(((11.5 + 13) / 2 - within.mean()) / within.std(ddof=1))
-    others = np.delete(within, 3)  # a clip that is left out does not set the scale of its own score either
-    assert near.leave_one_out("profile")[3] == pytest.approx((within[3] - others.mean()) / others.std(ddof=1))
 
 
 def test_clips_of_one_recording_are_not_neighbours():
@@ -72,17 +69,20 @@ def test_a_planted_anomaly_ranks_first_whatever_the_machines_scale(form):
     assert set(np.argsort(scores)[-3:]) == set(planted)
 
 
-@pytest.mark.parametrize(("each", "machines"), [(14, 150), (50, 40), (200, 10)])
-@pytest.mark.parametrize("form", ["nearest", "profile"])
-def test_left_out_scores_set_thresholds_that_hold(each, machines, form):
+@pytest.mark.parametrize(("each", "machines"), [(14, 150), (50, 40), (400, 10)])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_threshold_for_machines_of_any_scale_holds_its_rate(each, machines, form):
+    """Thresholds from the last clips of each machine, distances normalised by leaving out the others."""
     random = np.random.default_rng(each)
     scale = np.exp(random.standard_normal(machines))
-    near = kept(*clips(random, machines, each, scale))
-    new = clips(random, machines, 2000 // machines, scale)
-    threshold = np.quantile(near.leave_one_out(form), 0.95)
-    alarms = int((near.scores(form, *new) > threshold).sum())
-    low, high = binom.interval(0.999, len(new[0]), 0.05)  # six cases
-    assert low <= alarms <= high
+    near = kept(*clips(random, machines, each - max(2, each // 10), scale))
+    held_out = near.scores(form, *clips(random, machines, max(2, each // 10), scale))
+    alarms = near.scores(form, *clips(random, machines, 6000 // machines, scale)) > np.quantile(
+        held_out, 0.95
+    )
+    # the threshold's own spread and, since its clips share a machine, that of few machines
+    spread = np.sqrt(0.05 * 0.95 * (1 / len(held_out) + 1 / len(alarms)))
+    assert abs(alarms.mean() - 0.05) < 3.3 * spread
 
 
 def test_a_machine_of_few_recordings_takes_the_others_scale():
@@ -91,7 +91,7 @@ def test_a_machine_of_few_recordings_takes_the_others_scale():
     few = np.flatnonzero((labels < 2) | (np.arange(36) % 12 < 1))  # one clip of the last machine
     near = kept(labels[few], embeddings[few], profiles[few])
     scores = near.scores("nearest", labels, embeddings, profiles)
-    assert np.isfinite(scores).all() and np.isfinite(near.leave_one_out("nearest")[:-1]).all()
+    assert np.isfinite(scores).all()
     assert np.isnan(near.scores("profile", np.array([7]), embeddings[:1], profiles[:1])).all()
 
 
@@ -123,5 +123,3 @@ def test_which_score_is_taken(tmp_path):
     assert old.form() == "exact" and old.remark == ""
     with pytest.raises(UserError, match="best.pt: holds no training clips to compare with"):
         old.form("nearest")
-    machines, scores = replace(trained, borrowed=(1,)).held_out("profile")
-    assert machines == [("fan", "00")] * 2 and [len(own) for own in scores] == [2, 2]

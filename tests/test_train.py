@@ -124,7 +124,7 @@ def test_the_clips_that_choose_the_epoch_do_not_calibrate(data, tmp_path):
     losses = [entry["validation_loss"] for entry in train.read_log(tmp_path)]
     assert best.epoch == 1 + int(np.argmin(losses))
     reader = open_data(data, config.model.audio, splits=["train"]).train
-    _, held_out = split_validation(reader.recordings, 0.4, config.train.seed)
+    _, held_out = split_validation(reader.recordings, np.zeros(len(reader)), (), config.train)
     scores = score_clips(best, reader, positions=np.concatenate(held_out)).scores
     assert len(scores) == 7 and scores[:4].mean() == pytest.approx(min(losses), rel=1e-4)
     np.testing.assert_allclose(best.calibration["scores"], scores[4:], rtol=1e-4)
@@ -200,12 +200,40 @@ def test_a_last_batch_of_one_joins_the_one_before(count, sizes):
     assert np.concatenate(batches).tolist() == list(range(count))[::-1]
 
 
+def split(recordings, labels=None, borrowed=(), **settings):
+    labels = np.zeros(len(recordings)) if labels is None else labels
+    return split_validation(np.asarray(recordings), labels, borrowed, TrainConfig(**settings))
+
+
 def test_validation_split():
-    training, held_out = split_validation(np.arange(200), 0.05, 3)
+    training, held_out = split(np.arange(200), seed=3)
     together = np.concatenate(held_out)
     assert len(held_out) == 10 and sorted([*training, *together]) == list(range(200))
-    assert not np.array_equal(np.concatenate(split_validation(np.arange(200), 0.05, 4)[1]), together)
-    assert [len(part) for part in split_validation(np.arange(4), 0.01, 0)] == [3, 1]
+    assert not np.array_equal(np.concatenate(split(np.arange(200), seed=4)[1]), together)
+    assert [len(part) for part in split(np.arange(4), validation_fraction=0.01)] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("own", "borrowed", "held_out"),
+    [
+        ((14, 14, 14), (), (2, 2, 2)),  # at least two
+        ((27, 27), (100,), (10, 10, 10)),  # 20 of one's own resolve 5 %
+        ((100, 200), (), (10, 20)),
+        ((4, 3, 2, 1), (), (1, 1, 0, 0)),  # at most two fifths
+    ],
+)
+def test_the_last_recordings_of_each_machine_are_held_out(own, borrowed, held_out):
+    labels = np.repeat(np.arange(len(held_out)), own + borrowed)
+    others = range(len(own), len(held_out))
+    training, last = split(np.arange(len(labels)), labels, others, hold_out="last", validation_fraction=0.1)
+    last = np.concatenate(last)
+    assert np.bincount(labels[last], minlength=len(held_out)).tolist() == list(held_out)
+    assert all(
+        last[labels[last] == label].min() > training[labels[training] == label].max()
+        for label in set(labels[last])
+    )
+    assert len(last) == 2 or not np.array_equal(last, np.sort(last))  # a half of them can choose the epoch
+    assert len(split([0, 1, 2, 3], np.arange(4), hold_out="last")[1]) == 1  # where each machine has one
 
 
 def test_training_teaches(tmp_path):
