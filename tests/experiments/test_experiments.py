@@ -304,7 +304,7 @@ def test_a_band_takes_the_level_of_the_machines_training_clips(detector, monkeyp
     monkeypatch.setattr(analyses.Detector, "score", lambda self, **changes: None)
     list(analyses.occluded(replace(detector)))
     reader, trained = detector.data.train, detector.trained
-    assert len(trained.neighbours.labels) == len(reader)
+    assert set(trained.neighbours.labels) == set(range(len(trained.classes)))
     label = trained.neighbours.labels[0]
     kept = trained.neighbours.recordings[trained.neighbours.labels == label]
     log_mel = LogMel(trained.config.model.audio)(to_wave(reader.read(kept)))
