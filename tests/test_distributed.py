@@ -141,13 +141,13 @@ def test_ranks_share_the_clips_and_recordings_to_score(folder):
     best, data = folder / "whole" / "best.pt", folder / "data"
     evaluate(best, data, folder / "one", config=SCORING, device="cpu")
     score(best, [str(data)], csv_path=folder / "one.csv")
-    for name in ("{}/scores.csv", "{}.csv"):
-        with open(folder / name.format("one")) as one, open(folder / name.format("two")) as two:
+    for file in ("{}/scores.csv", "{}.csv"):
+        with open(folder / file.format("one")) as one, open(folder / file.format("two")) as two:
             for alone, both in zip(csv.DictReader(one), csv.DictReader(two), strict=True):
                 assert float(alone.pop("score")) == pytest.approx(float(both.pop("score")), rel=1e-4)
                 scores = [name for name in ("nearest", "profile", "gaussian") if name in alone]
-                for score_name in scores:  # differences of distances, divided by a small deviation
-                    assert float(alone[score_name]) == pytest.approx(float(both[score_name]), rel=0.01)
+                for name in scores:  # in deviations of distances, which are small after two epochs
+                    assert float(alone[name]) == pytest.approx(float(both[name]), rel=0.01, abs=0.1)
                 same = alone.keys() - {"file", "p_value", "window_p_value", *scores}
                 assert {key: alone[key] for key in same} == {key: both[key] for key in same}
 
