@@ -66,6 +66,12 @@ class Neighbours:
         """The percentiles of the profiles, (n, mels)."""
         return self.profiles[:, 0]
 
+    def deviation(self, log_mel: np.ndarray, label: int) -> np.ndarray:
+        """A log-mel (mels, frames) in standard deviations from each band's mean over a machine's training."""
+        _, means, deviations = self.profiles[self.labels == label].transpose(1, 0, 2)
+        spread = np.sqrt((deviations**2).mean(0) + means.var(0))
+        return (log_mel - means.mean(0)[:, None]) / np.maximum(spread, 1e-6)[:, None]
+
     @cached_property
     def _within(self) -> dict[str, np.ndarray]:
         """Distance of each clip from its machine's nearest other recordings; NaN where there is none."""

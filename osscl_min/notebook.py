@@ -44,15 +44,16 @@ def run_folder() -> Path:
     return run
 
 
-def open_run(*splits: str) -> OpenRun:
-    """Open the run of `run_folder` and the "train" or "test" clips of its data, by default both.
+def data_folder() -> Path:
+    """The data folder or store named by OSSCL_DATA, relative to the repository; by default the run's data."""
+    return ROOT / os.environ.get("OSSCL_DATA", run_folder() / "data")
 
-    The data is the folder or store named by OSSCL_DATA, by default RUN/data.
-    """
+
+def open_run(*splits: str) -> OpenRun:
+    """Open the run of `run_folder` and the "train" or "test" clips of its data, by default both."""
     run = run_folder()
     trained = checkpoint.load(run / "best.pt")
-    folder = ROOT / os.environ.get("OSSCL_DATA", run / "data")
-    data = open_data(folder, trained.config.model.audio, splits=splits or ("train", "test"))
+    data = open_data(data_folder(), trained.config.model.audio, splits=splits or ("train", "test"))
     counts = [f"{len(getattr(data, split))} {split} clips" for split in splits or ("train", "test")]
     source = "simulated machines, no recordings" if data.dataset.synthetic else data.dataset.root.name
     print(f"{source}: {', '.join(counts)}")

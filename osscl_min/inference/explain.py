@@ -16,7 +16,7 @@ from osscl_min.features import hz_to_mel, mel_ticks, mel_to_hz, to_wave
 from osscl_min.inference.recordings import Recording, Scorer
 from osscl_min.neighbours import FORMS
 from osscl_min.runtime.files import UserError
-from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture
+from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture, signed
 
 COLUMNS = 1500  # of a spectrogram at most; a longer recording's frames are averaged
 BANDS, PARTS = 16, 10  # patches of an explanation, over frequency and over time
@@ -134,22 +134,28 @@ def occlusion(
 
 
 def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None = None) -> Figure:
-    """The highest window's log-mel, and how far the score falls when parts of it take their usual level."""
+    """The highest window's log-mel, its deviation from the training clips, and the fall of its score (% of a
+    cross-entropy) when parts of it take their usual level."""
     audio, score = scorer.audio, recording.scores[recording.highest]
     start = recording.starts[recording.highest]
-    patches, bands = occlusion(scorer, recording, level)
+    falls, near = occlusion(scorer, recording, level), scorer.trained.neighbours
+    unit = "fall of the score" + ("" if scorer.form in FORMS else " (%)")
+    patches, bands = (fall if scorer.form in FORMS else 100 * fall / score for fall in falls)
     usual = "the window's own mean over time" if level is None else "the mean level of normal recordings"
     title = f"{_title(scorer, recording)}\nscore {score:.3g}; each part replaced by {usual}"
-    names = ["log-mel", "fall of the score, part by part", "whole bands"]
-    figure, (left, middle, right) = panels(title, False, names, 3, (3.8, 3.4), sharey=True)
-    most, end = np.abs(patches).max() or 1.0, start + audio.seconds
-    image = picture(middle, patches, "RdBu_r", (-most, most), (start, end, 0, audio.mels))
-    figure.colorbar(image, ax=middle, pad=0.02)
-    middle.set_xlabel("time (s)")
+    names = ["log-mel", *["deviation from the training clips"] * (near is not None)]
+    names += ["fall of the score, part by part", "fall of the score, whole bands"]
+    figure, axes = panels(title, False, names, 2, (4.8, 3), sharey=True)
+    extent, log_mel = (start, start + audio.seconds, 0, audio.mels), _log_mel(scorer, recording, start)
+    if near is not None:
+        signed(axes[1], near.deviation(log_mel, recording.label), extent, "standard deviations", 5)
+        axes[1].set_xlabel("time (s)")
+    signed(axes[-2], patches, extent, unit)
+    axes[-2].set_xlabel("time (s)")
     height = audio.mels / BANDS
     colours = [VERMILLION if fall > 0 else BLUE for fall in bands]
-    right.barh((np.arange(BANDS) + 0.5) * height, bands, 0.85 * height, color=colours)
-    right.axvline(0, color=GREY, linewidth=0.8)
-    right.set(xlabel="fall of the score", ylim=(0, audio.mels))
-    _draw_log_mel(left, audio, _log_mel(scorer, recording, start), start, end)
+    axes[-1].barh((np.arange(BANDS) + 0.5) * height, bands, 0.85 * height, color=colours)
+    axes[-1].axvline(0, color=GREY, linewidth=0.8)
+    axes[-1].set(xlabel=unit, ylim=(0, audio.mels))
+    _draw_log_mel(axes[0], audio, log_mel, *extent[:2])
     return figure

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from osscl_min import checkpoint
+from osscl_min.config import AudioConfig
 from osscl_min.data.clips import Clip
 from osscl_min.data.reader import Reader, open_data
 from osscl_min.experiments.figures import draw_map, high_frequency
@@ -100,6 +101,48 @@ def input_maps(
     return figure
 
 
+def spectrograms(
+    reader: Reader, positions: Sequence[int], audio: AudioConfig, titles: Sequence[str], heading: str = ""
+) -> Figure:
+    """Log-mels of some of the reader's clips in dB over Hz, two in a row, which share their colours."""
+    log_mels = LogMel(audio)(to_wave(reader.read(positions), torch.device("cpu")))[:, 0].numpy()
+    figure, axes = plot.panels(heading, False, titles, 2, (4.8, 2.1), sharex=True, sharey=True)
+    for first in range(0, len(axes), 2):
+        row, limits = axes[first : first + 2], np.percentile(log_mels[first : first + 2], (1, 99.5))
+        for ax, log_mel in zip(row, log_mels[first:], strict=False):
+            image = plot.picture(ax, log_mel, "magma", limits, (0, audio.seconds, 0, audio.mels))
+        figure.colorbar(image, ax=row, label="dB", pad=0.015, extend="both")
+        row[0].set_ylabel("frequency (Hz)")
+    axes[0].set_yticks(*mel_ticks(audio))
+    for ax in axes[-2:]:
+        ax.set_xlabel("time (s)")
+    return figure
+
+
+def overview(run: Path, reader: Reader, positions: Sequence[int]) -> Figure:
+    """A machine's normal and anomalous clip, what is unusual about the latter, and the scores of its type."""
+    trained, clip = checkpoint.load(run / "best.pt"), reader.clips[positions[1]]
+    audio = trained.config.model.audio
+    machine, machine_type = " id ".join(clip.machine), clip.machine_type
+    log_mels = LogMel(audio)(to_wave(reader.read(positions), torch.device("cpu")))[:, 0].numpy()
+    names = [f"{machine}, normal", f"{machine}, anomalous", "deviation from its training clips"]
+    names.append(f"scores of the test clips of {machine_type}")
+    title, synthetic = "Two clips of a machine, and its type's scores", _is_synthetic(run / "evaluation")
+    figure, axes = plot.panels(title, synthetic, names, 2, (5, 2.5))
+    extent = (0, audio.seconds, 0, audio.mels)
+    for ax, log_mel in zip(axes, log_mels, strict=False):
+        image = plot.picture(ax, log_mel, "magma", np.percentile(log_mels, (1, 99.5)), extent)
+        figure.colorbar(image, ax=ax, pad=0.02, label="dB", extend="both")
+    (label,) = trained.labels_of([clip])
+    plot.signed(axes[2], trained.neighbours.deviation(log_mels[1], label), extent, "standard deviations", 5)
+    for ax in axes[:3]:
+        ax.set_yticks(*mel_ticks(audio))
+        ax.set(xlabel="time (s)", ylabel="frequency (Hz)")
+    _histogram(axes[3], *_scores(run / "evaluation")[machine_type][:2])
+    axes[3].legend(frameon=False)
+    return figure
+
+
 def training_curves(run: Path) -> Figure:
     """Loss terms, validation loss, machine accuracy and learning rate over a run's epochs."""
     log = read_log(run)
@@ -130,19 +173,25 @@ def score_histograms(evaluation: Path) -> Figure:
     types = _scores(evaluation)
     figure, axes = plot.panels("Anomaly scores", _is_synthetic(evaluation), list(types), sharex=True)
     scores = np.concatenate([values for _, values, _ in types.values()])
+    for ax, (truth, values, _) in zip(axes, types.values(), strict=True):
+        _histogram(ax, truth, values, scores)
+    plot.legend_below(figure, axes)
+    return figure
+
+
+def _histogram(ax: Axes, truth: np.ndarray, values: np.ndarray, scores: np.ndarray | None = None) -> None:
+    """Histograms of the values of both kinds, in bins over the range of all `scores`."""
+    scores = values if scores is None else scores
     low, high, scale = scores.min(), scores.max(), "linear"
     bins = np.linspace(low, high + 1e-9, 25)
     if low >= 0:  # cross-entropies span decades, two at least
         high, scale = 1.001 * max(high, 1e-9), "log"
         low = min(high / 100, max(1e-12, low))
         bins = np.geomspace(low, high, 25)
-    for ax, (truth, values, _) in zip(axes, types.values(), strict=True):
-        for anomaly, (label, colour) in TRUTH.items():
-            ax.hist(np.maximum(values[truth == anomaly], low), bins, color=colour, alpha=0.5, label=label)
-        ax.set(xscale=scale, xlabel="anomaly score", ylabel="clips")
-        ax.yaxis.get_major_locator().set_params(integer=True)
-    plot.legend_below(figure, axes)
-    return figure
+    for anomaly, (label, colour) in TRUTH.items():
+        ax.hist(np.maximum(values[truth == anomaly], low), bins, color=colour, alpha=0.5, label=label)
+    ax.set(xscale=scale, xlabel="anomaly score", ylabel="clips")
+    ax.yaxis.get_major_locator().set_params(integer=True)
 
 
 def machine_intervals(evaluation: Path) -> Figure:
@@ -208,12 +257,13 @@ def embedding_map(evaluation: Path, seed: int = 0) -> Figure:
 def draw(run: Path, data: Path | str | None = None) -> dict[str, Figure]:
     """Every figure of an evaluated run by name; without `data`, its data folder, no input maps."""
     evaluation, untrained = run / "evaluation", run / "untrained"
-    figures = {}
+    figures, trained = {}, checkpoint.load(run / "best.pt")
     if data is not None:
-        trained = checkpoint.load(run / "best.pt")
         opened = open_data(data, trained.config.model.audio, splits=["test"])
         try:
             chosen = normal_and_anomalous(opened.test.clips)
+            if trained.neighbours is not None:
+                figures["overview"] = overview(run, opened.test, chosen)
         except UserError:  # unlabelled, or all alike: any clip
             chosen = [0]
         figures["maps"] = input_maps(trained, opened.test, chosen, opened.dataset.synthetic)

@@ -67,6 +67,13 @@ def picture(
     return image
 
 
+def signed(ax: Axes, values: np.ndarray, extent: Sequence[float], label: str, most: float = 0) -> None:
+    """The same for values of both signs, white at 0, with a colour bar; `most` by default their largest."""
+    most = most or np.abs(values).max() or 1.0
+    image = picture(ax, values, "RdBu_r", (-most, most), extent)
+    ax.figure.colorbar(image, ax=ax, pad=0.02, label=label)
+
+
 def save(figure: Figure, path: Path | str) -> None:
     """Write a figure, replacing the file as a whole; the name's end says the format, else it is PNG."""
     path = Path(path)

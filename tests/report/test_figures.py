@@ -17,7 +17,7 @@ from osscl_min.runtime.files import UserError, read_json, write_json
 from osscl_min.runtime.plotting import BLUE, VERMILLION, save_all
 from osscl_min.train import read_log
 
-EVERY = ["maps", "training", "scores", "machines", "roc", "embeddings", "high_frequency"]
+EVERY = ["overview", "maps", "training", "scores", "machines", "roc", "embeddings", "high_frequency"]
 
 
 @pytest.fixture
