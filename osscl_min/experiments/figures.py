@@ -101,27 +101,30 @@ def high_frequency(result: Path | str | Result, measure: str = "auc_id_mean") ->
 
 
 def first_filters(run: Path, synthetic: bool) -> Figure:
-    """Responses of the first convolutions of Tgram and TFgram before and after a run's training.
+    """Mean response of the first convolutions of Tgram and TFgram over frequency, before and after training.
 
-    Rows of a picture are filters, ordered by the frequency of their largest gain; each is relative to its own
-    largest gain. The strides, which alias, are not part of it.
+    It is the root mean square of the filters' gains. The strides, which alias, are not part of it.
     """
-    gains = {}
-    for when, name in (("before", "initial"), ("after", "best")):
+    gains: dict[str, dict[str, np.ndarray]] = {}
+    for when, name in (("before training", "initial"), ("after training", "best")):
         trained = load(run / f"{name}.pt")
         tgram, tfgram = trained.model.tgram, trained.model.tfgram
         for title, layer in (("Tgram", tgram and tgram.extractor), ("TFgram", tfgram and tfgram.conv[0])):
             if layer is not None:
-                gain = torch.fft.rfft(layer.weight.detach()[:, 0].double(), 1024).abs().numpy()
-                gain = gain[np.argsort(gain.argmax(1), kind="stable")]
-                gains[f"{title}, {when} training"] = gain / gain.max(1, keepdims=True)
-    figure, axes = plot.panels("First convolutions", synthetic, list(gains), len(gains) // 2, (5, 2.6))
+                gain = torch.fft.rfft(layer.weight.detach()[:, 0].double(), 1024).abs()
+                gains.setdefault(title, {})[when] = gain.square().mean(0).sqrt().numpy()
+    figure, axes = plot.panels("Mean response of the first convolutions", synthetic, list(gains), 2, (5, 2.6))
     nyquist = trained.config.model.audio.sample_rate / 2000  # kHz
-    for ax, gain in zip(axes, gains.values(), strict=True):
-        decibel = 20 * np.log10(np.maximum(gain, 1e-6))
-        image = plot.picture(ax, decibel, "viridis", (-40, 0), (0, nyquist, 0, len(gain)))
-        ax.set(xlabel="frequency (kHz)", ylabel="filter")
-        figure.colorbar(image, ax=ax, label="dB", pad=0.02)
+    for ax, lines in zip(axes, gains.values(), strict=True):
+        for (when, gain), colour in zip(lines.items(), (plot.GREY, plot.BLUE), strict=True):
+            ax.plot(
+                np.linspace(0, nyquist, len(gain)),
+                20 * np.log10(np.maximum(gain, 1e-6)),
+                color=colour,
+                label=when,
+            )
+        ax.set(xlabel="frequency (kHz)", ylabel="gain (dB)")
+    plot.legend_below(figure, axes)
     return figure
 
 
