@@ -156,7 +156,7 @@ def _explain(error: Exception, root: Path, url: str) -> UserError:
         case OSError():
             name = printable(error.filename or root)
             status, text = UNWRITABLE, f"{name}: cannot be written ({error.strerror})"
-        case ValueError():  # pooch's word for it
+        case ValueError():  # what pooch raises for it
             status, text = CHECKSUM, f"{url}: wrong checksum, also when fetched again; not kept; {AGAIN}"
         case _:
             raise error

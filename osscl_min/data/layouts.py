@@ -91,9 +91,9 @@ class Layout:
 
 
 class Mimii(Layout):
-    """Has no split of its own. Its authors test with equal numbers of normal and abnormal clips, and so does
-    this layout: the test set is every abnormal clip and as many normal ones, but at most half of them: the
-    first recordings in the order of their numbers, the same at every signal-to-noise ratio.
+    """MIMII has no split of its own. Its authors test with equal numbers of normal and abnormal clips, and so
+    does this layout. The test set is every abnormal clip and as many normal ones, but at most half of these:
+    the first recordings in the order of their numbers, the same at every signal-to-noise ratio.
     """
 
     def read(self, root: Path, names: Iterable[PurePath], truth: Truth) -> dict[Path, Clip | str]:

@@ -163,7 +163,7 @@ def finished(runs: Sequence[Run], failed: Mapping[Run, str]) -> dict[str, list[P
             done.setdefault(run.variant, []).append(run.folder / "best.pt")
     if runs[0].variant not in done:
         why = next(iter(failed.values()))
-        raise UserError(f"no run of {runs[0].variant} is done, so there is nothing to compare with: {why}")
+        raise UserError(f"no run of {runs[0].variant} finished, so there is nothing to compare with: {why}")
     return done
 
 

@@ -24,7 +24,8 @@ BANDS, PARTS = 16, 10  # patches of an explanation, over frequency and over time
 
 def _title(scorer: Scorer, recording: Recording) -> str:
     simulated = "\nby a network trained on simulated machines" if scorer.trained.synthetic else ""
-    return f"{Path(recording.file).name} as {' id '.join(scorer.trained.classes[recording.label])}{simulated}"
+    machine = " id ".join(scorer.trained.classes[recording.label])
+    return f"{Path(recording.file).name} scored as {machine}{simulated}"
 
 
 def _samples(scorer: Scorer, recording: Recording, start: float = 0.0) -> torch.Tensor:
@@ -34,7 +35,7 @@ def _samples(scorer: Scorer, recording: Recording, start: float = 0.0) -> torch.
 
 
 def _log_mel(scorer: Scorer, recording: Recording, start: float) -> np.ndarray:
-    """Log-mel (mels, frames) in dB of the same."""
+    """Log-mel (mels, frames) in dB of that window."""
     return scorer.front(_samples(scorer, recording, start))[1][0, 0].cpu().numpy()
 
 
@@ -140,7 +141,7 @@ def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None
     patches, bands = occlusion(scorer, recording, level)
     usual = "the window's own mean over time" if level is None else "the mean level of normal recordings"
     title = f"{_title(scorer, recording)}\nscore {score:.3g}; each part replaced by {usual}"
-    names = ["log-mel", "fall of the score, part by part", "whole bands"]
+    names = ["log-mel", "drop in the score, part by part", "whole bands"]
     figure, (left, middle, right) = panels(title, False, names, 3, (3.8, 3.4), sharey=True)
     most, end = np.abs(patches).max() or 1.0, start + audio.seconds
     image = picture(middle, patches, "RdBu_r", (-most, most), (start, end, 0, audio.mels))
@@ -150,6 +151,6 @@ def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None
     colours = [VERMILLION if fall > 0 else BLUE for fall in bands]
     right.barh((np.arange(BANDS) + 0.5) * height, bands, 0.85 * height, color=colours)
     right.axvline(0, color=GREY, linewidth=0.8)
-    right.set(xlabel="fall of the score", ylim=(0, audio.mels))
+    right.set(xlabel="drop in the score", ylim=(0, audio.mels))
     _draw_log_mel(left, audio, _log_mel(scorer, recording, start), start, end)
     return figure
