@@ -80,8 +80,8 @@ class Neighbours:
         return distances
 
     def _moments(self, name: str, label: int) -> tuple[float, float]:
-        """Mean and deviation of the distances within a machine; of fewer than three recordings or where all
-        are alike, the average of all machines."""
+        """Mean and deviation of the distances within a machine; the average over all machines where it has
+        fewer than three recordings or all distances are equal."""
         own = self._within[name][self.labels == label]
         own = own[~np.isnan(own)]
         few = len(np.unique(self.recordings[self.labels == label])) < 3

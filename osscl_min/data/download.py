@@ -1,6 +1,6 @@
 """The data of DCASE 2020 Task 2: fetch from Zenodo, verify, unpack into one folder, count.
 
-Exit status of an error: 3 network or server, 4 checksum, 5 full disk, 6 corrupt or hostile zip, 7 no writing.
+Exit status of an error: 3 network or server, 4 checksum, 5 full disk, 6 corrupt zip, 7 not writable.
 """
 
 from __future__ import annotations

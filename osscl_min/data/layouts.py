@@ -148,7 +148,7 @@ LAYOUTS = (  # where several fit equally often, the first is taken
 
 
 def recognise(names: Iterable[PurePosixPath]) -> Layout:
-    """The layout that fits most of the sound files or, where none fits any, most of the file names."""
+    """The layout that fits most sound files or, where no layout fits any, resembles most file names."""
     names = list(names)
 
     def fit(layout: Layout) -> tuple[int, int]:

@@ -114,7 +114,7 @@ class Summary:
         if self.windows > self.scored:
             lines.append(
                 f"{self.windows} windows of {scorer.audio.seconds:g} s, one every {scorer.step:g} s; a "
-                "recording has the score of its highest window, and its p-value accounts for the number of windows"
+                "recording has the score of its highest window, and its p-value accounts for their number"
             )
         if self.remarks:
             lines.append(f"not scored: files: {self.skipped}, windows: {self.windows_not_scored}")
