@@ -117,7 +117,7 @@ class Summary:
                 "recording has the score of its highest window, and its p-value accounts for their number"
             )
         if self.remarks:
-            lines.append(f"not scored: files: {self.skipped}, windows: {self.windows_not_scored}")
+            lines.append(f"files not scored: {self.skipped}; windows not scored: {self.windows_not_scored}")
             lines += [f"  {remark}" for remark in self.remarks]
             lines += ["  ..."] if len(self.remarks) == REMARKS else []
         return "\n".join(lines)

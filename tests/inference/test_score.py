@@ -158,7 +158,7 @@ def test_bad_files_are_reported_and_skipped(run, clip, tmp_path):
     expected = ["", "not a readable sound file", "no such file", "silent", "no .wav or .flac files"]
     for row, problem in zip(rows.values(), expected, strict=True):
         assert row["problem"].startswith(problem) and bool(row["problem"]) == bool(problem)
-    assert "files scored: 1" in text and "not scored: files: 4, windows: 0" in text
+    assert "files scored: 1" in text and "files not scored: 4; windows not scored: 0" in text
     assert f"{tmp_path / 'gone.wav'}: no such file" in text
 
 
@@ -296,7 +296,7 @@ def test_the_command(command, clip, tmp_path):
     wave[20_000] = np.nan
     path = write_sound(tmp_path / "fan/id_00/a.wav", wave, subtype="FLOAT")
     status, out, _ = command(path, "--window-step", "0.5")
-    assert status == 1 and "not scored: files: 0, windows: 2" in out
+    assert status == 1 and "files not scored: 0; windows not scored: 2" in out
     assert "a.wav: 2 of 5 windows not scored: holds NaN" in out
 
 
