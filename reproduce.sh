@@ -8,10 +8,10 @@ usage() {
   cat <<'EOF'
 Train and evaluate OS-SCL, an anomalous sound detector that learns from normal machine sounds.
 
-  bash reproduce.sh                                 simulated machines, a few minutes on two CPU cores
+  bash reproduce.sh                                 simulated machines, ten minutes on two CPU cores
   bash reproduce.sh --test                          the tests; -- passes arguments to pytest:
   bash reproduce.sh --test -- tests/kernels         the kernels' correctness tests alone
-  bash reproduce.sh --experiments [--data DIR]      every experiment: simulated machines, 4 epochs, one seed;
+  bash reproduce.sh --experiments [--data DIR]      the experiments: simulated machines, 4 epochs, one seed;
                                                     with --data preset small and two seeds, which takes hours
   bash reproduce.sh --data DIR [--preset small]     your folder: TYPE/train/normal_id_00_00000000.wav, TYPE/test/...
   bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2; downloads the data
@@ -26,7 +26,7 @@ Options
 
 An active conda or virtual environment that has the packages is used as it is (`conda env create -f environment.yml`,
 `conda activate osscl-min`); otherwise .venv is made with the pins of environment.yml. OSSCL_MIRROR: server to download
-the data from instead of https://zenodo.org; OSSCL_TRUST_MIRROR=1: whatever the checksums of its zips.
+the data from instead of https://zenodo.org; OSSCL_TRUST_MIRROR=1: accept its zips whatever their checksums.
 EOF
 }
 

@@ -25,9 +25,9 @@ FORMAT = 1
 SCORES = {  # what the anomaly scores are; see `EvaluateConfig.score`
     "exact": "cross-entropy against the machine's class (paper)",
     "upstream": "cross-entropy against the machine's class, in float32 (authors' code)",
-    "nearest": "distance from the machine's training clips, in embedding and in profile",
-    "profile": "distance from the machine's training clips in profile, without the network",
-    "gaussian": "distance from the machine's mean spectrum and deviation over time, without the network",
+    "nearest": "distance from the machine's training clips, in the embedding and in the spectrum",
+    "profile": "distance from the machine's training clips in the spectrum, without the network",
+    "gaussian": "Mahalanobis distance of the mean spectrum and its deviation over time, without the network",
 }
 
 
@@ -70,9 +70,9 @@ class Checkpoint:
         """A line on how well held-out recordings are recognised; "" where that is unknown."""
         if self.recognition is None:
             return ""
-        counts = "recognises {recognised} of {recordings} held-out recordings as their own machine"
-        line = f"{counts}, chance is {{chance:.0%}}".format(**self.recognition)
-        return f"warning: {line}: no better than guessing" if self.at_chance else line
+        counts = "the network recognises {recognised} of {recordings} held-out recordings as their machine"
+        line = f"{counts}; chance gives {{chance:.0%}}".format(**self.recognition)
+        return f"warning: {line}, so this is no better than guessing" if self.at_chance else line
 
     def form(self, asked: str = "auto") -> str:
         """The score that `asked` (see `EvaluateConfig.score`) means for this checkpoint."""

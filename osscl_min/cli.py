@@ -30,7 +30,7 @@ Out = Annotated[Path, arg(help="Folder for the results.")]
 BestPt = Annotated[Path, arg(help="A run's best.pt, or a .pth file of the authors.")]
 Device = Annotated[str, arg(metavar="auto|cpu|cuda|cuda:N", help="Where to compute.")]
 Strict = Annotated[bool, arg(help="Stop if any file cannot be used.")]
-Channel = Annotated[int | None, arg(help="Channel of multichannel files; else MIMII's first, or the mean.")]
+Channel = Annotated[int | None, arg(help="Channel of multichannel files; default: mean, or MIMII's first.")]
 Score = Literal["auto", "exact", "upstream", "nearest", "profile"]
 Preset = Annotated[Literal["paper", "small", "quick"], arg(help="Preset that gives the defaults.")]
 Settings = Annotated[Config, arg(name="")]
@@ -63,7 +63,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             parts: Which parts, separated by commas.
             types: Which machine types, separated by commas.
             mirror: Server to use instead of https://zenodo.org.
-            trust_mirror: Take its zips whatever their checksums.
+            trust_mirror: Accept the mirror's zips whatever their checksums.
         """
         chosen = {"parts": parts.split(","), "types": types.split(",")}
         function = load("data.download").download
@@ -81,7 +81,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             out: Folder for inspect.json and inspect.csv.
             seconds: Length of the clips that a training would take.
-            step: Seconds between clips of a long recording, by default their length; 0: its first alone.
+            step: Seconds between clips of a long recording; by default their length; 0: only the first clip.
         """
         folder(out)
         inspection = load("data.inspection")
@@ -107,10 +107,10 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             store: The store's folder; the same command resumes an interrupted store or updates it.
             verify: Check every file and every packed clip against its hash.
-            jobs: Parallel workers; all cores by default.
+            jobs: Parallel workers; by default one per core.
             sample_rate: Sample rate of the packed clips, Hz.
             seconds: Length of the packed clips.
-            step: Seconds between clips of a long recording, by default their length; 0: its first alone.
+            step: Seconds between clips of a long recording; by default their length; 0: only the first clip.
         """
         step = seconds if step is None else step
         audio = AudioConfig(sample_rate=sample_rate, seconds=seconds, clip_step=step)
@@ -131,7 +131,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             others: Other machines to tell yours from; needed if you have only one.
             resume: Fail unless there is a run to resume.
-            seeds: Train and evaluate once per seed, in OUT/runs, and average.
+            seeds: Train and evaluate once per seed, in OUT/runs, and average the results.
         """
         folder(out)
         if not seeds:
@@ -189,16 +189,16 @@ def commands(preset: Config) -> dict[str, Callable]:
         Args:
             files: Sound files, folders, manifests (.csv), or - to read names from standard input.
             machine: Machine type of all files; by default from their folders and names (fan/id_00/...).
-            id: Machine id of all files; an unknown one is scored against every id of its type.
+            id: Machine id of all files; recordings of an unknown id are scored against every id of the type.
             false_alarm_rate: Share of normal recordings that may be called anomalous.
-            calibrate: More normal recordings, never trained on, to set thresholds; as long as those to judge.
-            window_step: Seconds between windows of a long recording; as in training by default.
+            calibrate: More normal recordings to set thresholds, not trained on and as long as those to judge.
+            window_step: Seconds between windows of a long recording; by default as in training.
             csv: Output file, one row per recording.
             json: Output file, with the scores over time of long recordings.
             plot: Picture of the most anomalous recording: scores over time and spectrogram.
-            explain: Picture of its highest window: which frequencies and times raise the score.
+            explain: Picture of that recording's highest window: which frequencies and times raise the score.
             batch_size: Windows per batch.
-            score: Anomaly score; auto is that of the checkpoint's preset.
+            score: Anomaly score that decides; auto is that of the checkpoint's preset.
         """
         scorer, summary = load("inference.score").score(
             checkpoint, files, machine_type=machine, machine_id=id, rate=false_alarm_rate,
@@ -249,7 +249,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             name: The first five compare trainings, the next five analyse detectors; all omits precision.
             checkpoint: A detector to analyse; by default one per seed, trained if needed.
             seeds: Train every variant once per seed.
-            variants: Only these, besides the baseline.
+            variants: Only these variants, besides the baseline.
             jobs: Parallel trainings.
             cutoffs: Cut-off frequencies in Hz, for high-frequency and high-frequency-training.
         """
@@ -261,7 +261,7 @@ def commands(preset: Config) -> dict[str, Callable]:
 
         Args:
             run: The folder of a trained and evaluated run.
-            data: Its data; RUN/data by default.
+            data: The run's data; by default RUN/data.
         """
         page, results = load("report.pages").write(run, data), load("report.results")
         return f"report: {page}\n{results.headline(run)}\n{results.expectation(run)}".strip()
@@ -274,7 +274,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         """Measure the speed of the model, of training, of reading data or of scoring on this machine.
 
         Args:
-            data: For the benchmarks that read data; simulated machines by default.
+            data: For the benchmarks that read data; by default simulated machines.
         """
         return load("bench").bench(name, out, data).read_text(encoding="utf-8").strip()
 

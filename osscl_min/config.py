@@ -2,7 +2,7 @@
 
 Sources: "paper" is OS-SCL (ICASSP 2025, arXiv 2509.13853); "code" is the authors' released code, which
 decides where the two differ; "ours" marks a choice of this package. Ranges are intervals: (0, 1] excludes 0
-and includes 1. Making a configuration with a value outside is a UserError.
+and includes 1. A value outside its range is a UserError.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ NonNegative = Annotated[float, "[0, inf)"]
 class AudioConfig(Settings):
     """The front end: what a clip is and how its log-mel spectrogram is made."""
 
-    sample_rate: Annotated[int, "[1000, 1000000]"] = 16_000  # Hz; the data set's
-    # length of a clip (code; ToyCar's are 11 s); shorter recordings are repeated (ours)
+    sample_rate: Annotated[int, "[1000, 1000000]"] = 16_000  # Hz; others are resampled
+    # length of a clip (code; recordings of ToyCar have 11 s); shorter recordings are repeated (ours)
     seconds: Annotated[float, "[1, 3600]"] = 10.0
-    # seconds from one clip of a longer recording to the next (ours); 0 takes its first clip alone (code)
+    # seconds from one clip of a longer recording to the next (ours); 0: its first clip alone (code)
     clip_step: NonNegative = 0.0
-    n_fft: Annotated[int, "[2, inf)"] = 2048  # samples; window length too, periodic Hann (code)
-    hop: Count = 512  # samples (code); Tgram and TFgram are made to match
-    mels: Count = 128  # slaney scale and norm (code)
-    f_min: NonNegative = 0.0  # Hz (code)
-    f_max: Positive = 8_000.0  # Hz, at most half the sample rate (code)
-    filter: Literal["none", "low-pass", "high-pass"] = "none"  # of every clip, in training and at test (ours)
-    cutoff: Positive = 4_000.0  # Hz, of that filter (ours)
+    n_fft: Annotated[int, "[2, inf)"] = 2048  # samples of an FFT and its periodic Hann window (code)
+    hop: Count = 512  # samples from frame to frame, of Tgram and TFgram too (code)
+    mels: Count = 128  # mel bands, of Slaney's scale and norm (code)
+    f_min: NonNegative = 0.0  # Hz, lower end of the mel bands (code)
+    f_max: Positive = 8_000.0  # Hz, upper end of the mel bands, at most half the sample rate (code)
+    filter: Literal["none", "low-pass", "high-pass"] = "none"  # for every clip, in training and test (ours)
+    cutoff: Positive = 4_000.0  # Hz, cut-off of that filter (ours)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,31 +63,33 @@ class ModelConfig(Settings):
     """The network."""
 
     audio: AudioConfig = field(default_factory=AudioConfig)
-    inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")  # maps (paper)
-    classes: Count = 41  # machine identities of DCASE 2020 Task 2 (code); training sets it to the data's
-    embedding: Annotated[int, "[2, inf)"] = 128  # dimensions (code)
-    # feature perturbation head: ReLU, LeakyReLU 0.01 (paper)
+    # maps that the encoder takes (paper)
+    inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")
+    classes: Count = 41  # machines of DCASE 2020 Task 2 (code); training sets it to those of the data
+    embedding: Annotated[int, "[2, inf)"] = 128  # dimensions of the embedding (code)
+    # feature perturbation head: with ReLU (basic) or LeakyReLU 0.01 (leaky, paper), or none (ours)
     head: Literal["basic", "leaky", "none"] = "basic"
-    frozen: tuple[Literal["tgram", "tfgram"], ...] = ()  # convolutions kept at their random start (ours)
-    scale: Positive = 30.0  # ArcFace s (code)
-    margin: Annotated[float, "[0, 3.14]"] = 0.4  # ArcFace m, radians (code)
+    frozen: tuple[Literal["tgram", "tfgram"], ...] = ()  # maps whose convolutions stay random (ours)
+    scale: Positive = 30.0  # scale s of ArcFace (code)
+    margin: Annotated[float, "[0, 3.14]"] = 0.4  # margin m of ArcFace, radians (code)
 
 
 @dataclass(frozen=True)
 class LossConfig(Settings):
-    """w_ce (lambda CE(y_a) + (1 - lambda) CE(y_b)) + contrastive_weight SupCon(z, y_a); the other settings
-    serve comparisons."""
+    """The loss of clips mixed with partners: cross_entropy_weight (lambda CE(y_a) + (1 - lambda) CE(y_b)) +
+    contrastive_weight SupCon(z, y_a), with y_a and y_b the labels of clip and partner, z the embedding."""
 
     mixup: bool = True  # mix every clip with a partner (paper)
-    mixup_alpha: Positive = 0.5  # lambda ~ Beta(alpha, alpha), one per batch, not folded (code)
-    temperature: Positive = 0.02  # SupCon tau (code)
-    base_temperature: Positive = 0.07  # SupCon scale tau / base (code)
-    contrastive_weight: NonNegative = 1.0  # of SupCon in the loss (code)
-    # SupCon of mixed clips under y_a (noise, paper), of clean clips in a second forward pass, of mixed clips
-    # under both labels weighted by lambda, or none
+    mixup_alpha: Positive = 0.5  # lambda ~ Beta(alpha, alpha), one per batch (code)
+    temperature: Positive = 0.02  # tau of SupCon (code)
+    base_temperature: Positive = 0.07  # SupCon is multiplied by tau / this (code)
+    contrastive_weight: NonNegative = 1.0  # weight of SupCon (code)
+    # SupCon of mixed clips with label y_a (noise, paper), of unmixed clips in a second forward pass (clean),
+    # of mixed clips with both labels, weighted by lambda (weighted), or no SupCon (none)
     contrastive: Literal["noise", "clean", "weighted", "none"] = "noise"
-    cross_entropy_weight: NonNegative = 1.0  # of both cross-entropies (code)
-    margin_on: Literal["own", "each"] = "own"  # y_a's logit in both terms (code), or each term's own label
+    cross_entropy_weight: NonNegative = 1.0  # weight of both cross-entropies (code)
+    # label with ArcFace's margin: y_a in both cross-entropies (own, code), or the label of each (each)
+    margin_on: Literal["own", "each"] = "own"
 
 
 @dataclass(frozen=True)
@@ -95,25 +97,27 @@ class TrainConfig(Settings):
     """The optimisation."""
 
     epochs: Count = 300  # passes over the training clips (code)
-    batch_size: Annotated[int, "[2, inf)"] = 64  # clips, of all processes together (code)
-    learning_rate: Positive = 1e-4  # AdamW, default betas, eps and weight decay 0.01 (code)
-    final_learning_rate: NonNegative = 1e-5  # cosine annealing over the epochs (code)
-    ema_decay: Annotated[float, "[0, 1)"] = 0.9999  # after every step, over every float entry (code)
-    # every float entry of the student times 1 - this, after the EMA (code); 0 is off
+    batch_size: Annotated[int, "[2, inf)"] = 64  # clips per step, of all processes together (code)
+    learning_rate: Positive = 1e-4  # at first; AdamW, default betas and eps, weight decay 0.01 (code)
+    final_learning_rate: NonNegative = 1e-5  # at the end of cosine annealing over the epochs (code)
+    # of the moving average (EMA) of every float entry of the network, updated after every step (code)
+    ema_decay: Annotated[float, "[0, 1)"] = 0.9999
+    # after the EMA's update, every float entry of the network is scaled by 1 - this (code); 0 turns this off
     student_decay: Annotated[float, "[0, 1)"] = 2e-6
-    # first epochs with SupCon of clean clips alone, the others with cross-entropy alone (ours)
+    # number of first epochs that train SupCon alone, of unmixed clips; the others train without it (ours)
     pretrain_epochs: Annotated[int, "[0, inf)"] = 0
-    # share of the training clips that get white or pink noise added, 20 to -10 dB SNR (ours)
+    # share of the training clips to which white or pink noise is added, at 20 to -10 dB SNR (ours)
     noise: Annotated[float, "[0, 1]"] = 0.0
     precision: Precision = "fp32"  # of the network (code); cosines, losses and statistics stay float32
-    validation_fraction: Annotated[float, "(0, 1)"] = 0.05  # of the recordings, held out of training (code)
-    # which: any (code), or the last of each machine's, since neighbours in a folder are often alike: at least
-    # two, and of 50 recordings or more at least 20 in all, which set thresholds at 5 % (ours)
+    validation_fraction: Annotated[float, "(0, 1)"] = 0.05  # share of the recordings to hold out (code)
+    # which recordings are held out of training: any (random, code), or (last, ours) the last of each machine
+    # by name, since neighbours in a folder are often alike: at least two but no more than two fifths of them,
+    # and of 50 recordings or more at least about 20 in all, which resolve a false-alarm rate of 5 %
     hold_out: Literal["random", "last"] = "random"
-    # which EMA becomes best.pt: that of the lowest validation loss (code), measured on one half of the
-    # held-out clips so that the other half can set thresholds (ours); or that of the last epoch (ours)
+    # which epoch's EMA becomes best.pt: that of the lowest validation loss (best, code), measured on one half
+    # of the held-out clips so that the other half can set thresholds (ours); or the last epoch's (last, ours)
     keep: Literal["best", "last"] = "best"
-    seed: Annotated[int, "[0, 1e18]"] = 2024  # of every random draw (code)
+    seed: Annotated[int, "[0, 1e18]"] = 2024  # seed of every random draw (code)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,23 +130,24 @@ class TrainConfig(Settings):
 class EngineConfig(Settings):
     """How a run is carried out; a run may resume under other values (all ours)."""
 
-    checkpoint_seconds: NonNegative = 300.0  # between checkpoints within an epoch; each epoch ends with one
-    log_steps: Count = 20  # steps between two looks at the losses
+    checkpoint_seconds: NonNegative = 300.0  # between checkpoints in an epoch; each epoch ends with one
+    log_steps: Count = 20  # steps between two checks of the losses
     resident: Literal["auto", "yes", "no"] = "auto"  # keep all samples in GPU memory; auto: where they fit
-    compile: bool = False  # torch.compile the network; on a CPU that takes minutes and gains little
-    cuda_graph: Literal["auto", "no"] = "auto"  # auto: replay steps on one GPU; not with several processes
+    compile: bool = False  # torch.compile the network; on a CPU this takes minutes and gains little
+    cuda_graph: Literal["auto", "no"] = "auto"  # auto: replay each step on a GPU, in a single process
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
     """Scoring and its tables."""
 
-    batch_size: Count = 16  # clips (ours; the authors score one clip at a time)
+    batch_size: Count = 16  # clips per batch (ours; the authors score one clip at a time)
     precision: Precision = "fp32"  # of the network (code)
     bootstrap: Annotated[int, "[0, 1000000]"] = 1000  # resamples for 95 % intervals (ours); 0 omits them
-    # exact: cross-entropy (paper); upstream: the same in float32, which ties at 0 (code); nearest, profile,
-    # gaussian: see neighbours.py (ours); auto: exact, but for detectors of the preset small nearest, or
-    # profile where they recognise held-out recordings no better than by chance
+    # exact: cross-entropy (paper); upstream: the same in float32, with ties at 0 (code); nearest: distance
+    # from the machine's training clips (ours); profile, gaussian: distances without the network (ours); auto:
+    # exact; for detectors of the preset small nearest, or profile if they recognise held-out recordings no
+    # better than by chance
     score: Literal["auto", "exact", "upstream", "nearest", "profile", "gaussian"] = "auto"
 
 
@@ -150,7 +155,7 @@ class EvaluateConfig(Settings):
 class Config(Settings):
     """Everything that a run depends on besides its data. `Config()` is the paper's experiment."""
 
-    preset: Literal["paper", "small", "quick"] = "paper"  # which set of defaults
+    preset: Literal["paper", "small", "quick"] = "paper"  # preset that gives the defaults
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -158,9 +163,9 @@ class Config(Settings):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-# A few hundred steps. The EMA must forget the first steps' BatchNorm statistics before the end: a decay of
-# 0.99 still keeps 4 % of them after 325 steps, and that spoils the averaged network. With so few held-out
-# clips the last epoch is kept, so that all of them can set thresholds.
+# For runs of a few hundred steps. The EMA must forget the first steps' BatchNorm statistics before the end:
+# a decay of 0.99 still keeps 4 % of them after 325 steps, and that spoils the averaged network. With so few
+# held-out clips the last epoch is kept, so that all of them can set thresholds.
 _SHORT = TrainConfig(
     epochs=25,
     batch_size=16,

@@ -80,7 +80,7 @@ def score_batches(
 
 @dataclass
 class Scored:
-    """Scores of recordings; its highest window stands for a long one."""
+    """Scores of recordings; a long one counts with its highest window."""
 
     clips: list[Clip]
     labels: np.ndarray  # (n,) int64, own class
@@ -143,7 +143,7 @@ def score_clips(
         forms |= {name: trained.neighbours.scores(name, labels, embeddings, profiles) for name in FORMS}
     if missing := {" ".join(trained.classes[label]) for label in labels[np.isnan(forms[form])]}:
         raise UserError(
-            f"no training clips of {', '.join(sorted(missing))} to compare with; give --score exact"
+            f"the checkpoint has too few training clips of {', '.join(sorted(missing))}; give --score exact"
         )
     recordings = reader.recordings[positions]
     highest = np.lexsort((forms[form], recordings))[np.flatnonzero(np.diff(np.sort(recordings), append=-1))]

@@ -1,8 +1,9 @@
 """Scores that compare a clip with normal clips of its own machine, with and without the network.
 
-"nearest" adds two distances from the nearest of these clips: between embeddings, and between profiles, the
-98th percentile over time of each log-mel band, which short events raise too. "profile" is the second alone,
-and "gaussian" a Mahalanobis distance: neither needs training, so they show what the network is worth.
+"nearest" adds two distances from the nearest of these clips: between embeddings, and between profiles. A
+profile is the 98th percentile over time of each log-mel band, which short events raise too. "profile" is the
+second distance alone, and "gaussian" a Mahalanobis distance: neither needs training, so they show what the
+network is worth.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def profile(log_mel: torch.Tensor) -> torch.Tensor:
 def choose(labels: np.ndarray, recordings: np.ndarray, seed: int) -> np.ndarray:
     """Which clips to keep, as sorted positions: whole recordings, drawn at random, MOST clips per machine.
 
-    A longer first recording gives its first MOST clips.
+    A recording of more clips counts with its first MOST.
     """
     random, kept = np.random.default_rng([seed, 4]), []
     for label in np.unique(labels):
@@ -85,8 +86,8 @@ class Neighbours:
         return distances
 
     def _moments(self, name: str, label: int) -> tuple[float, float]:
-        """Mean and deviation of the distances within a machine; of fewer than three recordings or where all
-        are alike, the average of all machines."""
+        """Mean and deviation of the distances within a machine; the average over all machines where it has
+        fewer than three recordings or all distances are equal."""
         own = self._within[name][self.labels == label]
         own = own[~np.isnan(own)]
         few = len(np.unique(self.recordings[self.labels == label])) < 3

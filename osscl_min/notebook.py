@@ -32,7 +32,7 @@ class OpenRun:
 
     @property
     def note(self) -> str:
-        """Ends the title of a figure: simulated machines are always called synthetic."""
+        """The end of a figure's title: simulated machines are always called synthetic."""
         return " (synthetic data)" if self.data.dataset.synthetic else ""
 
 

@@ -54,8 +54,9 @@ def split_validation(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Positions of the clips to train on, sorted, and those of each recording that is held out.
 
-    `recordings` (clips,) numbers each clip's recording from 0, `labels` (clips,) are classes and `borrowed`
-    those of machines that are not one's own. At least one recording is held out; see `TrainConfig.hold_out`.
+    `recordings` (clips,) numbers each clip's recording from 0, `labels` (clips,) are classes, and `borrowed`
+    are the classes of machines that are not one's own. At least one recording is held out; see
+    `TrainConfig.hold_out`.
     """
     count, fraction, last = recordings.max() + 1, config.validation_fraction, [np.array([], int)]
     own = len(np.unique(recordings[~np.isin(labels, borrowed)]))
@@ -150,18 +151,19 @@ def train(
         classes = label_table(reader.clips, benchmark=config.preset == "paper" or None)
         recordings = len(set(reader.recordings.tolist()))
         if recordings < 4 or len(reader) < 4 * ranks.world_size:
-            raise UserError(f"{printable(dataset.root)}: {recordings} training recordings are too few")
+            few = f"{recordings} training recordings ({len(reader)} clips) are too few"
+            raise UserError(f"{printable(dataset.root)}: {few}; give at least 4, and 4 clips per process")
         if config.train.batch_size < 2 * ranks.world_size:
-            raise UserError(f"train.batch_size: each of {ranks.world_size} processes needs two clips")
+            raise UserError(f"train.batch_size: {ranks.world_size} processes need at least two clips each")
         if classes == BENCHMARK and config.preset != "paper" and not dataset.synthetic:
-            say(f"preset {config.preset}: not the paper's experiment on this data; --preset paper is")
+            say(f"preset {config.preset} is not the paper's experiment on this data; --preset paper is")
         config = with_classes(config, len(classes))
         labels = np.array([classes.index(clip.machine) for clip in reader.clips])
         borrowed = [label for label, machine in enumerate(classes) if machine not in own]
         training, held_out = split_validation(reader.recordings, labels, borrowed, config.train)
         torch.manual_seed(config.train.seed)
         trainer = Trainer(config, where, ranks=ranks)
-        say(f"training in {running}, computed by {trainer.computed_by}")
+        say(f"training in {running}; {trainer.computed_by}")
         about = {
             "config": to_dict(config),
             "data": {
@@ -224,7 +226,7 @@ class Run:
         return batches_of(order, train.batch_size, 2 * ranks.world_size)
 
     def train_epoch(self) -> None:
-        """The rest of an epoch, with a checkpoint from time to time and when a signal asks to stop."""
+        """Train for the rest of an epoch; write a checkpoint now and then, and when a signal asks to stop."""
         trainer, ranks, engine = self.trainer, self.trainer.ranks, self.trainer.config.engine
         trainer.start_epoch(self.epoch)
         batches = self.batches()
@@ -238,7 +240,7 @@ class Run:
             self.bar.update(len(batch))
             last = step + 1 == len(batches)
             due = time.perf_counter() - self.saved >= engine.checkpoint_seconds
-            # several processes must agree, so they stop only where all look
+            # several processes must agree, so they stop only where all of them check
             asked = ranks.world_size == 1 and (self.signals or due)
             if not (last or asked or len(pending) >= engine.log_steps):
                 continue
@@ -420,9 +422,9 @@ class Run:
             raise UserError(f"{folder}: best.pt is missing; restore it, or remove the folder to train again")
         if before != now and ranks.first:  # sums are taken in another order
             changes = " and ".join(
-                f"{new} after {old}" for old, new in zip(before, now, strict=True) if old != new
+                f"{new} instead of {old}" for old, new in zip(before, now, strict=True) if old != new
             )
-            tqdm.write(f"resumes in {changes}: the last bits will differ from an uninterrupted run")
+            tqdm.write(f"resuming with {changes}: the last bits will differ from an uninterrupted run")
 
     def progress_bar(self) -> tqdm:
         """Progress bar over the training clips of all epochs."""

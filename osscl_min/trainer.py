@@ -129,7 +129,7 @@ class Trainer:
             return self.eager_step(*batch)
 
     def eager_step(self, wave, log_mel, labels, lam, permutation, share=1.0) -> dict[str, torch.Tensor]:
-        """Mix the clips, run the network, compare, update the student and then its EMA."""
+        """Mix the clips, run the network, compute the losses, update the student and then its EMA."""
         self.model.train()
         wave, partner_labels, clean = wave.flatten(1), labels[permutation], None
         mixed, lam = (

@@ -110,10 +110,15 @@ def main():
             rows.append([model, f"{normal} + {anomalous}", f"{auc:g}", *(f"{held[n]:.0f}" for n in names)])
             print(rows[-1], flush=True)
     text = (
-        "How often `sweep.difference` calls a difference clear: 2,000 simulated comparisons per cell of two "
-        f"variants with AUC 0.75; 500 with 0.75 and 0.85.\n\n{markdown(level)}\n\n"
-        "Coverage (%) of the 95 % intervals of `metrics`: 100, 100, 50 and 20 simulated data sets per row "
-        f"of {TYPES} types with {IDS} ids each; normal + anomalous clips per id.\n\n{markdown(rows)}\n"
+        "How often a difference between two variants gets a star (its 95 % interval leaves out 0, see "
+        "`sweep.difference`): 2,000 simulated comparisons per row of variants that both have AUC 0.75 (no "
+        "difference), and 500 of variants with 0.75 and 0.85 (10 points). *seed sd*: the standard deviation "
+        "of AUC over training seeds; *clips*: the test clips of one machine, three eighths of them normal."
+        f"\n\n{markdown(level)}\n\n"
+        "How often the 95 % intervals of `metrics` hold the true value (%): 100, 100, 50 or 20 simulated "
+        f"data sets per row, the fewer the more clips, of {TYPES} types with {IDS} ids each; *clips per id*: "
+        "normal + anomalous. The scores are normal in both classes (binormal), or a share of the anomalies "
+        f"lies far away and the rest looks normal (mixture).\n\n{markdown(rows)}\n"
     )
     write_text(ROOT / "results" / "statistics.md", text)
 

@@ -163,7 +163,7 @@ def test_the_preset_in_use_is_said_on_the_benchmarks_data(data, tmp_path, monkey
     monkeypatch.setattr(train, "label_table", lambda clips, benchmark: BENCHMARK)
     monkeypatch.setattr(train, "peak_memory_mb", lambda: None)  # not every system tells
     config = replace(TINY, train=replace(TINY.train, epochs=1))
-    line = "preset quick: not the paper's experiment on this data; --preset paper is"
+    line = "preset quick is not the paper's experiment on this data; --preset paper is"
     train.train(data, tmp_path / "simulated", config)
     assert line not in capfd.readouterr().out
     real = shutil.copytree(data, tmp_path / "data")

@@ -64,7 +64,7 @@ class Case:
         return f"{self.module} {self.kernel} {self.precision} {shape} warps={self.num_warps}"
 
     def comparable(self) -> Case:
-        """Without what makes no other machine code of interest: the dilation, an unused precision."""
+        """The case without what leaves the machine code alike: the dilation, an unused precision."""
         constants = {key: value for key, value in self.constants.items() if key != "DILATION"}
         return replace(self, precision="", constants=constants, aligned=())
 

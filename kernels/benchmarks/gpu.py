@@ -40,7 +40,7 @@ Case = tuple[dict, Callable[[], Callable]]  # the row's first columns; what make
 
 
 def variants(row: dict, functions: dict[str, Callable], make: Callable, dry: bool) -> Iterator[Case]:
-    """One case a provider: `make(function)` gives the call; "compiled" by torch where its name says so."""
+    """One case per provider: `make(function)` gives the call, compiled by torch if the name says so."""
     for provider, function in functions.items():
 
         def prepare(provider=provider, function=function):

@@ -1,4 +1,4 @@
-"""Milliseconds on an H200 predicted from the counted work of programs; the first GPU run will correct them.
+"""Milliseconds on an H200, predicted from the counted work of programs; nothing has been timed yet.
 
     python kernels/benchmarks/predict.py        # the table of kernels/README.md, into results/predicted.md
 
@@ -22,7 +22,7 @@ RATES |= {"l2_bytes": 24}
 
 
 def clocks(work: dict[str, float], precision: str) -> float:
-    """Of a program: those of the unit that has most to do."""
+    """Clocks of a program: those of the unit that has most to do."""
     parts = [work[k] / RATES[k] for k in ("instructions", "exponentials", "wavefronts", "l2_bytes")]
     if precision != "ieee":
         parts.append(work["tensor_flop"] / RATES[precision])
@@ -30,7 +30,7 @@ def clocks(work: dict[str, float], precision: str) -> float:
 
 
 def milliseconds(kernel: str, passing: str, precision: str, size: int) -> float | str:
-    """Of a pass over `size` rows or clips; empty where nothing was counted."""
+    """Predicted time of a pass over `size` rows or clips; empty where nothing was counted."""
     clocks_taken = 0.0
     for row in json.loads(COUNTED.read_text()):
         if (row["kernel"], row["precision"]) != (kernel, precision) or passing not in row["passes"]:
@@ -46,7 +46,7 @@ def milliseconds(kernel: str, passing: str, precision: str, size: int) -> float 
 
 
 def table() -> str:
-    """Markdown."""
+    """The predictions as a Markdown table."""
     lines = ["| kernel | pass | size | precision | predicted ms |", "|---|---|---|---|---|"]
     cases = [("supcon", "both", n) for n in (64, 4096, 16384)]
     cases += [("tfgram", passing, 64) for passing in ("inference", "training")]
@@ -54,8 +54,9 @@ def table() -> str:
         for precision in ("tf32x3", "tf32", "bf16", "ieee"):
             if predicted := milliseconds(kernel, passing, precision, size):
                 lines.append(f"| {kernel} | {passing} | {size} | {precision} | {predicted:.3g} |")
-    left_out = "launches, pools and the moments that PyTorch joins are left out"
-    note = f"Predicted from counted work: {left_out}. Nothing here has been timed on a GPU."
+    left_out = "launches, pools and what PyTorch computes between the kernels are left out"
+    units = "Size: rows of SupCon, clips of 10 s of TFgram. Both: forward and backward."
+    note = f"Predicted for an H200, not timed; {left_out}. {units}"
     return "\n".join([*lines, "", note, ""])
 
 

@@ -35,7 +35,7 @@ def neighbours(tile: dict) -> Iterator[dict]:
 
 
 def milliseconds(kernel: str, precision: str, size: int, tile: dict) -> float:
-    """Of the host function that launches the kernel, with this tile; infinite where it cannot run."""
+    """Time of the host function that launches the kernel, with this tile; infinite where it cannot run."""
     part = "supcon" if "supcon" in kernel else "tfgram_train"
     if kernel in ("tfgram_front", "tfgram_layer"):
         part = "tfgram_infer"

@@ -177,15 +177,15 @@ class Patches:
         self.x[..., : self.values].view(patches.shape).copy_(patches)
 
     def fields(self) -> dict[str, Tensor]:
-        """As of a layer."""
+        """Fields of a step that reads the patches."""
         return {"x": self.x}
 
     def gradient_fields(self, chain: Chain) -> dict[str, Tensor]:
-        """As of a layer; empty if no gradient is needed."""
+        """Fields of a step that computes their gradient; empty if none is needed."""
         return {"d": torch.empty_like(self.x)} if self.parameters[0].requires_grad else {}
 
     def receive(self, chain: Chain, d: Tensor | None = None) -> None:
-        """Take the gradient: of a pixel, the sum over its places in the patches."""
+        """Take the gradient; that of a pixel is the sum over its places in the patches."""
         self.gradients = [None]
         if d is not None:
             patches = self.patches(self.padded.zero_())

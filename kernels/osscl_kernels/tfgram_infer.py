@@ -3,7 +3,7 @@
 Every activation is channels-last, (clip, time, channel), so a three-tap convolution is a matrix product.
 
 - Front kernel: layers 0, 1, 2 and the pool by four. A row of the product is (clip, time segment, parity); it
-  walks its segment two frames a step, and a tile of activations enters the sums of all frames that it is a
+  walks its segment two frames per step, and a tile of activations enters the sums of all frames that it is a
   tap of, which wait in registers. So activations at full rate, most of the traffic, are never written.
 - Convolution kernel: layers 3 to 6, one launch each. A row of the product is (pooled frame, slot in its
   window), so an adaptive maximum pool, overlapping windows included, is a maximum over neighbouring rows.
@@ -84,7 +84,7 @@ def half_wanted(wave: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Folded:
-    """Convolutions with batch normalisation folded in, one entry a layer; see `fold_batchnorm`."""
+    """Convolutions with batch normalisation folded in, one entry per layer; see `fold_batchnorm`."""
 
     weights: tuple[Tensor, ...]  # (taps, inputs, outputs)
     biases: tuple[Tensor, ...]  # (outputs,)
@@ -281,7 +281,7 @@ def _(wave, weights, biases, count, precision):
 
 
 def _segment(clips: int, length: int, rows: int, wave: Tensor) -> int:
-    """Frames a segment: as long as fills the GPU once, for each repeats two steps of its neighbour."""
+    """Frames per segment: as many as keep the GPU full, since each repeats two steps of its neighbour."""
     if not wave.is_cuda:
         return 64
     programs = 2 * torch.cuda.get_device_properties(wave.device).multi_processor_count

@@ -7,9 +7,9 @@ Batch statistics stand between the layers, and only raw convolution outputs are 
   mean = w.mu, variance = w^T cov w. So that layer itself runs inside its neighbours' prologues.
 - Further layers store one (mean, centred sum of squares) per program; Chan's formula joins them in float64.
   There are no atomics: the same input gives the same bits.
-- Backward, with dz the gradient behind the ReLU: dgamma = sum dz xhat and dbeta = sum dz are summed where dz
-  is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first layer
-  needs only sum dz (x - mu) and the same covariance.
+- Backward, with dz the gradient of the ReLU's input: dgamma = sum dz xhat and dbeta = sum dz are summed where
+  dz is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first
+  layer needs only sum dz (x - mu) and the same covariance.
 
 Activations are channels-last (clip, time, channel).
 """
@@ -135,7 +135,7 @@ def update_running_statistics(
 ) -> None:
     """Do to BatchNorm buffers what their own forward pass in training mode does.
 
-    `means` and biased `variances` are the batch's, over `counts` values a channel (see `rows`). A module
+    `means` and biased `variances` are the batch's, over `counts` values per channel (see `rows`). A module
     without buffers (track_running_stats=False) is left alone; `momentum=None` is the cumulative average.
     """
     for norm, mean, variance, count in zip(norms, means, variances, counts, strict=True):

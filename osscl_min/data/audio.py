@@ -75,8 +75,8 @@ def duration(path: Path | str) -> float:
 def window_starts(length: float, audio: AudioConfig, step: float, cover: bool = True) -> list[float]:
     """Where the clips within `length` seconds of sound begin: one every `step` seconds (0: the first alone).
 
-    With `cover`, a last one ends with the sound, so that every sample lies in one; without, what is left
-    below a step is not used. Sound shorter than a clip is one clip.
+    With `cover`, a last one ends with the sound, so that every sample lies in one; without, the rest that is
+    shorter than a step is not used. Sound shorter than a clip is one clip.
     """
     last = length - audio.seconds
     if step == 0 or last * audio.sample_rate < 0.5:
@@ -90,8 +90,8 @@ def decode(
 ) -> tuple[np.ndarray, list[str]]:
     """Read one clip of a sound file as the model takes it: (audio.samples,) int16, mono; 32768 is full scale.
 
-    The clip begins at `start` (seconds); only that part of the file is read. Other rates are resampled, a
-    clip that ends with the file too early is repeated. `channel` is taken from a file with several, whose
+    The clip begins at `start` (seconds); only that part of the file is read. Other rates are resampled, and
+    a clip that the end of the file cuts short is repeated. `channel` is taken from a file with several, whose
     mean is the default. Also returns what was done, as phrases for `Dataset.remarks`. A file that is
     truncated or shorter than one second, or a clip that is silent or holds NaN, is a UserError.
     """

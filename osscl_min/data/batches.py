@@ -40,8 +40,8 @@ class Resident:
 
 
 def resident(reader: Any, samples: int, device: torch.device, where: str = "auto") -> Any:
-    """The reader or, on a GPU, its `samples` per clip in GPU memory: `where` says "yes", "no", or "auto" for
-    if they fit into RESIDENT_SHARE of what is free."""
+    """The reader or, on a GPU, its `samples` per clip in GPU memory: `where` is "yes", "no" or "auto",
+    which means if they fit into RESIDENT_SHARE of what is free."""
     if device.type != "cuda" or where == "no":
         return reader
     needed = 2 * samples * len(reader)

@@ -95,8 +95,8 @@ def _count(number: int, what: str = "file") -> str:
 
 
 def windows(clip: Clip, length: float, audio: AudioConfig) -> list[Clip]:
-    """The clips of a recording of `length` seconds: all that fit from the start on, for training; for a test,
-    so many that every sample is heard."""
+    """The clips of a recording of `length` seconds: for training, all that fit from the start on; for a test,
+    enough to cover every sample."""
     test = clip.split == "test"
     step = min(audio.clip_step, audio.seconds) if test else audio.clip_step
     starts = window_starts(length, audio, step, cover=test)
@@ -157,7 +157,7 @@ def label_table(clips: Iterable[Clip], benchmark: bool | None = None) -> tuple[t
     clips = list(clips)
     machines = sorted({clip.machine for clip in clips})
     if len(machines) < 2:
-        have = " ".join(machines[0]) if machines else "none"
+        have = f"only {' '.join(machines[0])}" if machines else "none"
         raise UserError(
             f"training needs clips of at least two machines (type and id), but there is {have}; "
             "add others to the folder, or with `train --with DIR`, or `--with simulated`"

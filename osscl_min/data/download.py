@@ -1,6 +1,6 @@
 """The data of DCASE 2020 Task 2: fetch from Zenodo, verify, unpack into one folder, count.
 
-Exit status of an error: 3 network or server, 4 checksum, 5 full disk, 6 corrupt or hostile zip, 7 no writing.
+Exit status of an error: 3 network or server, 4 checksum, 5 full disk, 6 corrupt zip, 7 not writable.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _explain(error: Exception, root: Path, url: str) -> UserError:
         case OSError():
             name = printable(error.filename or root)
             status, text = UNWRITABLE, f"{name}: cannot be written ({error.strerror})"
-        case ValueError():  # pooch's word for it
+        case ValueError():  # what pooch raises for it
             status, text = CHECKSUM, f"{url}: wrong checksum, also when fetched again; not kept; {AGAIN}"
         case _:
             raise error

@@ -28,15 +28,15 @@ COLUMNS: dict[str, Callable[[list[Row]], Any]] = {  # of the table of machines, 
     "silent": lambda rows: sum(row["silent"] for row in rows),
 }
 REMARKS = {  # entry of the result -> what its files have in common
-    "duplicates": "sounds are there more than once",
-    "across": "sounds are in train and in test: their scores mean nothing",
-    "conflicts": "sounds have two machines or two truths",
-    "problems": "files cannot be used",
+    "duplicates": "sounds that are there more than once",
+    "across": "sounds in train and in test, whose scores mean nothing",
+    "conflicts": "sounds with two machines or two truths",
+    "problems": "files that cannot be used",
 }
 
 
 def inspect(path: Path | str, audio: AudioConfig = AudioConfig()) -> dict[str, Any]:
-    """Measure every sound file of a data folder, manifest or packed store (whose index knows the results).
+    """Measure every sound file of a data folder, manifest or packed store (whose index has the results).
 
     `audio` is how a training would cut the recordings into clips.
 
@@ -116,7 +116,7 @@ def remarks(result: dict[str, Any], most: int = 5) -> str:
     lines = [f"{split}: {text}" for split, text in result["usage"].items()]
     for name, what in REMARKS.items():
         if entries := result[name]:
-            lines.append(f"{len(entries)} {what}:")
+            lines.append(f"{what} ({len(entries)}):")
             texts = map(": ".join, entries.items()) if name == "problems" else map(" = ".join, entries)
             lines += first_lines(list(texts), most)
     return "\n".join(lines)

@@ -91,9 +91,9 @@ class Layout:
 
 
 class Mimii(Layout):
-    """Has no split of its own. Its authors test with equal numbers of normal and abnormal clips, and so does
-    this layout: the test set is every abnormal clip and as many normal ones, but at most half of them: the
-    first recordings in the order of their numbers, the same at every signal-to-noise ratio.
+    """MIMII has no split of its own. Its authors test with equal numbers of normal and abnormal clips, and so
+    does this layout. The test set is every abnormal clip and as many normal ones, but at most half of these:
+    the first recordings in the order of their numbers, the same at every signal-to-noise ratio.
     """
 
     def read(self, root: Path, names: Iterable[PurePath], truth: Truth) -> dict[Path, Clip | str]:
@@ -148,7 +148,7 @@ LAYOUTS = (  # where several fit equally often, the first is taken
 
 
 def recognise(names: Iterable[PurePosixPath]) -> Layout:
-    """The layout that fits most of the sound files or, where none fits any, most of the file names."""
+    """The layout that fits most sound files or, where no layout fits any, resembles most file names."""
     names = list(names)
 
     def fit(layout: Layout) -> tuple[int, int]:

@@ -4,7 +4,7 @@
                            hash of the samples) and, with a file's first clip, hash and measures of the file
   train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
-While packing, the header has no digest, and rows and lines are those so far: `pack` resumes there.
+While packing, the header has no digest, and the files hold the clips packed so far: `pack` resumes there.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def pack(
         if dataset.layout != "manifest" and store.resolve().is_relative_to(dataset.root.resolve()):
             raise UserError(f"{name} lies in the data folder; choose a place outside")
         if store.is_dir() and not is_store(store) and {path.name for path in store.iterdir()} - {".lock"}:
-            raise UserError(f"{name} is not empty and no packed store; choose another folder")
+            raise UserError(f"{name} is neither empty nor a packed store; choose another folder")
         header = {
             "format": FORMAT,
             "data": str(Path(data).absolute()),

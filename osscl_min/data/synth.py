@@ -63,15 +63,15 @@ Count = Annotated[int, "[1, 1000000]"]
 
 @dataclass(frozen=True)
 class SynthConfig(Settings):
-    """What the simulated data set holds. Counts are clips per machine id."""
+    """What the simulated data set holds."""
 
     seconds: Annotated[float, "[1, 3600]"] = 2.0  # length of a clip, at least 1
     sample_rate: Annotated[int, "[16000, 1000000]"] = 16000  # Hz, at least 16000
-    ids_per_type: Annotated[int, "[1, 4]"] = 3  # the first 1 to 4 of IDS (ToyConveyor has three)
-    train_clips: Count = 24
-    test_normal: Count = 10
-    test_anomaly: Count = 10
-    snr_db: Annotated[float, "[-300, 300]"] = 6.0  # power of a normal machine over that of the background, dB
+    ids_per_type: Annotated[int, "[1, 4]"] = 3  # machines per type, 1 to 4 (ToyConveyor has three at most)
+    train_clips: Count = 24  # normal training clips per machine
+    test_normal: Count = 10  # normal test clips per machine
+    test_anomaly: Count = 10  # anomalous test clips per machine
+    snr_db: Annotated[float, "[-300, 300]"] = 6.0  # power of a normal machine over the background, dB
     seed: Annotated[int, "[0, 1e18]"] = 0  # draws the machines and the clips
 
 

@@ -163,7 +163,7 @@ def finished(runs: Sequence[Run], failed: Mapping[Run, str]) -> dict[str, list[P
             done.setdefault(run.variant, []).append(run.folder / "best.pt")
     if runs[0].variant not in done:
         why = next(iter(failed.values()))
-        raise UserError(f"no run of {runs[0].variant} is done, so there is nothing to compare with: {why}")
+        raise UserError(f"no run of {runs[0].variant} finished, so there is nothing to compare with: {why}")
     return done
 
 
@@ -272,16 +272,17 @@ def origin(result: Result) -> str:
 
 
 NOTE = (
-    "Percent; mean ± standard deviation over the seeds. Differences are of AUC id-mean, from the first row "
-    "or, for another variant, from the first variant's row of the same settings; paired by seed, with 95 % "
-    "intervals for other training seeds and other test clips: half width² = (t s / √n)² + (t' c)², with s "
-    "the standard deviation of n paired differences, c² the covariance of seeds over resampled clips, and t, "
-    "t' from Student's distribution: t is 12.7 with two seeds, 4.3 with three, 2.8 with five; one seed "
-    "cannot be compared. * where the interval leaves out 0; one comparison in twenty does so by chance."
+    "Percent; mean ± standard deviation over the seeds. A difference is that of AUC id-mean from the first "
+    "row or, for another variant, from the first variant's row of the same settings. Differences are paired "
+    "by seed. Their 95 % intervals allow for other training seeds and other test clips: half width² = (t s / "
+    "√n)² + (t' c)², where s is the standard deviation of the n paired differences, c² is the covariance of "
+    "the seeds over resampled clips, and t and t' are quantiles of Student's distribution (t is 12.7 with "
+    "two seeds, 4.3 with three, 2.8 with five). A single seed cannot be compared. A star marks an interval "
+    "that leaves out 0; where there is no difference, chance gives about one comparison in twenty a star."
 )
 BOUND = (
-    "A drop bounds the reliance on what was taken away from above: it also contains how unfamiliar the "
-    "changed clips are to the detector. The reliance is at most the largest drop within the interval."
+    "A drop is an upper bound on how much the detector relies on what was taken away: changed clips are also "
+    "unfamiliar to it. The reliance is at most the largest drop within the interval."
 )
 
 

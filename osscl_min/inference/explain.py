@@ -24,7 +24,8 @@ BANDS, PARTS = 16, 10  # patches of an explanation, over frequency and over time
 
 def _title(scorer: Scorer, recording: Recording) -> str:
     simulated = "\nby a network trained on simulated machines" if scorer.trained.synthetic else ""
-    return f"{Path(recording.file).name} as {' id '.join(scorer.trained.classes[recording.label])}{simulated}"
+    machine = " id ".join(scorer.trained.classes[recording.label])
+    return f"{Path(recording.file).name} scored as {machine}{simulated}"
 
 
 def _samples(scorer: Scorer, recording: Recording, start: float = 0.0) -> torch.Tensor:
@@ -34,7 +35,7 @@ def _samples(scorer: Scorer, recording: Recording, start: float = 0.0) -> torch.
 
 
 def _log_mel(scorer: Scorer, recording: Recording, start: float) -> np.ndarray:
-    """Log-mel (mels, frames) in dB of the same."""
+    """Log-mel (mels, frames) in dB of that window."""
     return scorer.front(_samples(scorer, recording, start))[1][0, 0].cpu().numpy()
 
 
@@ -134,17 +135,17 @@ def occlusion(
 
 
 def explanation(scorer: Scorer, recording: Recording, level: torch.Tensor | None = None) -> Figure:
-    """The highest window's log-mel, its deviation from the training clips, and the fall of its score (% of a
+    """The highest window's log-mel, its deviation from the training clips, and the drop in its score (% of a
     cross-entropy) when parts of it take their usual level."""
     audio, score = scorer.audio, recording.scores[recording.highest]
     start = recording.starts[recording.highest]
     falls, near = occlusion(scorer, recording, level), scorer.trained.neighbours
-    unit = "fall of the score" + ("" if scorer.form in FORMS else " (%)")
+    unit = "drop in the score" + ("" if scorer.form in FORMS else " (%)")
     patches, bands = (fall if scorer.form in FORMS else 100 * fall / score for fall in falls)
     usual = "the window's own mean over time" if level is None else "the mean level of normal recordings"
     title = f"{_title(scorer, recording)}\nscore {score:.3g}; each part replaced by {usual}"
     names = ["log-mel", *["deviation from the training clips"] * (near is not None)]
-    names += ["fall of the score, part by part", "fall of the score, whole bands"]
+    names += ["drop in the score, part by part", "drop in the score, whole bands"]
     figure, axes = panels(title, False, names, 2, (4.8, 3), sharey=True)
     extent, log_mel = (start, start + audio.seconds, 0, audio.mels), _log_mel(scorer, recording, start)
     if near is not None:

@@ -46,7 +46,7 @@ class Recording:
     channel: int | None = None
     starts: list[float] = field(default_factory=lambda: [0.0])  # of windows, in seconds
     scores: np.ndarray | None = None  # (windows,), the highest counts; NaN for a window that is not scored
-    label: int | None = None  # the class that these are against: the candidate with the lowest highest score
+    label: int | None = None  # the class scored against: the candidate whose highest score is lowest
     reasons: set[str] = field(default_factory=set)  # why windows are not scored
     remarks: set[str] = field(default_factory=set)  # what was done to read and score them
     problem: str = ""  # why no window is scored

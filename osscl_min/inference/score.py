@@ -34,7 +34,7 @@ SHOWN, REMARKS = 40, 10  # rows and remarks on the screen
 
 
 def shared(scorer: Scorer, files: Iterable[str | Recording], ranks: Ranks) -> Iterator[Recording]:
-    """Score files by several processes: the first one names the files, all get every recording."""
+    """Score files in several processes: the first one names the files, and all get every recording."""
     if ranks.world_size == 1:
         yield from scorer(files)
         return
@@ -94,7 +94,7 @@ class Summary:
     def text(self, scorer: Scorer) -> str:
         """A table of all files, or of the most anomalous of many, and what its columns rest on."""
         entries, lines = self.entries, []
-        count = f"{self.scored} files scored, {self.anomalous} anomalous"
+        count = f"files scored: {self.scored}, anomalous: {self.anomalous}"
         if self.scored > SHOWN:
             entries = sorted(entries)[:SHOWN]
             count += f" (the table shows the {SHOWN} with the lowest p-values)"
@@ -106,7 +106,7 @@ class Summary:
             lines.append(scorer.trained.remark)
         lines.append(f"score: {SCORES[scorer.form]}")
         if self.thresholds:
-            lines.append("thresholds, from the machine's normal recordings, else its type's, else all:")
+            lines.append("thresholds from normal recordings of the machine, else of its type, else of all:")
             sources = [f"{text} ({files} files)" for text, files in self.thresholds.most_common()]
             lines += first_lines(sources, REMARKS)
         elif self.scored:
@@ -114,10 +114,10 @@ class Summary:
         if self.windows > self.scored:
             lines.append(
                 f"{self.windows} windows of {scorer.audio.seconds:g} s, one every {scorer.step:g} s; a "
-                "recording's score is its highest window's, and its p-value accounts for their number"
+                "recording has the score of its highest window, and its p-value accounts for their number"
             )
         if self.remarks:
-            lines.append(f"{self.skipped} files and {self.windows_not_scored} windows not scored:")
+            lines.append(f"files not scored: {self.skipped}; windows not scored: {self.windows_not_scored}")
             lines += [f"  {remark}" for remark in self.remarks]
             lines += ["  ..."] if len(self.remarks) == REMARKS else []
         return "\n".join(lines)

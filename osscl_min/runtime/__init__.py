@@ -1,1 +1,1 @@
-"""The ground: devices and processes, files, tables, plotting."""
+"""What all other packages use: devices, processes, files, settings, tables, plotting."""

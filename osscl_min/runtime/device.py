@@ -49,7 +49,7 @@ def prepare(device: torch.device, precision: str = "fp32") -> str:
         return line.replace("TensorFloat-32", "float32") + ": a CPU has no TensorFloat-32"
     capable = torch.cpu.get_capabilities()
     if precision == "bf16" and not (capable.get("avx512_bf16") or capable.get("bf16")):
-        line += ", which has no bfloat16 instructions: expect less speed"
+        line += ", which has no bfloat16 instructions: expect it to be slow"
     return line
 
 

@@ -206,7 +206,7 @@ def read_rows(path: Path | str) -> Iterator[tuple[str, list[str]]]:
             for row in reader:
                 place, cells = f"{printable(path)}, line {reader.line_num}", [cell.strip() for cell in row]
                 if any("\0" in cell for cell in cells):
-                    raise UserError(f"{place}: holds a NUL byte, so this is no text file")
+                    raise UserError(f"{place}: holds a NUL byte, so this is not a text file")
                 if any(cells):
                     yield place, cells
     except UnicodeDecodeError as error:

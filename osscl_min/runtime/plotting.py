@@ -47,7 +47,7 @@ def panels(
 
 
 def legend(figure: Figure, axes: Sequence[Axes], place: str = "lower center", **look: Any) -> None:
-    """One legend of several panels, outside them; a label that they share is there once."""
+    """One legend for several panels, outside them; a label that they share appears once."""
     found = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc=f"outside {place}", frameon=False, **look)
 
@@ -75,7 +75,7 @@ def signed(ax: Axes, values: np.ndarray, extent: Sequence[float], label: str, mo
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """Write a figure, replacing the file as a whole; the name's end says the format, else it is PNG."""
+    """Write a figure, replacing the file as a whole; its suffix gives the format, by default PNG."""
     path = Path(path)
     with replacing(path, "wb") as file:
         figure.savefig(file, format=path.suffix[1:] or "png", dpi=130)

@@ -54,7 +54,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise UserError(f"{name}: {value!r} is none of {', '.join(arguments)}")
+        raise UserError(f"{name}: {value!r} is not one of {', '.join(arguments)}")
     if is_dataclass(hint) and not isinstance(value, hint):
         return from_dict(value, hint)
     if origin is tuple and isinstance(value, list | tuple):

@@ -61,7 +61,7 @@ def test_duplicates_are_found_by_content_whatever_the_container(folder):
     for kind in ("duplicates", "across", "conflicts"):
         assert [sorted(files) for files in result[kind]] == [same]
     text = inspection.remarks(result)
-    assert "in train and in test" in text and "two truths" in text and "1 files cannot be used" in text
+    assert "in train and in test" in text and "two truths" in text and "files that cannot be used (1)" in text
 
 
 def test_a_store_tells_the_same(folder, tmp_path):

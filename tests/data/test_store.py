@@ -240,7 +240,7 @@ def test_a_store_of_something_else_is_refused(data, tmp_path):
         ),
         "is a packed store itself": (pack, store, tmp_path / "again", AUDIO),
         "lies in the data folder": (pack, data, data / "store", AUDIO),
-        "is not empty and no packed store": (pack, data, tmp_path, AUDIO),
+        "is neither empty nor a packed store": (pack, data, tmp_path, AUDIO),
         "store is the store of other data; choose another folder": (pack, tmp_path / "other", store, AUDIO),
         "give at least 1": (partial(pack, jobs=0), data, store, AUDIO),
     }

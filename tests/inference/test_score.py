@@ -122,7 +122,7 @@ def test_of_many_files_the_table_shows_the_most_anomalous(run, clip, monkeypatch
     text, rows = run(clip.parent)
     first = sorted(rows.values(), key=lambda row: (row["p_value"], -row["score"]))[:2]
     assert [line.split()[1] for line in text.splitlines()[2:4]] == [row["file"] for row in first]
-    assert "8 files scored" in text and "the 2 with the lowest p-values" in text
+    assert "files scored: 8" in text and "the 2 with the lowest p-values" in text
 
 
 def test_a_long_recording_is_compared_with_recordings_as_long(run, clip, tmp_path):
@@ -158,7 +158,7 @@ def test_bad_files_are_reported_and_skipped(run, clip, tmp_path):
     expected = ["", "not a readable sound file", "no such file", "silent", "no .wav or .flac files"]
     for row, problem in zip(rows.values(), expected, strict=True):
         assert row["problem"].startswith(problem) and bool(row["problem"]) == bool(problem)
-    assert "1 files scored" in text and "4 files and 0 windows not scored:" in text
+    assert "files scored: 1" in text and "files not scored: 4; windows not scored: 0" in text
     assert f"{tmp_path / 'gone.wav'}: no such file" in text
 
 
@@ -287,7 +287,7 @@ def test_the_command(command, clip, tmp_path):
     (tmp_path / "bad.wav").write_text("no sound")
     arguments = ["-", "--machine", "fan", "--id", "id_00", "--csv", tmp_path / "s.csv"]
     status, out, _ = command(*arguments, names=[clip, tmp_path / "bad.wav"])
-    assert status == 1 and "1 files scored" in out and "bad.wav: not a readable sound file" in out
+    assert status == 1 and "files scored: 1" in out and "bad.wav: not a readable sound file" in out
     assert (tmp_path / "s.csv").read_text().count("\n") == 3
     assert command(*arguments, names=[clip])[0] == 0
     status, out, _ = command(clip, "--id", "02")
@@ -296,7 +296,7 @@ def test_the_command(command, clip, tmp_path):
     wave[20_000] = np.nan
     path = write_sound(tmp_path / "fan/id_00/a.wav", wave, subtype="FLOAT")
     status, out, _ = command(path, "--window-step", "0.5")
-    assert status == 1 and "0 files and 2 windows not scored:" in out
+    assert status == 1 and "files not scored: 0; windows not scored: 2" in out
     assert "a.wav: 2 of 5 windows not scored: holds NaN" in out
 
 
@@ -377,7 +377,7 @@ def test_hostile_names_are_listed_and_the_rest_is_scored(command, clip, tmp_path
     places += [tmp_path / "list.csv", folder / latin, "nul\0.wav"]
     tables = ["--json", tmp_path / "s.json", "--csv", tmp_path / "s.csv"]
     status, out, _ = command("-", *tables, names=places)
-    assert status == 1 and "1 files scored" in out and out.encode("utf-8")
+    assert status == 1 and "files scored: 1" in out and out.encode("utf-8")
     rows = [(Path(row["file"]).name, row["problem"]) for row in json.loads((tmp_path / "s.json").read_text())]
     assert dict(rows[:5]) == {  # each once, in spite of the loop
         "good.wav": "",

@@ -34,14 +34,15 @@ COUNTS = (
 TILES = ("BM", "BN", "BK", "BD", "BCI", "BC", "BP", "P")  # how, not what: not a part of a kernel's name
 INTRODUCTION = """# Compiled kernels, executed
 
-Triton {triton} compiles each kernel for the architecture; an emulator of PTX executes it on a CPU, threads,
-tensor cores and asynchronous copies included (tests/kernels/emulator). No GPU was used, and nothing here is
-a time. Made by `python tests/kernels/compiled_report.py`, {commit}, {time}.
+Triton {triton} compiles each kernel for the architecture; an emulator of PTX (tests/kernels/emulator)
+executes it on a CPU, threads, tensor cores and asynchronous copies included. No GPU was used, and nothing
+here is a time. Made by `python tests/kernels/compiled_report.py`, {commit}, {time}.
 """
 ERRORS = """## Errors against float64
 
-The largest of all results, as a share of its budget: of the largest entry of a result, for training of its
-Euclidean norm. The budget is twice the error of plain PyTorch, plus what the precision's products cost.
+Of all results of a case, the one that uses most of its error budget. An error is relative to the result's
+largest entry or, in training, to its Euclidean norm. The budget is twice the error of plain PyTorch, plus
+what the precision's products cost.
 """
 WORK = """## Counted work per program
 
