@@ -16,7 +16,7 @@ from osscl_min.runtime.files import ROOT, UserError, read_csv, read_json, replac
 from osscl_min.runtime.tables import Rows, markdown
 from osscl_min.train import read_log
 
-PICTURES = ("embeddings.png", "overview.png")
+PICTURES = ("embeddings.png", "overview.png", "scores.png")
 DOCUMENTS = ("README.md", "results/README.md", "kernels/README.md")
 BLOCK = re.compile(r"(<!-- generated from (\S+) by: [^>]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
