@@ -178,7 +178,7 @@ def train(
             "running": running,
             "provenance": provenance(where) | {"computed_by": trainer.computed_by},
         }
-        source = resident(reader, config.model.audio.samples, where, config.engine.resident)
+        source = resident(reader, where, config.engine.resident)
         run = Run(out, about, trainer, source, reader, labels, borrowed, training, held_out)
         run.start_or_resume()
         if run.epoch >= config.train.epochs:

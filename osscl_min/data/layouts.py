@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
@@ -98,16 +97,13 @@ class Mimii(Layout):
 
     def read(self, root: Path, names: Iterable[PurePath], truth: Truth) -> dict[Path, Clip | str]:
         clips = super().read(root, names, truth)
-        recordings = defaultdict(lambda: (set(), set()))  # machine -> normal, abnormal
         usable = [clip for clip in clips.values() if isinstance(clip, Clip)]
-        for clip in usable:
-            recordings[clip.machine][clip.anomaly].add(clip.path.stem)
-        held_out = {
-            machine: sorted(normal)[: min(len(abnormal), len(normal) // 2)]
-            for machine, (normal, abnormal) in recordings.items()
-        }
-        tested = (clip for clip in usable if clip.path.stem in held_out[clip.machine])
-        return clips | {clip.path: replace(clip, split="test") for clip in tested}
+        for machine in {clip.machine for clip in usable}:
+            own = [clip for clip in usable if clip.machine == machine]
+            normal, abnormal = ({clip.path.stem for clip in own if clip.anomaly == state} for state in (0, 1))
+            held_out = sorted(normal)[: min(len(abnormal), len(normal) // 2)]
+            clips |= {clip.path: replace(clip, split="test") for clip in own if clip.path.stem in held_out}
+        return clips
 
 
 _SPLITS = r"(?:train|test|source_test|target_test|supplemental)"

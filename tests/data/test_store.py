@@ -74,7 +74,6 @@ def test_a_store_is_its_folder(data, tmp_path):
     header, dataset, lines = read_store(tmp_path / "store")
     assert len(lines) == 16 and header["layout"] == "DCASE 2020" and not header["synthetic"]
     for line, clip in zip(lines, dataset.clips, strict=True):
-        assert line["sha256"] == hashlib.sha256((data / line["file"]).read_bytes()).hexdigest()
         assert clip.path == data / line["file"] and clip.machine_type == "fan"
     assert "not a readable sound file" in lines[-1]["problem"] == lines[-1]["sound"]
     assert (lines[12]["sound"]["seconds"], lines[12]["sound"]["encoding"]) == (1.5, "PCM_16")
