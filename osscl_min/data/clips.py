@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -56,12 +56,12 @@ class Dataset:
         return printable(path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path)
 
     def decoded(
-        self, results: Mapping[Clip, tuple[Any, list[str]] | str], audio: AudioConfig
+        self, clips: Sequence[Clip], results: Iterable[tuple[Any, list[str]] | str], audio: AudioConfig
     ) -> dict[Clip, Any]:
         """Take in what decoding gave: each clip's samples and remarks, or its problem, which removes it;
         returns the samples of usable clips."""
         usable, remarks = {}, set()
-        for clip, result in results.items():
+        for clip, result in zip(clips, results, strict=True):
             if isinstance(result, str):
                 place = f" at {clip.start:g} s" if clip.start else ""
                 self.problems[self.name(clip.path) + place] = result
@@ -69,7 +69,8 @@ class Dataset:
                 usable[clip] = result[0]
                 remarks |= {(clip.path, remark) for remark in result[1]}  # of a file, however many its clips
         self.remarks.update(f"file {remark}" for _, remark in remarks)
-        self.clips = [clip for clip in self.clips if clip in usable or clip not in results]
+        unusable = set(clips) - usable.keys()
+        self.clips = [clip for clip in self.clips if clip not in unusable]
         self.usage |= usage(usable, audio)
         return usable
 

@@ -52,7 +52,7 @@ class FolderReader(Reader):
             return samples if fits else lambda: decode(clip.path, audio, channel, clip.start)[0], remarks
 
         results = on_threads(partial(attempt, check), clips, "reading clips")
-        super().__init__(dataset.decoded(dict(zip(clips, results, strict=True)), audio), audio.samples)
+        super().__init__(dataset.decoded(clips, results, audio), audio.samples)
 
 
 class StoreReader(Reader):
@@ -63,8 +63,7 @@ class StoreReader(Reader):
         array = store / ARRAY.format(split)
         samples = np.memmap(array, SAMPLE, "r").reshape(-1, audio.samples) if lines else None
         results = [line["problem"] or (samples[line["row"]], line["remarks"]) for line in lines]
-        clips = dataset.split(split)
-        super().__init__(dataset.decoded(dict(zip(clips, results, strict=True)), audio), audio.samples)
+        super().__init__(dataset.decoded(dataset.split(split), results, audio), audio.samples)
 
 
 @dataclass

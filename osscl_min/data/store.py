@@ -197,7 +197,7 @@ def _pack(
     _write_index(store, header, final, finished=True)
 
     results = (line["problem"] or (None, line["remarks"]) for line in final)
-    dataset.decoded(dict(zip(dataset.clips, results, strict=True)), audio)
+    dataset.decoded(dataset.clips, results, audio)
     report += filter(None, [dataset.report()])
     report.append(
         f"{printable(store)}: {len(dataset.split('train'))} training and {len(dataset.split('test'))} test "
