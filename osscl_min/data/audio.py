@@ -149,8 +149,7 @@ def measure(path: Path | str) -> dict[str, Any]:
             digest.update(block.astype("<f4", copy=False))
             power += float(np.vdot(block, block)) / (frames * channels)
             low, high = min(low, block.min()), max(high, block.max())
-            if max(high, -low) >= FULL_SCALE:
-                clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
+            clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
     return {
         "seconds": frames / rate,
         "sample_rate": rate,  # Hz
@@ -179,15 +178,12 @@ def read_ahead(
 
     Decoding and hashing release the interpreter's lock.
     """
+    ready = None
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        ready = None
-        for batch in batches:
-            ahead = batch, pool.map(function, batch)
-            if ready:
-                yield ready
-            ready = ahead
-        if ready:
-            yield ready
+        for batch in chain(batches, [()]):
+            ready, following = (batch, pool.map(function, batch)), ready
+            if following:
+                yield following
 
 
 def on_threads(

@@ -170,7 +170,7 @@ def _pack(
 
     decoded = len(dataset.clips) - len(lines)
     check_space(store, decoded * size)
-    if decoded or not finished:
+    if decoded:
         _write_index(store, header, lines.values())
 
     def work(clip: Clip) -> tuple[Line, np.ndarray]:

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pytest
 import soundfile
-from conftest import write_sound
+from conftest import noise, write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.data.clips import label_table, scan
@@ -19,8 +19,7 @@ AUDIO = AudioConfig(seconds=2.0)
 def make(root, *names, channels=1):
     """Write 2 s of noise under every name."""
     for number, name in enumerate(names):
-        noise = np.random.default_rng(number).standard_normal((32_000, channels)) * 0.1
-        write_sound(root / name, noise)
+        write_sound(root / name, noise(number, 2.0, channels=channels))
     return root
 
 

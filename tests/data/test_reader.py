@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, tiny, write_sound
+from conftest import TINY, noise, tiny, write_sound
 from test_cli import osscl
 
 from osscl_min import checkpoint
@@ -23,10 +23,6 @@ from osscl_min.train import train
 AUDIO = AudioConfig(seconds=1.0, clip_step=1.0)
 FIRST = replace(AUDIO, clip_step=0.0)
 LENGTHS = {"a": 2.5, "b": 1.0, "c": 4.0}  # s, of the training recordings; the test recording has 3.4 s
-
-
-def noise(seed, seconds, rate=16_000):
-    return np.random.default_rng(seed).integers(-9000, 9000, round(rate * seconds), dtype=np.int16)
 
 
 @pytest.fixture

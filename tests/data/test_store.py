@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import COMMAND, environment, write_sound
+from conftest import COMMAND, environment, noise, write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.data import store as module
@@ -21,11 +21,6 @@ from osscl_min.runtime.files import UserError, locked
 AUDIO = AudioConfig(seconds=1.0)
 
 
-def noise(seed, seconds=1.0, channels=1):
-    shape = (round(16_000 * seconds), channels)
-    return np.random.default_rng(seed).integers(-9000, 9000, shape, dtype=np.int16)
-
-
 @pytest.fixture
 def data(tmp_path):
     """Two machines, of clips that are usual, long, short, stereo, of another rate, and no sound at all."""
@@ -34,8 +29,8 @@ def data(tmp_path):
         for k in range(4):
             write_sound(root / f"fan/train/normal_id_{machine}_{k:08d}.wav", noise(k + 10 * int(machine)))
     write_sound(root / "fan/train/normal_id_02_00000004.flac", noise(50, 1.5))
-    write_sound(root / "fan/train/normal_id_02_00000005.wav", noise(51, 1.2, 2))
-    write_sound(root / "fan/train/normal_id_02_00000006.wav", noise(52, 3.0), 44_100)
+    write_sound(root / "fan/train/normal_id_02_00000005.wav", noise(51, 1.2, channels=2))
+    write_sound(root / "fan/train/normal_id_02_00000006.wav", noise(52, 1.0, 48_000), 44_100)
     (root / "fan/train/normal_id_02_00000007.wav").write_text("no sound")
     (root / "fan/train/notes.txt").write_text("louder than usual")
     for k, name in enumerate(("normal_id_00_00000000", "anomaly_id_00_00000000", "id_02_00000000")):
@@ -256,7 +251,7 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
     for k in range(3):
         for state_, seed in (("normal", 0), ("abnormal", 50)):
             path = tmp_path / f"mimii/6_dB_fan/fan/id_00/{state_}/{k:08d}.wav"
-            write_sound(path, noise(seed + k, 2.0, 8))
+            write_sound(path, noise(seed + k, 2.0, channels=8))
     half = AudioConfig(sample_rate=8_000, seconds=1.0, f_max=4_000.0)
     pack(tmp_path / "mimii", tmp_path / "store", half)
     same(tmp_path / "mimii", tmp_path / "store", half)
