@@ -8,6 +8,7 @@ import pytest
 import soundfile
 from conftest import TINY, noise, tiny, write_sound
 from test_cli import osscl
+from test_store import same
 
 from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
@@ -38,6 +39,7 @@ def data(tmp_path):
     [
         (4, 10, [0], [0]),
         (10, 10, [0], [0]),
+        (10 + 1 / 16_000, 5, [0], [0, 1 / 16_000]),
         (11, 10, [0], [0, 1]),
         (20, 10, [0, 10], [0, 10]),
         (25, 10, [0, 10], [0, 10, 15]),
@@ -103,11 +105,7 @@ def test_a_store_is_its_folder_and_serves_the_first_clips_too(data, tmp_path, st
     audio = replace(AUDIO, clip_step=step)
     assert open_data(data, audio).report() in pack(data, tmp_path / "store", audio)
     for served in (audio, FIRST):
-        here, there = open_data(data, served), open_data(tmp_path / "store", served)
-        assert vars(here.dataset) == vars(there.dataset) and here.report() == there.report()
-        for one, other in ((here.train, there.train), (here.test, there.test)):
-            assert one.clips == other.clips and (one.recordings == other.recordings).all()
-            np.testing.assert_array_equal(one.read(range(len(one))), other.read(range(len(other))))
+        same(data, tmp_path / "store", served)
     with pytest.raises(UserError, match=f"one every {step:g} s, .* --seconds 1 --step 0.25$"):
         open_data(tmp_path / "store", replace(AUDIO, clip_step=0.25))
     with pytest.raises(UserError, match="one every .*, not clips of 1 s at 16000 Hz, one per recording"):
