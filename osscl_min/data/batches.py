@@ -28,36 +28,35 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class Resident:
-    """All samples of a reader in the device's memory, read in chunks of clips."""
+def resident(reader: Reader, device: torch.device, chunk: int = 256) -> torch.Tensor:
+    """All samples of a reader in the device's memory, (clips, samples) int16, read in chunks of clips."""
+    samples = torch.empty(len(reader), reader.length, dtype=torch.int16, device=device)
+    rows = np.arange(len(reader))
+    for part, own in load_batches(reader, rows, batches_of(rows, chunk, least=1), device):
+        samples[own] = part
+    return samples
 
-    def __init__(self, reader: Reader, device: torch.device, chunk: int = 256):
-        self.samples = torch.empty(len(reader), reader.length, dtype=torch.int16, device=device)
-        rows = np.arange(len(reader))
-        for samples, own in load_batches(reader, rows, batches_of(rows, chunk, least=1), device):
-            self.samples[own] = samples
 
-
-def resident(reader: Reader, device: torch.device, where: str = "auto") -> Reader | Resident:
+def source_of(reader: Reader, device: torch.device, where: str = "auto") -> Reader | torch.Tensor:
     """The reader or, on a GPU, its samples in GPU memory: `where` says "yes", "no", or "auto" for if they fit
     into RESIDENT_SHARE of what is free."""
     if device.type != "cuda" or where == "no":
         return reader
     needed = 2 * reader.length * len(reader)
     fits = needed <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return Resident(reader, device) if fits or where == "yes" else reader
+    return resident(reader, device) if fits or where == "yes" else reader
 
 
 def load_batches(
-    source: Reader | Resident, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
+    source: Reader | torch.Tensor, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Samples (B, samples) int16 and labels (B,) of each batch of positions in a Reader or Resident.
+    """Samples (B, samples) int16 and labels (B,) of each batch of positions in a reader or its samples.
 
     The next batch is read while one is worked on.
     """
-    if isinstance(source, Resident):
+    if isinstance(source, torch.Tensor):
         for batch in batches:
-            yield source.samples[to_device(batch, device)], to_device(labels[batch], device)
+            yield source[to_device(batch, device)], to_device(labels[batch], device)
         return
 
     def read(batch: np.ndarray) -> torch.Tensor:

@@ -4,7 +4,7 @@
                            hash of the samples) and, with a file's first clip, the measures of the file
   train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
-While packing, the header has no digest, and rows and lines are those so far: `pack` resumes there.
+While packing, the digest is of the header alone, and rows and lines are those so far: `pack` resumes there.
 """
 
 from __future__ import annotations
@@ -209,10 +209,9 @@ def _pack(
 
 def _write_index(store: Path, header: Line, lines: Iterable[Line], finished: bool = False) -> None:
     content = "".join(json.dumps(line) + "\n" for line in lines)
-    if finished:
-        header = header | {"digest": _digest(header, content.encode())}
+    digest = _digest(header, content.encode() if finished else b"")
     with replacing(store / INDEX) as file:
-        file.write(json.dumps(header) + "\n" + content)
+        file.write(json.dumps(header | {"digest": digest}) + "\n" + content)
 
 
 def _read_index(store: Path) -> tuple[Line, list[Line], str]:
@@ -223,8 +222,9 @@ def _read_index(store: Path) -> tuple[Line, list[Line], str]:
         header = json.loads(first)
         if header["format"] != FORMAT:
             raise UserError(f"{printable(store)} was packed by another version; remove it and pack again")
-        digest = header.pop("digest", None)
-        if digest not in (None, _digest(header, content)):
+        digest = header.pop("digest")
+        finished = digest == _digest(header, content)
+        if not finished and digest != _digest(header, b""):
             raise ValueError
         header.setdefault("step", 0.0)  # before there were several clips of a recording
         with suppress(ValueError):  # the last line may be half there
@@ -232,7 +232,7 @@ def _read_index(store: Path) -> tuple[Line, list[Line], str]:
                 lines.append(json.loads(line))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}, [], f"{printable(store / INDEX)} is damaged; {AGAIN}"
-    if not digest:
+    if not finished:
         return header, lines, f"{printable(store)}: its packing was not finished; {AGAIN}, it resumes"
     counts = Counter(line["clip"]["split"] for line in lines)
     for split in SPLITS:
@@ -244,7 +244,7 @@ def _read_index(store: Path) -> tuple[Line, list[Line], str]:
 
 
 def _digest(header: Line, content: bytes) -> str:
-    """Of everything in an index, so that no line needs a check of its own."""
+    """Of everything in a finished index, so that no line needs a check of its own; else of the header."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + content).hexdigest()
 
 

@@ -184,7 +184,7 @@ INDEX = "index.jsonl is damaged"
         (lambda s: edit(s, '"channels": 1', '"channels": null'), INDEX),
         (lambda s: edit(s, '"seconds": 1.0, "step"', '"seconds": "1", "step"'), INDEX),
         (lambda s: edit(s, '"layout": "DCASE 2020"', '"layout": 5'), INDEX),
-        (lambda s: edit(s, '"digest"', '"other"'), "its packing was not finished"),
+        (lambda s: edit(s, '"digest"', '"other"'), INDEX),
     ],
 )
 def test_a_damaged_store_is_one_line_and_repaired_by_packing(damage, message, data, tmp_path):
