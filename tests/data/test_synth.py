@@ -1,5 +1,6 @@
 """The simulated machines: files, reproducibility, levels, physics, and whether the faults can be learned."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +27,18 @@ def simulate(machine_type, machine_id, index, anomaly=None, config=SynthConfig()
     return machine_clip(machine_type, machine_id, rng, config, anomaly)
 
 
-def log_spectrogram(wave):
-    """128 equal bands up to 8 kHz, in dB: (128, frames)."""
-    power = np.abs(signal.stft(wave, nperseg=2048, noverlap=1536)[2][:-1]) ** 2
-    return 10 * np.log10(power.reshape(128, 8, -1).mean(1) + 1e-12)
+def examples(ids):
+    """Six normal and six faulty clips of each type's first machines: type, id, fault, wave."""
+    for machine_type, kinds in ANOMALIES.items():
+        for machine_id, k in itertools.product(IDS[machine_type][:ids], range(6)):
+            for fault in (None, kinds[k % len(kinds)]):
+                yield machine_type, machine_id, fault, simulate(machine_type, machine_id, k, fault)
 
 
 def features(wave):
-    bands = log_spectrogram(wave)
+    """Mean and deviation over time of 128 equal bands up to 8 kHz, in dB."""
+    power = np.abs(signal.stft(wave, nperseg=2048, noverlap=1536)[2][:-1]) ** 2
+    bands = 10 * np.log10(power.reshape(128, 8, -1).mean(1) + 1e-12)
     return np.concatenate([bands.mean(1), bands.std(1)])
 
 
@@ -139,15 +144,11 @@ def test_config_rejects_nonsense(setting):
 def test_level_does_not_give_the_fault_away():
     """Every clip keeps to the same 4 dB of RMS, none clips, and the level ranks no better than chance."""
     labels, levels = [], []
-    for machine_type, kinds in ANOMALIES.items():
-        for machine_id in IDS[machine_type]:
-            for k in range(6):
-                for fault in (None, kinds[k % len(kinds)]):
-                    wave = simulate(machine_type, machine_id, k, fault)
-                    assert wave.dtype == np.float64 and wave.shape == (32000,)
-                    assert np.max(np.abs(wave)) < 0.98
-                    labels.append(fault is not None)
-                    levels.append(10 * np.log10(np.mean(wave**2)))
+    for _, _, fault, wave in examples(4):
+        assert wave.dtype == np.float64 and wave.shape == (32000,)
+        assert np.max(np.abs(wave)) < 0.98
+        labels.append(fault is not None)
+        levels.append(10 * np.log10(np.mean(wave**2)))
     assert np.min(levels) >= -35.001 and np.max(levels) <= -30.999
     assert np.std(levels) > 0.8
     assert 0.38 < roc_auc_score(labels, levels) < 0.62
@@ -180,25 +181,19 @@ def test_each_fault_changes_the_spectrum_or_its_variation(machine_type, fault):
 
 def test_faults_can_be_learned_by_an_identity_classifier():
     """Trained on the identities of normal clips alone, the cross-entropy of its own id ranks faulty clips."""
-    train, train_labels, test, test_labels, faulty, types = [], [], [], [], [], []
-    for machine_type, kinds in ANOMALIES.items():
-        for machine_id in IDS[machine_type][:3]:
-            name = machine_type + machine_id
-            for k in range(12):
-                rng = clip_generator(0, machine_type, machine_id, "train", "normal", k)
-                train.append(features(machine_clip(machine_type, machine_id, rng, SynthConfig())))
-                train_labels.append(name)
-            for k in range(6):
-                for fault in (None, kinds[k % len(kinds)]):
-                    test.append(features(simulate(machine_type, machine_id, k, fault)))
-                    test_labels.append(name)
-                    faulty.append(fault is not None)
-                    types.append(machine_type)
+    machines = [(machine_type, machine_id) for machine_type in IDS for machine_id in IDS[machine_type][:3]]
+    train = [
+        features(machine_clip(*machine, clip_generator(0, *machine, "train", "normal", k), SynthConfig()))
+        for machine in machines
+        for k in range(12)
+    ]
+    train_labels = np.repeat(["".join(machine) for machine in machines], 12)
+    tested = ((t, t + i, fault is not None, features(wave)) for t, i, fault, wave in examples(3))
+    types, test_labels, faulty, test = map(np.array, zip(*tested, strict=True))
     scaler = StandardScaler().fit(train)
     classifier = LogisticRegression(C=0.01, max_iter=200).fit(scaler.transform(train), train_labels)
     log_p = classifier.predict_log_proba(scaler.transform(test))
     own = np.searchsorted(classifier.classes_, test_labels)
-    faulty, types = np.array(faulty), np.array(types)
     assert np.mean(log_p.argmax(1)[~faulty] == own[~faulty]) > 0.9
     score = -log_p[np.arange(len(own)), own]
     auc = {t: roc_auc_score(faulty[types == t], score[types == t]) for t in ANOMALIES}

@@ -97,7 +97,7 @@ def test_a_folder_gives_the_same_and_standard_input_too(run, clip, monkeypatch):
         assert row["score"] == pytest.approx(rows[name]["score"], rel=1e-4)
 
 
-def test_decision_threshold_and_p_value(run, clip, trained):
+def test_decision_threshold_and_p_value(run, clip, trained, monkeypatch):
     held_out = np.sort(trained.calibration["scores"].numpy())
     assert len(held_out) == 4
     text, rows = run(clip.parent, rate=0.4)
@@ -113,9 +113,6 @@ def test_decision_threshold_and_p_value(run, clip, trained):
     row = rows[clip.name]
     assert row["threshold"] is row["anomaly"] is None and row["p_value"] >= 0.2
     assert "no decision from 4 normal recordings of all machines; 5 % false alarms need 15 more" in text
-
-
-def test_of_many_files_the_table_shows_the_most_anomalous(run, clip, monkeypatch):
     monkeypatch.setattr("osscl_min.inference.score.SHOWN", 2)
     text, rows = run(clip.parent)
     first = sorted(rows.values(), key=lambda row: (row["p_value"], -row["score"]))[:2]
