@@ -136,7 +136,7 @@ def decode(
     if len(samples) < audio.samples:
         remarks.append(f"repeated to {audio.seconds:g} s")
         samples = np.resize(samples, audio.samples)
-    return np.ascontiguousarray(samples), remarks
+    return samples, remarks
 
 
 def measure(path: Path | str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def measure(path: Path | str) -> dict[str, Any]:
         rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype
         digest.update(f"{rate} {channels}".encode())
         for block in _blocks(file, frames, "float32"):
-            digest.update(block.astype("<f4", copy=False))
+            digest.update(block)
             power += float(np.vdot(block, block)) / (frames * channels)
             low, high = min(low, block.min()), max(high, block.max())
             clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))

@@ -107,7 +107,7 @@ def _is_there(root: Path, name: str) -> bool:
     try:
         members = read_json(root / KEPT / f"{name}.json")["members"]
         return all((root / member).stat().st_size == size for member, size in members.items())
-    except (UserError, OSError, TypeError, AttributeError):
+    except (UserError, OSError):
         return False
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
@@ -68,7 +69,7 @@ class Layout:
         match = re.fullmatch(self.pattern, path.with_suffix("").as_posix())
         if not match:
             return None
-        groups = dict.fromkeys(("type", "id", "state", "split", "domain", "attributes"), "")
+        groups = defaultdict(str)
         for name, value in match.groupdict("").items():
             groups[name.rstrip("_")] = groups[name.rstrip("_")] or value
         return groups

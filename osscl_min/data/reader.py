@@ -129,20 +129,18 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
     if simulated:
         for holder in (added.train, added.dataset):
             holder.clips = [replace(c, machine_type=f"{SIMULATED} {c.machine_type}") for c in holder.clips]
-    same = {clip.machine for clip in own.train.clips} & {clip.machine for clip in added.train.clips}
-    if same:
+    if same := {clip.machine for clip in own.train.clips} & {clip.machine for clip in added.train.clips}:
         raise UserError(
             f"{printable(own.dataset.root)} and {printable(added.dataset.root)} both have a machine "
             f"{' id '.join(min(same))}; give one of them another type or id"
         )
-    name = added.dataset.root.name
-    problems = {f"{name}/{file}": why for file, why in added.dataset.problems.items()}
+    first, second, name = own.dataset, added.dataset, added.dataset.root.name
     dataset = replace(
-        own.dataset,
-        clips=own.dataset.clips + added.dataset.clips,
-        problems=own.dataset.problems | problems,
-        remarks=own.dataset.remarks + added.dataset.remarks,
-        usage=own.dataset.usage | {f"{name}/{split}": text for split, text in added.dataset.usage.items()},
+        first,
+        clips=first.clips + second.clips,
+        problems=first.problems | {f"{name}/{file}": why for file, why in second.problems.items()},
+        remarks=first.remarks + second.remarks,
+        usage=first.usage | {f"{name}/{split}": text for split, text in second.usage.items()},
     )
     rows = zip(own.train.clips + added.train.clips, own.train.rows + added.train.rows, strict=True)
     return Data(dataset, Reader(dict(rows), own.train.length))

@@ -17,7 +17,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from copy import copy
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -114,7 +113,7 @@ def pack(
             "data": str(Path(data).absolute()),
             "root": str(dataset.root.absolute()),
             **settings(audio, dataset.channel),
-            **{name: copy(getattr(dataset, name)) for name in KEPT},
+            **{name: getattr(dataset, name) for name in KEPT},
             "files": {split: _list_digest(dataset, split) for split in SPLITS},
         }
         with locked(store, "packing"):

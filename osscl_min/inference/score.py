@@ -94,15 +94,13 @@ class Summary:
 
     def text(self, scorer: Scorer) -> str:
         """A table of all files, or of the most anomalous of many, and what its columns rest on."""
-        entries, lines = self.entries, []
+        entries = self.entries
         count = f"{self.scored} files scored, {self.anomalous} anomalous"
         if self.scored > SHOWN:
             entries = sorted(entries)[:SHOWN]
             count += f" (the table shows the {SHOWN} with the lowest p-values)"
-        if entries:
-            cells = ([_cell(row[name]) for name in TABLE] for *_, row in entries)
-            lines.append(markdown([TABLE, *cells]))
-        lines.append(count)
+        cells = ([_cell(row[name]) for name in TABLE] for *_, row in entries)
+        lines = [markdown([TABLE, *cells]), count]
         if scorer.trained.at_chance:
             lines.append(scorer.trained.remark)
         lines.append(f"score: {SCORES[scorer.form]}")
@@ -110,7 +108,7 @@ class Summary:
             lines.append("thresholds, from the machine's normal recordings, else its type's, else all:")
             sources = [f"{text} ({files} files)" for text, files in self.thresholds.most_common()]
             lines += first_lines(sources, REMARKS)
-        elif self.scored:
+        else:
             lines.append("no thresholds: no clips were held out; give normal recordings with --calibrate")
         if self.windows > self.scored:
             lines.append(
