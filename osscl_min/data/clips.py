@@ -191,9 +191,8 @@ def scan(root: Path | str, channel: int | None = None) -> Dataset:
 
 def _read_folder(dataset: Dataset, channel: int | None) -> dict[Path, Clip | str]:
     root, files = dataset.root, dict(walk(dataset.root))
+    # draws of the training refer to the order of `walk`: a folder's own files, then those of its folders
     names = [PurePosixPath(path.relative_to(root).as_posix()) for path, why in files.items() if not why]
-    # a folder's own files come before those of its folders: the order that draws of the training refer to
-    names.sort(key=lambda name: (*((1, part) for part in name.parent.parts), (0, name.name)))
     sounds = [name for name in names if name.suffix.lower() in SOUND_SUFFIXES]
     others = [name for name in names if name.suffix.lower() in OTHER_SUFFIXES]
     if others and not sounds:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -144,9 +144,8 @@ LAYOUTS = (  # where several fit equally often, the first is taken
 )
 
 
-def recognise(names: Iterable[PurePosixPath]) -> Layout:
+def recognise(names: Sequence[PurePosixPath]) -> Layout:
     """The layout that fits most of the sound files or, where none fits any, most of the file names."""
-    names = list(names)
 
     def fit(layout: Layout) -> tuple[int, int]:
         resembling = sum(bool(re.fullmatch(layout.file_pattern, name.stem)) for name in names)

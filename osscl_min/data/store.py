@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,7 @@ def _pack(
     if known and known.isdisjoint(dataset.name(clip.path) for clip in dataset.clips):
         raise UserError(f"{printable(store)} is the store of other data; {other}")
     size, report = audio.samples * SAMPLE.itemsize, []  # bytes per row
-    lines: dict[Clip, Line] = {}
-    tasks: dict[str, list[Clip]] = {}
+    lines: dict[str, list[Line]] = {}  # of each split
 
     def difference(held: tuple[int, Clip, Line]) -> str:
         row, clip, line = held
@@ -164,17 +163,19 @@ def _pack(
         if finished and intact < len(clips):
             intact = 0
             (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
-        lines |= zip(clips[:intact], held, strict=False)
-        tasks[split] = clips[intact:]
+        lines[split] = held[:intact]
 
-    decoded = len(dataset.clips) - len(lines)
+    decoded = len(dataset.clips) - sum(map(len, lines.values()))
     check_space(store, decoded * size)
     if decoded:
-        _write_index(store, header, lines.values())
+        _write_index(store, header, chain(*lines.values()))
+
+    def named(clip: Clip) -> Line:
+        file = dataset.name(clip.path)
+        return {"file": file, "clip": asdict(clip) | {"path": file}}
 
     def work(clip: Clip) -> tuple[Line, np.ndarray]:
-        file, row = dataset.name(clip.path), np.zeros(audio.samples, SAMPLE)
-        line = {"file": file, "clip": asdict(clip) | {"path": file}, "problem": "", "remarks": []}
+        line, row = named(clip) | {"problem": "", "remarks": []}, np.zeros(audio.samples, SAMPLE)
         line["sound"] = attempt(measure, clip.path) if clip.start == 0 else None
         try:
             row[:], line["remarks"] = decode(clip.path, audio, dataset.channel, clip.start)
@@ -182,17 +183,18 @@ def _pack(
             line["problem"] = str(error)
         return line | {"content": hashlib.sha256(row).hexdigest()}, row
 
-    for split, clips in tasks.items():
+    for split, own in lines.items():
         with open(store / ARRAY.format(split), "ab") as array, open(store / INDEX, "a", 1, "utf-8") as index:
-            array.truncate((len(dataset.split(split)) - len(clips)) * size)
-            packed = on_threads(work, clips, f"packing {split}", jobs)
-            for clip, (lines[clip], row) in zip(clips, packed, strict=True):
+            array.truncate(len(own) * size)
+            for line, row in on_threads(work, dataset.split(split)[len(own) :], f"packing {split}", jobs):
                 array.write(row)
-                index.write(json.dumps(lines[clip]) + "\n")
+                index.write(json.dumps(line) + "\n")
+                own.append(line)
             array.flush()
             os.fsync(array.fileno())
     # the truth of a clip may be newer than its line
-    final = [lines[clip] | {"clip": asdict(clip) | {"path": lines[clip]["file"]}} for clip in dataset.clips]
+    in_order = {split: iter(own) for split, own in lines.items()}
+    final = [next(in_order[clip.split]) | named(clip) for clip in dataset.clips]
     _write_index(store, header, final, finished=True)
 
     results = (line["problem"] or (None, line["remarks"]) for line in final)
