@@ -23,7 +23,7 @@ from osscl_min import checkpoint
 from osscl_min.augment import training_noise
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import Config, TrainConfig, from_dict, to_dict, with_classes
-from osscl_min.data.batches import batches_of, load_batches, resident, to_device
+from osscl_min.data.batches import batches_of, load_batches, source_of, to_device
 from osscl_min.data.clips import BENCHMARK, label_table
 from osscl_min.data.reader import Reader, open_data, with_others
 from osscl_min.evaluate import score_batches
@@ -180,7 +180,7 @@ def train(
             "running": running,
             "provenance": provenance(where) | {"computed_by": trainer.computed_by},
         }
-        source = resident(reader, config.model.audio.samples, where, config.engine.resident)
+        source = source_of(reader, where, config.engine.resident)
         run = Run(out, about, trainer, source, reader, labels, borrowed, training, held_out)
         run.start_or_resume()
         if run.epoch >= config.train.epochs:

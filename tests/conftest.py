@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -53,6 +54,12 @@ def pytest_report_header(config):
     return (
         f"torch {torch.__version__}, Triton kernels: {mode}, real data: {os.environ.get('OSSCL_REAL_DATA')}"
     )
+
+
+def noise(seed, seconds=1.0, rate=16_000, channels=1):
+    """Samples (n, channels) int16."""
+    shape = round(rate * seconds), channels
+    return np.random.default_rng(seed).integers(-9000, 9000, shape, dtype=np.int16)
 
 
 def write_sound(path, samples, rate=16_000, **options):

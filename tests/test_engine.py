@@ -22,7 +22,7 @@ from test_train import equal, state
 from osscl_min import train
 from osscl_min import trainer as trainer_module
 from osscl_min.config import EngineConfig
-from osscl_min.data.batches import Resident, load_batches
+from osscl_min.data.batches import load_batches, resident
 from osscl_min.data.reader import open_data
 from osscl_min.model import OSSCL
 from osscl_min.runtime.distributed import Ranks
@@ -183,7 +183,7 @@ def test_batches_arrive_in_order(data):
     reader = open_data(data, TINY.model.audio, splits=["train"]).train
     batches = [np.array(batch) for batch in ([3, 1, 2], [0, 4, 5], [6, 7], [8, 9, 10, 3], [1, 2])]
     labels = np.arange(len(reader)) * 10
-    for source in (reader, Resident(reader, CPU, chunk=4)):
+    for source in (reader, resident(reader, CPU, chunk=4)):
         loaded = load_batches(source, labels, batches, CPU)
         for batch, (samples, target) in zip(batches, loaded, strict=True):
             np.testing.assert_array_equal(samples, reader.read(batch))

@@ -7,9 +7,10 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,18 +103,19 @@ def decode(
         frames = file.frames - first
         if 0 < frames < rate:
             raise UserError(f"shorter than one second ({frames / rate:.2f} s)")
-        if channels > 1 and channel is not None and not 0 <= channel < channels:
+        if channels == 1:
+            channel = 0
+        elif channel is not None and not 0 <= channel < channels:
             raise UserError(f"has no channel {channel}, only 0 to {channels - 1}")
         common = math.gcd(rate, audio.sample_rate)
         up, down = audio.sample_rate // common, rate // common
         clip = min(frames, -(-audio.samples * down // up))
         # the resampling filter reaches 10 * max(up, down) / up samples ahead; twice that is safe
         needed = min(frames, clip + 20 * max(up, down) // up + 2)
-        mean = channels > 1 and channel is None
+        mean = channel is None
         exact = file.subtype == "PCM_16" and rate == audio.sample_rate and not mean
-        column = 0 if channels == 1 else channel
         blocks = _blocks(file, needed, "int16" if exact else "float64")
-        samples = np.concatenate([block.mean(axis=1) if mean else block[:, column] for block in blocks])
+        samples = np.concatenate([block.mean(axis=1) if mean else block[:, channel] for block in blocks])
         if needed < frames and file.format == "FLAC":  # its header does not show that the end is missing
             file.seek(file.frames - 1)
             if not len(file.read(1)):
@@ -134,49 +136,60 @@ def decode(
     if len(samples) < audio.samples:
         remarks.append(f"repeated to {audio.seconds:g} s")
         samples = np.resize(samples, audio.samples)
-    return np.ascontiguousarray(samples), remarks
+    return samples, remarks
 
 
-def measure(path: Path | str) -> dict[str, Any] | str:
-    """What a whole file holds, all channels together, read block by block; a text says why it cannot be
-    measured."""
+def measure(path: Path | str) -> dict[str, Any]:
+    """What a whole file holds, all channels together, read block by block."""
     digest, clipped, power, low, high = hashlib.sha256(), 0, 0.0, np.inf, -np.inf
-    try:
-        with open_sound(path) as file:
-            rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype
-            digest.update(f"{rate} {channels}".encode())
-            for block in _blocks(file, frames, "float32"):
-                digest.update(block.astype("<f4", copy=False))
-                power += float(np.vdot(block, block)) / (frames * channels)
-                low, high = min(low, block.min()), max(high, block.max())
-                if max(high, -low) >= FULL_SCALE:
-                    clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
-    except UserError as error:
-        return str(error)
+    with open_sound(path) as file:
+        rate, channels, frames, encoding = file.samplerate, file.channels, file.frames, file.subtype
+        digest.update(f"{rate} {channels}".encode())
+        for block in _blocks(file, frames, "float32"):
+            digest.update(block)
+            power += float(np.vdot(block, block)) / (frames * channels)
+            low, high = min(low, block.min()), max(high, block.max())
+            clipped += int(np.count_nonzero(np.abs(block) >= FULL_SCALE))
     return {
         "seconds": frames / rate,
         "sample_rate": rate,  # Hz
         "channels": channels,
         "encoding": encoding,  # "PCM_16", ...
-        "level": round(10 * math.log10(power), 2)
-        if power > 0
-        else None,  # root mean square, dB of full scale
+        # root mean square, dB of full scale
+        "level": round(10 * math.log10(power), 2) if power > 0 else None,
         "clipped": clipped,  # samples at full scale
         "silent": bool(low == high),  # one value throughout
         "content": digest.hexdigest()[:16],  # of rate and samples: equal for equal sounds in any container
     }
 
 
-def on_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], title: str, jobs: int | None = None
-) -> Iterator[Result]:
-    """`function` of every item, in their order, with a progress bar; few results wait at any moment.
+def attempt(function: Callable[..., Result], *arguments: Any) -> Result | str:
+    """The function's result, or the text of its UserError."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return str(error)
+
+
+def read_ahead(
+    function: Callable[[Item], Result], batches: Iterable[Sequence[Item]], jobs: int | None = None
+) -> Iterator[tuple[Sequence[Item], Iterator[Result]]]:
+    """Each batch with `function` of its items; threads read the next batch while one is worked on.
 
     Decoding and hashing release the interpreter's lock.
     """
-    bar = tqdm(total=len(items), desc=title, unit="file", disable=None, leave=False)
-    with bar, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        for start in range(0, len(items), AHEAD):
-            for result in pool.map(function, items[start : start + AHEAD]):
-                bar.update()
-                yield result
+    ready = None
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        for batch in chain(batches, [()]):
+            ready, following = (batch, pool.map(function, batch)), ready
+            if following:
+                yield following
+
+
+def on_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], title: str, jobs: int | None = None
+) -> Iterable[Result]:
+    """`function` of every item, in their order, with a progress bar; few results wait at any moment."""
+    batches = (items[start : start + AHEAD] for start in range(0, len(items), AHEAD))
+    results = chain.from_iterable(results for _, results in read_ahead(function, batches, jobs))
+    return tqdm(results, title, len(items), unit="file", disable=None, leave=False)

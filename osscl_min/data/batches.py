@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
+
+from osscl_min.data.audio import read_ahead
+from osscl_min.data.reader import Reader
 
 RESIDENT_SHARE = 0.5  # of a GPU's free memory that samples may take; a step needs the rest
 
@@ -27,48 +28,40 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class Resident:
-    """All samples of a reader in the device's memory, read in chunks of clips."""
-
-    def __init__(self, reader: Any, device: torch.device, chunk: int = 256):
-        self.samples: torch.Tensor | None = None
-        for start in range(0, len(reader), chunk):
-            part = torch.from_numpy(reader.read(range(start, min(start + chunk, len(reader)))))
-            if self.samples is None:
-                self.samples = torch.empty(len(reader), part.shape[1], dtype=part.dtype, device=device)
-            self.samples[start : start + len(part)] = part
+def resident(reader: Reader, device: torch.device, chunk: int = 256) -> torch.Tensor:
+    """All samples of a reader in the device's memory, (clips, samples) int16, read in chunks of clips."""
+    samples = torch.empty(len(reader), reader.length, dtype=torch.int16, device=device)
+    rows = np.arange(len(reader))
+    for part, own in load_batches(reader, rows, batches_of(rows, chunk, least=1), device):
+        samples[own] = part
+    return samples
 
 
-def resident(reader: Any, samples: int, device: torch.device, where: str = "auto") -> Any:
-    """The reader or, on a GPU, its `samples` per clip in GPU memory: `where` is "yes", "no" or "auto",
-    which means if they fit into RESIDENT_SHARE of what is free."""
+def source_of(reader: Reader, device: torch.device, where: str = "auto") -> Reader | torch.Tensor:
+    """The reader or, on a GPU, its samples in GPU memory: `where` is "yes", "no" or "auto", which means if
+    they fit into RESIDENT_SHARE of what is free."""
     if device.type != "cuda" or where == "no":
         return reader
-    needed = 2 * samples * len(reader)
+    needed = 2 * reader.length * len(reader)
     fits = needed <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return Resident(reader, device) if fits or where == "yes" else reader
+    return resident(reader, device) if fits or where == "yes" else reader
 
 
 def load_batches(
-    source: Any, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
+    source: Reader | torch.Tensor, labels: np.ndarray, batches: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Samples (B, samples) int16 and labels (B,) of each batch of positions in a Reader or Resident.
+    """Samples (B, samples) int16 and labels (B,) of each batch of positions in a reader or its samples.
 
     The next batch is read while one is worked on.
     """
-    if isinstance(source, Resident):
+    if isinstance(source, torch.Tensor):
         for batch in batches:
-            yield source.samples[to_device(batch, device)], to_device(labels[batch], device)
+            yield source[to_device(batch, device)], to_device(labels[batch], device)
         return
 
     def read(batch: np.ndarray) -> torch.Tensor:
         samples = torch.from_numpy(source.read(batch))
         return samples.pin_memory() if device.type == "cuda" else samples
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, batches[0]) if batches else None
-        for number, batch in enumerate(batches):
-            samples = ahead.result()
-            if number + 1 < len(batches):
-                ahead = pool.submit(read, batches[number + 1])
-            yield samples.to(device, non_blocking=True), to_device(labels[batch], device)
+    for (batch,), (samples,) in read_ahead(read, ([batch] for batch in batches), jobs=1):
+        yield samples.to(device, non_blocking=True), to_device(labels[batch], device)

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import duration, on_threads, window_starts
+from osscl_min.data.audio import attempt, duration, on_threads, window_starts
 from osscl_min.data.layouts import (
     GROUND_TRUTH,
     LAYOUTS,
@@ -28,7 +29,7 @@ OTHER_SUFFIXES = (".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aif
 # DCASE 2020 Task 2: type -> last digits of the ids of the development set, and of the evaluation set
 _IDS = {"fan": ("0246", "135"), "pump": ("0246", "135"), "slider": ("0246", "135"),
         "ToyCar": ("1234", "567"), "ToyConveyor": ("123", "456"), "valve": ("0246", "135")}  # fmt: skip
-_DEVELOPMENT = {(name, f"0{digit}") for name, (digits, _) in _IDS.items() for digit in digits}
+DEVELOPMENT = {name: tuple(f"0{digit}" for digit in digits) for name, (digits, _) in _IDS.items()}
 # The fixed 41 labels, in the authors' order: (machine type, machine id) -> position.
 BENCHMARK = tuple((name, f"0{digit}") for name, ids in _IDS.items() for digit in sorted("".join(ids)))
 
@@ -55,22 +56,22 @@ class Dataset:
         return printable(path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path)
 
     def decoded(
-        self, clips: Sequence[Clip], results: Sequence[str | list[str]], audio: AudioConfig
-    ) -> list[int]:
-        """Take in what decoding gave: each clip's remarks, or its problem (str), which removes it; returns
-        the positions of usable clips."""
-        usable, unusable, remarks = [], set(), set()
-        for position, (clip, result) in enumerate(zip(clips, results, strict=True)):
-            if isinstance(result, list):
-                usable.append(position)
-                remarks |= {(clip.path, remark) for remark in result}  # of a file, however many clips it has
-            else:
-                unusable.add(clip)
+        self, clips: Sequence[Clip], results: Iterable[tuple[Any, list[str]] | str], audio: AudioConfig
+    ) -> dict[Clip, Any]:
+        """Take in what decoding gave: each clip's samples and remarks, or its problem, which removes it;
+        returns the samples of usable clips."""
+        usable, remarks = {}, set()
+        for clip, result in zip(clips, results, strict=True):
+            if isinstance(result, str):
                 place = f" at {clip.start:g} s" if clip.start else ""
                 self.problems[self.name(clip.path) + place] = result
+            else:
+                usable[clip] = result[0]
+                remarks |= {(clip.path, remark) for remark in result[1]}  # of a file, however many its clips
         self.remarks.update(f"file {remark}" for _, remark in remarks)
+        unusable = set(clips) - usable.keys()
         self.clips = [clip for clip in self.clips if clip not in unusable]
-        self.usage |= usage([clips[position] for position in usable], audio)
+        self.usage |= usage(usable, audio)
         return usable
 
     def report(self, strict: bool = False, most: int = 10) -> str:
@@ -108,15 +109,13 @@ def cut(clips: Sequence[Clip], audio: AudioConfig, splits: Sequence[str] = SPLIT
     cannot be opened: decoding tells why."""
 
     def cut_one(clip: Clip) -> list[Clip]:
-        try:
-            return windows(clip, duration(clip.path), audio) if clip.split in splits else [clip]
-        except UserError:
-            return [clip]
+        length = attempt(duration, clip.path) if clip.split in splits else ""
+        return [clip] if isinstance(length, str) else windows(clip, length, audio)
 
     return list(chain.from_iterable(on_threads(cut_one, clips, "reading headers")))
 
 
-def usage(clips: Sequence[Clip], audio: AudioConfig) -> dict[str, str]:
+def usage(clips: Iterable[Clip], audio: AudioConfig) -> dict[str, str]:
     """How much of the recordings their clips use, for each split with a recording longer than a clip."""
     texts = {}
     for split in SPLITS:
@@ -135,35 +134,27 @@ def usage(clips: Sequence[Clip], audio: AudioConfig) -> dict[str, str]:
     return texts
 
 
-def is_benchmark(clips: Iterable[Clip]) -> bool:
-    """Whether clips are the DCASE 2020 benchmark: their paths are in its layout, their machines are among
-    its 41, and every machine type has all machines of its development set."""
-    clips = list(clips)
-    machines = {clip.machine for clip in clips}
-    types = {machine_type for machine_type, _ in machines}
-    whole = {machine for machine in _DEVELOPMENT if machine[0] in types}
-    in_layout = all(LAYOUTS[0].match(PurePosixPath(*clip.path.parts[-3:])) for clip in clips)
-    return in_layout and whole <= machines <= set(BENCHMARK)
-
-
-def label_table(clips: Iterable[Clip], benchmark: bool | None = None) -> tuple[tuple[str, str], ...]:
+def label_table(clips: Sequence[Clip], benchmark: bool | None = None) -> tuple[tuple[str, str], ...]:
     """The classes of a training set: the benchmark's 41 for its data, else the machines that are present.
 
     The authors number training labels by what is present and test labels by the fixed table, which differ
     for a part of the data; here both come from this one table, and a checkpoint carries it. `benchmark` says
-    whether to use the fixed table if it has all machines; by default, if `is_benchmark`. Fewer than two
-    machines are a UserError: the method learns to tell machines apart.
+    whether to use the fixed table if it has all machines; by default, if the paths are in the layout of DCASE
+    2020 and every machine type has all machines of its development set. Fewer than two machines are a
+    UserError: the method learns to tell machines apart.
     """
-    clips = list(clips)
-    machines = sorted({clip.machine for clip in clips})
+    machines = {clip.machine for clip in clips}
     if len(machines) < 2:
-        have = f"only {' '.join(machines[0])}" if machines else "none"
+        have = next(map("only {0[0]} {0[1]}".format, machines), "none")
         raise UserError(
             f"training needs clips of at least two machines (type and id), but there is {have}; "
             "add others to the folder, or with `train --with DIR`, or `--with simulated`"
         )
-    fixed = is_benchmark(clips) if benchmark is None else benchmark and set(machines) <= set(BENCHMARK)
-    return BENCHMARK if fixed else tuple(machines)
+    if benchmark is None:
+        whole = {(name, number) for name in dict(machines) for number in DEVELOPMENT.get(name, ())}
+        in_layout = (LAYOUTS[0].match(PurePosixPath(*clip.path.parts[-3:])) for clip in clips)
+        benchmark = whole <= machines and all(in_layout)
+    return BENCHMARK if benchmark and machines <= set(BENCHMARK) else tuple(sorted(machines))
 
 
 def scan(root: Path | str, channel: int | None = None) -> Dataset:
@@ -200,9 +191,8 @@ def scan(root: Path | str, channel: int | None = None) -> Dataset:
 
 def _read_folder(dataset: Dataset, channel: int | None) -> dict[Path, Clip | str]:
     root, files = dataset.root, dict(walk(dataset.root))
+    # draws of the training refer to the order of `walk`: a folder's own files, then those of its folders
     names = [PurePosixPath(path.relative_to(root).as_posix()) for path, why in files.items() if not why]
-    # a folder's own files come before those of its folders: the order that draws of the training refer to
-    names.sort(key=lambda name: (*((1, part) for part in name.parent.parts), (0, name.name)))
     sounds = [name for name in names if name.suffix.lower() in SOUND_SUFFIXES]
     others = [name for name in names if name.suffix.lower() in OTHER_SUFFIXES]
     if others and not sounds:

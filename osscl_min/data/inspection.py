@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import measure, on_threads
+from osscl_min.data.audio import attempt, measure, on_threads
 from osscl_min.data.clips import scan, usage, windows
 from osscl_min.data.store import is_store, read_store
 from osscl_min.runtime.files import UserError, first_lines, printable, write_json
@@ -53,7 +54,7 @@ def inspect(path: Path | str, audio: AudioConfig = AudioConfig()) -> dict[str, A
         sounds = [line["sound"] for line in lines]
     else:
         dataset = scan(path)
-        sounds = on_threads(measure, [clip.path for clip in dataset.clips], "inspecting")
+        sounds = on_threads(partial(attempt, measure), [clip.path for clip in dataset.clips], "inspecting")
     files, clips, machines, contents = [], [], defaultdict(list), defaultdict(list)
     for clip, sound in zip(dataset.clips, sounds, strict=True):
         name = dataset.name(clip.path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -69,7 +69,7 @@ class Layout:
         match = re.fullmatch(self.pattern, path.with_suffix("").as_posix())
         if not match:
             return None
-        groups = dict.fromkeys(("type", "id", "state", "split", "domain", "attributes"), "")
+        groups = defaultdict(str)
         for name, value in match.groupdict("").items():
             groups[name.rstrip("_")] = groups[name.rstrip("_")] or value
         return groups
@@ -98,16 +98,13 @@ class Mimii(Layout):
 
     def read(self, root: Path, names: Iterable[PurePath], truth: Truth) -> dict[Path, Clip | str]:
         clips = super().read(root, names, truth)
-        recordings = defaultdict(lambda: (set(), set()))  # machine -> normal, abnormal
         usable = [clip for clip in clips.values() if isinstance(clip, Clip)]
-        for clip in usable:
-            recordings[clip.machine][clip.anomaly].add(clip.path.stem)
-        held_out = {
-            machine: sorted(normal)[: min(len(abnormal), len(normal) // 2)]
-            for machine, (normal, abnormal) in recordings.items()
-        }
-        tested = (clip for clip in usable if clip.path.stem in held_out[clip.machine])
-        return clips | {clip.path: replace(clip, split="test") for clip in tested}
+        for machine in {clip.machine for clip in usable}:
+            own = [clip for clip in usable if clip.machine == machine]
+            normal, abnormal = ({clip.path.stem for clip in own if clip.anomaly == state} for state in (0, 1))
+            held_out = sorted(normal)[: min(len(abnormal), len(normal) // 2)]
+            clips |= {clip.path: replace(clip, split="test") for clip in own if clip.path.stem in held_out}
+        return clips
 
 
 _SPLITS = r"(?:train|test|source_test|target_test|supplemental)"
@@ -147,9 +144,8 @@ LAYOUTS = (  # where several fit equally often, the first is taken
 )
 
 
-def recognise(names: Iterable[PurePosixPath]) -> Layout:
+def recognise(names: Sequence[PurePosixPath]) -> Layout:
     """The layout that fits most sound files or, where no layout fits any, resembles most file names."""
-    names = list(names)
 
     def fit(layout: Layout) -> tuple[int, int]:
         resembling = sum(bool(re.fullmatch(layout.file_pattern, name.stem)) for name in names)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import decode, on_threads
+from osscl_min.data.audio import attempt, decode, on_threads
 from osscl_min.data.clips import Clip, Dataset, cut, scan
 from osscl_min.data.store import ARRAY, SAMPLE, Line, describe, is_store, read_store, settings
 from osscl_min.data.synth import SynthConfig, write_dataset
@@ -21,19 +22,18 @@ SIMULATED = "simulated"
 class Reader:
     """Batches of samples of usable clips, wherever they come from; `read` counts positions in `clips`."""
 
-    def __init__(self, clips: list[Clip], rows: list[np.ndarray | Callable[[], np.ndarray]], length: int):
-        self.clips, self.rows, self.length = clips, rows, length  # `length`: samples per clip
-        numbers = {path: number for number, path in enumerate(dict.fromkeys(clip.path for clip in clips))}
+    def __init__(self, rows: Mapping[Clip, np.ndarray | Callable[[], np.ndarray]], length: int):
+        self.clips, self.rows, self.length = list(rows), list(rows.values()), length  # samples per clip
+        numbers = {path: number for number, path in enumerate(dict.fromkeys(clip.path for clip in rows))}
         # (clips,) the number of each clip's recording, in order of first appearance
-        self.recordings = np.array([numbers[clip.path] for clip in clips], np.int64)
+        self.recordings = np.array([numbers[clip.path] for clip in rows], np.int64)
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def read(self, positions: Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Samples of the clips at `positions`: (len(positions), length) int16, into `out` if given."""
-        if out is None:
-            out = np.empty((len(positions), self.length), np.int16)
+    def read(self, positions: Sequence[int]) -> np.ndarray:
+        """Samples of the clips at `positions`: (len(positions), length) int16."""
+        out = np.empty((len(positions), self.length), np.int16)
         for place in np.argsort(positions):  # in the order of the disk
             row = self.rows[positions[place]]
             out[place] = row() if callable(row) else row
@@ -47,28 +47,23 @@ class FolderReader(Reader):
     def __init__(self, dataset: Dataset, clips: Sequence[Clip], audio: AudioConfig, keep: int = 2 << 30):
         channel, fits = dataset.channel, len(clips) * audio.samples * SAMPLE.itemsize <= keep
 
-        def check(clip: Clip) -> tuple[np.ndarray | Callable[[], np.ndarray] | None, str | list[str]]:
-            try:
-                samples, remarks = decode(clip.path, audio, channel, clip.start)
-            except UserError as error:
-                return None, str(error)
+        def check(clip: Clip) -> tuple[np.ndarray | Callable[[], np.ndarray], list[str]]:
+            samples, remarks = decode(clip.path, audio, channel, clip.start)
             return samples if fits else lambda: decode(clip.path, audio, channel, clip.start)[0], remarks
 
-        results = list(on_threads(check, clips, "reading clips"))
-        usable = dataset.decoded(clips, [result for _, result in results], audio)
-        super().__init__([clips[k] for k in usable], [results[k][0] for k in usable], audio.samples)
+        results = on_threads(partial(attempt, check), clips, "reading clips")
+        super().__init__(dataset.decoded(clips, results, audio), audio.samples)
 
 
 class StoreReader(Reader):
     """Samples from one split of a packed store, mapped into memory: the same as `FolderReader` reads."""
 
     def __init__(self, store: Path, split: str, dataset: Dataset, lines: Sequence[Line], audio: AudioConfig):
-        clips, lines = dataset.split(split), [line for line in lines if line["clip"]["split"] == split]
-        usable = dataset.decoded(clips, [line["problem"] or line["remarks"] for line in lines], audio)
+        lines = [line for line in lines if line["clip"]["split"] == split]
         array = store / ARRAY.format(split)
-        samples = np.memmap(array, SAMPLE, "r").reshape(-1, audio.samples) if usable else None
-        rows = [samples[lines[k]["row"]] for k in usable]
-        super().__init__([clips[k] for k in usable], rows, audio.samples)
+        samples = np.memmap(array, SAMPLE, "r").reshape(-1, audio.samples) if lines else None
+        results = [line["problem"] or (samples[line["row"]], line["remarks"]) for line in lines]
+        super().__init__(dataset.decoded(dataset.split(split), results, audio), audio.samples)
 
 
 @dataclass
@@ -134,20 +129,18 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
     if simulated:
         for holder in (added.train, added.dataset):
             holder.clips = [replace(c, machine_type=f"{SIMULATED} {c.machine_type}") for c in holder.clips]
-    same = {clip.machine for clip in own.train.clips} & {clip.machine for clip in added.train.clips}
-    if same:
+    if same := {clip.machine for clip in own.train.clips} & {clip.machine for clip in added.train.clips}:
         raise UserError(
             f"{printable(own.dataset.root)} and {printable(added.dataset.root)} both have a machine "
             f"{' id '.join(min(same))}; give one of them another type or id"
         )
-    name = added.dataset.root.name
-    problems = {f"{name}/{file}": why for file, why in added.dataset.problems.items()}
+    first, second, name = own.dataset, added.dataset, added.dataset.root.name
     dataset = replace(
-        own.dataset,
-        clips=own.dataset.clips + added.dataset.clips,
-        problems=own.dataset.problems | problems,
-        remarks=own.dataset.remarks + added.dataset.remarks,
-        usage=own.dataset.usage | {f"{name}/{split}": text for split, text in added.dataset.usage.items()},
+        first,
+        clips=first.clips + second.clips,
+        problems=first.problems | {f"{name}/{file}": why for file, why in second.problems.items()},
+        remarks=first.remarks + second.remarks,
+        usage=first.usage | {f"{name}/{split}": text for split, text in second.usage.items()},
     )
-    first, second = own.train, added.train
-    return Data(dataset, Reader(first.clips + second.clips, first.rows + second.rows, first.length))
+    rows = zip(own.train.clips + added.train.clips, own.train.rows + added.train.rows, strict=True)
+    return Data(dataset, Reader(dict(rows), own.train.length))

@@ -1,10 +1,11 @@
 """The packed store, a folder: every clip decoded once, to be read in batches without decoding.
 
   index.jsonl              a header, then one line per clip: what it is, what decoding gave (problem, remarks,
-                           hash of the samples) and, with a file's first clip, hash and measures of the file
+                           hash of the samples) and, with a file's first clip, the measures of the file
   train.int16, test.int16  samples, little-endian, one row per clip in the order of the data set
 
-While packing, the header has no digest, and the files hold the clips packed so far: `pack` resumes there.
+While packing, the digest is of the header alone, and the files hold the clips packed so far: `pack` resumes
+there.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from copy import copy
 from dataclasses import asdict
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import decode, measure, on_threads
+from osscl_min.data.audio import attempt, decode, measure, on_threads
 from osscl_min.data.clips import SPLITS, Clip, Dataset, cut, scan
 from osscl_min.runtime.files import UserError, locked, printable, replacing
 
 INDEX, ARRAY = "index.jsonl", "{}.int16"
 FORMAT = 3  # of the index
 KEPT = ("layout", "channel", "synthetic", "problems", "remarks")  # of the data set, in the header
-NAMES = ("file", "clip", "sha256", "sound", "problem", "remarks", "content")  # of a line
 SAMPLE = np.dtype("<i2")
 FULL_DISK = 5  # exit status, as of `download`
 AGAIN = "run the same `pack` again"
@@ -115,7 +114,7 @@ def pack(
             "data": str(Path(data).absolute()),
             "root": str(dataset.root.absolute()),
             **settings(audio, dataset.channel),
-            **{name: copy(getattr(dataset, name)) for name in KEPT},
+            **{name: getattr(dataset, name) for name in KEPT},
             "files": {split: _list_digest(dataset, split) for split in SPLITS},
         }
         with locked(store, "packing"):
@@ -129,24 +128,27 @@ def pack(
 def _pack(
     dataset: Dataset, store: Path, header: Line, audio: AudioConfig, verify: bool, jobs: int | None
 ) -> str:
-    old, old_lines, _ = _read_index(store)
+    old, old_lines, why = _read_index(store)
+    finished = not why
     known = {line["file"] for line in old_lines}
     other = "choose another folder or remove it"
     if old and old | settings(audio, dataset.channel) != old:
         raise UserError(f"{printable(store)} holds {describe(old)}, not {describe(header)}; {other}")
     if known and known.isdisjoint(dataset.name(clip.path) for clip in dataset.clips):
         raise UserError(f"{printable(store)} is the store of other data; {other}")
-    size, finished, report = audio.samples * SAMPLE.itemsize, "digest" in old, []  # bytes per row
-    lines: dict[Clip, Line] = {}
-    tasks: dict[str, list[Clip]] = {}
+    size, report = audio.samples * SAMPLE.itemsize, []  # bytes per row
+    lines: dict[str, list[Line]] = {}  # of each split
 
     def difference(held: tuple[int, Clip, Line]) -> str:
         row, clip, line = held
-        if verify and line["sha256"] and line["sha256"] != _hash(clip.path):
+        if verify and line["sound"] and line["sound"] != attempt(measure, clip.path):
             return "other content, though size and time are the same"
         array = store / ARRAY.format(clip.split)
-        intact = line["problem"] or line["content"] == _hash(array, row * size, size)
-        return "" if intact else f"damaged in {array.name}"
+        content = ""
+        with suppress(OSError), open(array, "rb") as file:
+            file.seek(row * size)
+            content = hashlib.sha256(file.read(size)).hexdigest()
+        return "" if line["problem"] or line["content"] == content else f"damaged in {array.name}"
 
     for split in SPLITS:  # its first rows stay as long as nothing is wrong
         same = old and old["files"][split] == header["files"][split]
@@ -162,42 +164,42 @@ def _pack(
         if finished and intact < len(clips):
             intact = 0
             (store / ARRAY.format(split)).unlink(missing_ok=True)  # what a reader has open stays as it is
-        lines |= zip(clips[:intact], held, strict=False)
-        tasks[split] = clips[intact:]
+        lines[split] = held[:intact]
 
-    decoded = len(dataset.clips) - len(lines)
+    decoded = len(dataset.clips) - sum(map(len, lines.values()))
     check_space(store, decoded * size)
-    if decoded or not finished:
-        _write_index(store, header, lines.values())
+    if decoded:
+        _write_index(store, header, chain(*lines.values()))
+
+    def named(clip: Clip) -> Line:
+        file = dataset.name(clip.path)
+        return {"file": file, "clip": asdict(clip) | {"path": file}}
 
     def work(clip: Clip) -> tuple[Line, np.ndarray]:
-        file = dataset.name(clip.path)
-        line = {"file": file, "clip": asdict(clip) | {"path": file}, "sha256": "", "sound": None}
-        line |= {"problem": "", "remarks": [], "content": ""}
-        if clip.start == 0:
-            line |= {"sha256": _hash(clip.path), "sound": measure(clip.path)}
-        row = np.zeros(audio.samples, SAMPLE)
+        line, row = named(clip) | {"problem": "", "remarks": []}, np.zeros(audio.samples, SAMPLE)
+        line["sound"] = attempt(measure, clip.path) if clip.start == 0 else None
         try:
             row[:], line["remarks"] = decode(clip.path, audio, dataset.channel, clip.start)
-            line["content"] = hashlib.sha256(row).hexdigest()
         except UserError as error:
             line["problem"] = str(error)
-        return line, row
+        return line | {"content": hashlib.sha256(row).hexdigest()}, row
 
-    for split, clips in tasks.items():
+    for split, own in lines.items():
         with open(store / ARRAY.format(split), "ab") as array, open(store / INDEX, "a", 1, "utf-8") as index:
-            array.truncate((len(dataset.split(split)) - len(clips)) * size)
-            packed = on_threads(work, clips, f"packing {split}", jobs)
-            for clip, (lines[clip], row) in zip(clips, packed, strict=True):
+            array.truncate(len(own) * size)
+            for line, row in on_threads(work, dataset.split(split)[len(own) :], f"packing {split}", jobs):
                 array.write(row)
-                index.write(json.dumps(lines[clip]) + "\n")
+                index.write(json.dumps(line) + "\n")
+                own.append(line)
             array.flush()
             os.fsync(array.fileno())
     # the truth of a clip may be newer than its line
-    final = [lines[clip] | {"clip": asdict(clip) | {"path": lines[clip]["file"]}} for clip in dataset.clips]
+    in_order = {split: iter(own) for split, own in lines.items()}
+    final = [next(in_order[clip.split]) | named(clip) for clip in dataset.clips]
     _write_index(store, header, final, finished=True)
 
-    dataset.decoded(dataset.clips, [line["problem"] or line["remarks"] for line in final], audio)
+    results = (line["problem"] or (None, line["remarks"]) for line in final)
+    dataset.decoded(dataset.clips, results, audio)
     report += filter(None, [dataset.report()])
     report.append(
         f"{printable(store)}: {len(dataset.split('train'))} training and {len(dataset.split('test'))} test "
@@ -209,10 +211,9 @@ def _pack(
 
 def _write_index(store: Path, header: Line, lines: Iterable[Line], finished: bool = False) -> None:
     content = "".join(json.dumps(line) + "\n" for line in lines)
-    if finished:
-        header = header | {"digest": _digest(header, content.encode())}
+    digest = _digest(header, content.encode() if finished else b"")
     with replacing(store / INDEX) as file:
-        file.write(json.dumps(header) + "\n" + content)
+        file.write(json.dumps(header | {"digest": digest}) + "\n" + content)
 
 
 def _read_index(store: Path) -> tuple[Line, list[Line], str]:
@@ -223,17 +224,18 @@ def _read_index(store: Path) -> tuple[Line, list[Line], str]:
         header = json.loads(first)
         if header["format"] != FORMAT:
             raise UserError(f"{printable(store)} was packed by another version; remove it and pack again")
-        if "digest" in header and header["digest"] != _digest(header, content):
+        digest = header.pop("digest")
+        finished = digest == _digest(header, content)
+        if not finished and digest != _digest(header, b""):
             raise ValueError
         header.setdefault("step", 0.0)  # before there were several clips of a recording
-        describe(header), header["files"]["train"], header["files"]["test"]
         with suppress(ValueError, LookupError, TypeError):  # the last line may be half there
             for line in map(json.loads, content.splitlines()):
-                line["clip"]["split"], [line[name] for name in NAMES]  # are there
+                line["clip"]["split"], [line[name] for name in ("file", "sound", "problem", "content")]
                 lines.append(line)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}, [], f"{printable(store / INDEX)} is damaged; {AGAIN}"
-    if "digest" not in header:
+    if not finished:
         return header, lines, f"{printable(store)}: its packing was not finished; {AGAIN}, it resumes"
     counts = Counter(line["clip"]["split"] for line in lines)
     for split in SPLITS:
@@ -245,26 +247,12 @@ def _read_index(store: Path) -> tuple[Line, list[Line], str]:
 
 
 def _digest(header: Line, content: bytes) -> str:
-    """Of everything in an index but this, so that no line needs a check of its own."""
-    rest = {name: value for name, value in header.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + content).hexdigest()
+    """Of everything in a finished index, so that no line needs a check of its own; else of the header."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + content).hexdigest()
 
 
 def _list_digest(dataset: Dataset, split: str) -> str:
     """Stands for the files of a split: their names, sizes and times of change."""
-    status = [
-        (dataset.name(clip.path), os.stat(clip.path)) for clip in dataset.split(split) if not clip.start
-    ]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in status]
+    paths = [clip.path for clip in dataset.split(split) if not clip.start]
+    files = [(dataset.name(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _hash(path: Path, offset: int = 0, size: int = -1) -> str:
-    """sha256 of a file, or of a part of it; "" where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            read = hashlib.sha256(file.read(size)) if size >= 0 else hashlib.file_digest(file, "sha256")
-            return read.hexdigest()
-    except OSError:
-        return ""

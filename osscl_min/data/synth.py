@@ -8,7 +8,6 @@ learns; they say nothing about real machines.
 
 import os
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -18,17 +17,10 @@ from scipy import signal
 from scipy.io import wavfile
 from tqdm import tqdm
 
+from osscl_min.data.clips import DEVELOPMENT as IDS
 from osscl_min.runtime.files import UserError, printable, read_json, replacing, write_json
 from osscl_min.runtime.settings import Settings
 
-IDS = {
-    "fan": ("00", "02", "04", "06"),
-    "pump": ("00", "02", "04", "06"),
-    "slider": ("00", "02", "04", "06"),
-    "ToyCar": ("01", "02", "03", "04"),
-    "ToyConveyor": ("01", "02", "03"),
-    "valve": ("00", "02", "04", "06"),
-}
 ANOMALIES: dict[str, tuple[str, ...]] = {
     "fan": ("bearing", "imbalance", "rattle"),
     "pump": ("leak", "bearing", "imbalance"),
@@ -276,16 +268,21 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
     synthetic.json, which comes first, marks the folder: the next call adds the missing clips. Another
     configuration or a folder with other files is refused; nothing is ever overwritten.
     """
-    root, clips, faults = Path(root), {}, {}
-    normal = ("train", "normal", config.train_clips), ("test", "normal", config.test_normal)
-    kinds = *normal, ("test", "anomaly", config.test_anomaly)
-    for machine_type, ids in IDS.items():
-        for machine_id, (split, kind, count) in product(ids[: config.ids_per_type], kinds):
-            for k in range(count):
-                file = f"{machine_type}/{split}/{kind}_id_{machine_id}_{k:08d}.wav"
-                clips[file] = machine_type, machine_id, split, kind, k
-                if kind == "anomaly":
-                    faults[file] = ANOMALIES[machine_type][k % len(ANOMALIES[machine_type])]
+    root = Path(root)
+    kinds = ("train", "normal", config.train_clips), ("test", "normal", config.test_normal)
+    clips = [
+        (machine_type, machine_id, split, kind, k)
+        for machine_type, ids in IDS.items()
+        for machine_id in ids[: config.ids_per_type]
+        for split, kind, count in (*kinds, ("test", "anomaly", config.test_anomaly))
+        for k in range(count)
+    ]
+    files = {"{0}/{2}/{3}_id_{1}_{4:08d}.wav".format(*clip): clip for clip in clips}
+    faults = {
+        file: ANOMALIES[machine_type][k % len(ANOMALIES[machine_type])]
+        for file, (machine_type, _, _, kind, k) in files.items()
+        if kind == "anomaly"
+    }
     name, recipe = printable(root), root / "synthetic.json"
     record = {"note": NOTE, "recipe": RECIPE, "config": asdict(config), "anomalies": faults}
     if os.path.exists(recipe):
@@ -296,11 +293,10 @@ def write_dataset(root: Path, config: SynthConfig) -> Path:
         raise UserError(f"{name} holds other files: use a new folder")
     else:
         write_json(recipe, record)
-    missing = [file for file in clips if not os.path.exists(root / file)]
+    missing = [file for file in files if not os.path.exists(root / file)]
     for file in tqdm(missing, "simulated clips", unit="clip", disable=None):
-        machine_type, machine_id, *_ = clips[file]
-        draws = clip_generator(config.seed, *clips[file])
-        wave = machine_clip(machine_type, machine_id, draws, config, faults.get(file))
+        draws = clip_generator(config.seed, *files[file])
+        wave = machine_clip(*files[file][:2], draws, config, faults.get(file))
         with replacing(root / file, "wb") as target:
             wavfile.write(target, config.sample_rate, np.round(wave * 32767).astype("<i2"))
     return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,11 +86,15 @@ def timeline(scorer: Scorer, recording: Recording, threshold: float | None) -> F
     return figure
 
 
+def _stft(scorer: Scorer) -> dict[str, Any]:
+    """The settings of `torch.stft` with which the log-mel sees a wave."""
+    audio, window = scorer.audio, scorer.front.log_mel.window.float()
+    return {"n_fft": audio.n_fft, "hop_length": audio.hop, "window": window}
+
+
 def _spectrum(scorer: Scorer, samples: torch.Tensor) -> torch.Tensor:
-    """Samples (1, samples) int16 -> (bins, frames) complex, as the log-mel sees it."""
-    wave, window = to_wave(samples), scorer.front.log_mel.window.float()
-    options = {"window": window, "center": True, "pad_mode": "constant", "return_complex": True}
-    return torch.stft(wave, scorer.audio.n_fft, scorer.audio.hop, **options)[0]
+    """Samples (1, samples) int16 -> (bins, frames) complex."""
+    return torch.stft(to_wave(samples), **_stft(scorer), pad_mode="constant", return_complex=True)[0]
 
 
 def usual_level(scorer: Scorer, recordings: Iterable[Recording]) -> torch.Tensor | None:
@@ -124,8 +129,7 @@ def occlusion(
 
     def scores(masks: np.ndarray) -> np.ndarray:
         replaced = torch.where(torch.from_numpy(masks).to(scorer.device), usual, spectrum)
-        window = scorer.front.log_mel.window.float()
-        waves = torch.istft(replaced, audio.n_fft, audio.hop, window=window, length=audio.samples)
+        waves = torch.istft(replaced, **_stft(scorer), length=audio.samples)
         repeated = samples.expand(len(masks), -1).cpu().numpy()
         return scorer.scores(repeated, [recording.label], lambda _: waves)[:, 0]
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import AudioConfig
-from osscl_min.data.audio import decode, duration, window_starts
+from osscl_min.data.audio import attempt, decode, duration, read_ahead, window_starts
 from osscl_min.data.clips import MANIFEST, scan
 from osscl_min.data.layouts import readings
 from osscl_min.evaluate import embed
@@ -42,7 +41,7 @@ class Recording:
 
     file: str
     machine: tuple[str, str] = ("", "")  # its type and id; the id may be "" or unknown to the network
-    candidates: tuple[int, ...] = ()  # classes to score against: its own, or all of its type where unknown
+    candidates: list[int] = field(default_factory=list)  # classes: its own, or all of its type where unknown
     channel: int | None = None
     starts: list[float] = field(default_factory=lambda: [0.0])  # of windows, in seconds
     scores: np.ndarray | None = None  # (windows,), the highest counts; NaN for a window that is not scored
@@ -122,111 +121,96 @@ class Scorer:
         known = ", ".join(self.types)
         return f"machine type {printable(machine_type)} is unknown to this checkpoint, which knows {known}"
 
-    def identify(self, recording: Recording) -> None:
-        """Set the recording's machine, the classes to score it against and its channel."""
+    def plan(self, recording: Recording) -> None:
+        """Set the recording's machine, the classes to score it against, its channel and its windows."""
+        if not os.path.exists(recording.file):  # False too for names that are too long
+            raise UserError("no such file")
+        if printable(recording.file) != recording.file:
+            raise UserError("its name is not UTF-8")
+        starts = window_starts(duration(recording.file), self.audio, self.step)
         classes, given = self.trained.classes, self.machine_type
-        if recording.machine[0]:  # from a manifest
-            found = [(*recording.machine, None)]
-        else:
-            found = [
+        found = [(*recording.machine, None)] if recording.machine[0] else []  # from a manifest
+        if not found:
+            found += (
                 (part["type"], part["id"], layout.channel)
                 for layout, part in readings(Path(recording.file).absolute())
                 # any folder in a folder fits the plain layout, so there only a known type is evidence
                 if layout.distinctive or part["type"] in ([given] if given else self.types)
-            ]
+            )
         if given:
             found.append((given, "", None))
         if not found:
             raise UserError(
                 f"its name does not tell the machine; give --machine, one of {', '.join(self.types)}"
             )
-        machines = []
+        machines = {}  # with the channel to take
         for kind, number, channel in found:
             machine = given or kind, self.machine_id or number
             if machine not in classes:
                 machine = machine[0], machine[1].removeprefix("id_")
-            machines.append((machine, channel))
-        machine, channel = min(machines, key=lambda m: (m[0] not in classes, m[0][0] not in self.types))
-        kind, number = machine
+            machines.setdefault(machine, channel)
+        machine = kind, number = min(machines, key=lambda m: (m not in classes, m[0] not in self.types))
         if kind not in self.types:
             raise UserError(self._unknown(kind))
-        recording.machine, recording.channel = machine, channel if self.channel is None else self.channel
-        same_type = [label for label, known in enumerate(classes) if known[0] == kind]
-        recording.candidates = tuple(label for label in same_type if classes[label] == machine)
-        if not recording.candidates:
-            recording.candidates = tuple(same_type)
+        recording.machine, recording.starts = machine, starts
+        recording.channel = machines[machine] if self.channel is None else self.channel
+        same = machine if machine in classes else machine[:1]
+        recording.candidates = [label for label, known in enumerate(classes) if known[: len(same)] == same]
+        if machine not in classes:
             which = f"id {printable(number)} unknown" if number else "id not known"
             recording.remarks.add(f"{which}: scored against every id of {kind}, the lowest score counts")
 
-    def _planned(self, files: Iterable[str | Recording]) -> Iterator[Recording]:
-        for file in files:
-            recording = file if isinstance(file, Recording) else Recording(str(file))
-            try:
-                if recording.problem:
-                    raise UserError(recording.problem)
-                if not os.path.exists(recording.file):  # False too for names that are too long
-                    raise UserError("no such file")
-                if printable(recording.file) != recording.file:
-                    raise UserError("its name is not UTF-8")
-                length = duration(recording.file)
-                self.identify(recording)
-                recording.starts = window_starts(length, self.audio, self.step)
-            except UserError as error:
-                recording.problem = str(error)
-            recording.scores = np.full((len(recording.starts), len(recording.candidates)), np.nan)
-            yield recording
+    def _planned(self, file: str | Recording) -> Recording:
+        recording = file if isinstance(file, Recording) else Recording(str(file))
+        recording.problem = recording.problem or attempt(self.plan, recording) or ""
+        recording.scores = np.full((len(recording.starts), len(recording.candidates)), np.nan)
+        return recording
 
     def _read(self, window: tuple[Recording, int]) -> np.ndarray | None:
         recording, position = window
         if recording.problem:
             return None
-        try:
-            start = recording.starts[position]
-            samples, remarks = decode(recording.file, self.audio, recording.channel, start)
-        except UserError as error:
-            recording.reasons.add(str(error))
+        result = attempt(decode, recording.file, self.audio, recording.channel, recording.starts[position])
+        if isinstance(result, str):
+            recording.reasons.add(result)
             return None
-        recording.remarks.update(remarks)
-        return samples
+        recording.remarks.update(result[1])
+        return result[0]
 
     def __call__(self, files: Iterable[str | Recording]) -> Iterator[Recording]:
         """Score files, in their order; one that cannot be scored has a `problem`.
 
         While a batch of windows is scored, the next one is read.
         """
-        recordings = self._planned(files)
+        recordings = map(self._planned, files)
         windows = ((recording, k) for recording in recordings for k in range(len(recording.starts)))
         batches = iter(lambda: list(islice(windows, self.batch_size)), [])
-        following: tuple[Sequence, Iterable] = (), ()
-        with ThreadPoolExecutor(2) as pool:
-            for batch in chain(batches, [()]):
-                ready, following = following, (batch, pool.map(self._read, batch))
-                yield from self._finish(*ready)
-
-    def _finish(
-        self, batch: Sequence[tuple[Recording, int]], decoded: Iterable[np.ndarray | None]
-    ) -> Iterator[Recording]:
-        """Score a batch of windows; yield the recordings that it completes."""
-        pairs = list(zip(batch, decoded, strict=True))
-        read = [(*window, samples) for window, samples in pairs if samples is not None]
-        if read:
-            labels = sorted({label for recording, *_ in read for label in recording.candidates})
-            scores = self.scores(np.stack([samples for *_, samples in read]), labels)
-            for (recording, position, _), row in zip(read, scores, strict=True):
-                own = row[np.searchsorted(labels, recording.candidates)]
-                if np.isfinite(own).all():
-                    recording.scores[position] = own
+        for batch, decoded in read_ahead(self._read, batches, jobs=2):
+            pairs = zip(batch, decoded, strict=True)
+            self._score([(*window, samples) for window, samples in pairs if samples is not None])
+            for recording, position in batch:
+                if position + 1 < len(recording.starts):
+                    continue
+                if np.isnan(recording.scores).all():
+                    recording.problem = recording.problem or ", ".join(sorted(recording.reasons))
                 else:
-                    recording.reasons.add("its score is not finite")
-        for recording, position in batch:
-            if position + 1 < len(recording.starts):
-                continue
-            if np.isnan(recording.scores).all():
-                recording.problem = recording.problem or ", ".join(sorted(recording.reasons))
+                    lowest = int(np.nanmax(recording.scores, axis=0).argmin())
+                    recording.label = recording.candidates[lowest]
+                    recording.scores = recording.scores[:, lowest]
+                yield recording
+
+    def _score(self, windows: Sequence[tuple[Recording, int, np.ndarray]]) -> None:
+        """Score a batch of windows: recording, position and samples of each."""
+        if not windows:
+            return
+        labels = sorted({label for recording, *_ in windows for label in recording.candidates})
+        scores = self.scores(np.stack([samples for *_, samples in windows]), labels)
+        for (recording, position, _), row in zip(windows, scores, strict=True):
+            own = row[np.searchsorted(labels, recording.candidates)]
+            if np.isfinite(own).all():
+                recording.scores[position] = own
             else:
-                lowest = int(np.nanmax(recording.scores, axis=0).argmin())
-                recording.label, recording.scores = recording.candidates[lowest], recording.scores[:, lowest]
-            yield recording
+                recording.reasons.add("its score is not finite")
 
     @torch.no_grad()
     def scores(
@@ -241,11 +225,10 @@ class Scorer:
         ((embedding, profiles, _),) = embed(model, self.front, [(windows, None)], precision, transform)
         described, columns = (embedding.cpu().numpy(), profiles.cpu().numpy()), []
         for label in labels:
+            own = torch.full((len(samples),), label, device=self.device)
             if self.form in FORMS:
-                own = np.full(len(samples), label)
-                columns.append(self.trained.neighbours.scores(self.form, own, *described))
+                columns.append(self.trained.neighbours.scores(self.form, own.cpu().numpy(), *described))
             else:
-                own = torch.full((len(samples),), label, device=self.device)
                 scores = anomaly_score(model.arcface(embedding, own), own, self.form)
                 columns.append(scores.cpu().numpy())
         return np.stack(columns, axis=1)

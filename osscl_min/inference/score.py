@@ -31,6 +31,7 @@ TABLE = (
     "windows", "windows_not_scored", "at_seconds",
 )  # fmt: skip
 SHOWN, REMARKS = 40, 10  # rows and remarks on the screen
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def shared(scorer: Scorer, files: Iterable[str | Recording], ranks: Ranks) -> Iterator[Recording]:
@@ -93,15 +94,13 @@ class Summary:
 
     def text(self, scorer: Scorer) -> str:
         """A table of all files, or of the most anomalous of many, and what its columns rest on."""
-        entries, lines = self.entries, []
+        entries = self.entries
         count = f"files scored: {self.scored}, anomalous: {self.anomalous}"
         if self.scored > SHOWN:
             entries = sorted(entries)[:SHOWN]
             count += f" (the table shows the {SHOWN} with the lowest p-values)"
-        if entries:
-            cells = ([_cell(row[name]) for name in TABLE] for *_, row in entries)
-            lines.append(markdown([TABLE, *cells]))
-        lines.append(count)
+        cells = ([_cell(row[name]) for name in TABLE] for *_, row in entries)
+        lines = [markdown([TABLE, *cells]), count]
         if scorer.trained.at_chance:
             lines.append(scorer.trained.remark)
         lines.append(f"score: {SCORES[scorer.form]}")
@@ -147,13 +146,13 @@ def _tables(*paths: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         array.write("[]\n" if next(separators) == "[\n" else "\n]\n")
 
 
-def _check_outputs(inputs: list[str], tables: list[Path | None], pictures: list[Path | None]) -> None:
-    """Refuse outputs that would replace an input or one another."""
-    inputs = inputs + [os.path.join(name, MANIFEST) for name in inputs]
-    for paths, suffixes in ((tables, ()), (pictures, (".png", ".pdf", ".svg"))):
-        for path in filter(None, paths):
+def _check_outputs(inputs: list[str], outputs: Iterable[tuple[Path | None, tuple[str, ...]]]) -> None:
+    """Refuse outputs, with the suffixes they may have, that would replace an input or one another."""
+    inputs, names = inputs + [os.path.join(name, MANIFEST) for name in inputs], []
+    for path, suffixes in outputs:
+        if path:
             check_output(path, inputs, suffixes)
-    names = [os.path.realpath(path) for path in tables + pictures if path]
+            names.append(os.path.realpath(path))
     if len(set(names)) < len(names):
         raise UserError(f"two outputs have the same name: {', '.join(map(printable, names))}")
 
@@ -182,7 +181,8 @@ def score(
     Calibration([], [], rate)  # refuses a wrong rate before anything is scored
     files, calibrate_with = list(files), list(calibrate_with)
     inputs = [str(checkpoint_path), *files, *calibrate_with]
-    _check_outputs(inputs, [csv_path, json_path], [plot_path, explain_path])
+    outputs = (csv_path, ()), (json_path, ()), (plot_path, PICTURES), (explain_path, PICTURES)
+    _check_outputs(inputs, outputs)
     where = choose_device(device)
     trained = checkpoint.load(checkpoint_path, where)
     prepare(where, trained.config.train.precision)

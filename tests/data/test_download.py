@@ -1,20 +1,17 @@
 """Downloading, against a server on this machine that answers like Zenodo and fails on demand."""
 
 import io
-import shutil
 import subprocess
 import threading
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import soundfile
-from conftest import COMMAND, environment
+from conftest import COMMAND, environment, noise
 
 from osscl_min.data import download as module
 from osscl_min.data.clips import scan
@@ -32,14 +29,13 @@ LABELS = "".join(
 ).encode()
 
 
-def packed(names, samples=1600):
+def packed(names):
     """A zip with a short sound for each name."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:
             sound = io.BytesIO()
-            noise = np.random.default_rng(list(name.encode())).integers(-9000, 9000, samples, dtype=np.int16)
-            soundfile.write(sound, noise, 16000, format="WAV", subtype="PCM_16")
+            soundfile.write(sound, noise(list(name.encode()), 0.1), 16_000, format="WAV")
             archive.writestr(name, sound.getvalue())
     return content.getvalue()
 
@@ -70,17 +66,6 @@ class Zenodo(ThreadingHTTPServer):
         self.files, self.faults, self.asked = files, {}, Counter()
         self.stalled, self.resume = threading.Event(), threading.Event()
 
-    @classmethod
-    @contextmanager
-    def serving(cls, files):
-        """A server at work, of (record, file) -> content."""
-        with cls(files) as server:
-            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-            thread.start()
-            yield server
-            server.shutdown()
-            thread.join()
-
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -107,8 +92,12 @@ class Answer(BaseHTTPRequestHandler):
 def zenodo(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda seconds: None))
-    with Zenodo.serving(miniature()) as server:
+    with Zenodo(miniature()) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
         yield server
+        server.shutdown()
+        thread.join()
 
 
 def fetch(zenodo, folder, **options):
@@ -122,11 +111,8 @@ def tree(folder):
 
 
 def everything(zenodo):
-    names = {"eval_data_list.csv"}
-    for (_, name), content in zenodo.files.items():
-        if name.endswith(".zip"):
-            names |= set(zipfile.ZipFile(io.BytesIO(content)).namelist())
-    return names
+    zips = [content for (_, name), content in zenodo.files.items() if name.endswith(".zip")]
+    return {"eval_data_list.csv"}.union(*(zipfile.ZipFile(io.BytesIO(zip)).namelist() for zip in zips))
 
 
 def leftovers(folder):
@@ -181,13 +167,10 @@ def test_a_file_that_cannot_be_fetched(fault, zenodo, tmp_path):
     reason = rf"cannot be fetched \({'ChunkedEncodingError' if fault == 'cut' else fault}"
     refused(zenodo, tmp_path, NETWORK, f"3727685/files/eval_data_train_fan.zip/content: {reason}")
     assert tree(tmp_path) and not leftovers(tmp_path)
+    refused(zenodo, tmp_path, NETWORK, "ConnectionError.*check the network", mirror="http://127.0.0.1:9")
     zenodo.faults.clear()
     fetch(zenodo, tmp_path)
     assert zenodo.asked["dev_data_fan.zip"] == 1 and tree(tmp_path) == everything(zenodo)
-
-
-def test_no_network(zenodo, tmp_path):
-    refused(zenodo, tmp_path, NETWORK, "ConnectionError.*check the network", mirror="http://127.0.0.1:9")
 
 
 def test_the_published_checksums_are_pinned(zenodo, tmp_path):
@@ -196,12 +179,6 @@ def test_the_published_checksums_are_pinned(zenodo, tmp_path):
     assert zips - module.MD5.keys() == {"eval_data_list.csv"}
     refused(zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content: wrong checksum", trust_mirror=False, **FAN)
     assert tree(tmp_path) == set() and not leftovers(tmp_path)
-
-
-def test_too_little_space_is_told_before_unpacking(zenodo, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
-    refused(zenodo, tmp_path, FULL, "GB needed and 1e-05 GB free", **FAN)
-    assert tree(tmp_path) == set() and leftovers(tmp_path) == ["dev_data_fan.zip"]
 
 
 CLIP = "fan/train/normal_id_00_00000000.wav"
@@ -234,27 +211,28 @@ def test_a_broken_zip_is_fetched_again(spoil, message, zenodo, tmp_path):
 
 
 def test_a_hostile_zip_writes_its_clips_alone(zenodo, tmp_path):
-    evil = (
-        "../evil",
-        "fan/train/../../../evil.wav",
-        "/evil",
-        "C:/evil",
-        "fan\\..\\..\\evil",
-        "fan/train/..wav",
-    )
+    evil = "../evil fan/train/../../../evil.wav /evil C:/evil fan\\..\\..\\evil fan/train/..wav".split()
     zenodo.files[3678171, "dev_data_fan.zip"] = packed([CLIP, *evil])
     fetch(zenodo, tmp_path / "data", **FAN)
     assert tree(tmp_path / "data") == {CLIP}
     assert [path.name for path in tmp_path.iterdir()] == ["data"] and not Path("/evil").exists()
 
 
-def test_a_disk_that_fills_up(zenodo, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def full(*_):
+    raise OSError(28, "No space left on device")
 
+
+@pytest.mark.parametrize(
+    ("function", "replacement", "message"),
+    [
+        ("disk_usage", lambda folder: SimpleNamespace(free=10_000), "GB needed and 1e-05 GB free"),
+        ("copyfileobj", full, "the disk is full"),
+    ],
+)
+def test_a_disk_that_fills_up(function, replacement, message, zenodo, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module.shutil, "copyfileobj", full)
-        refused(zenodo, tmp_path, FULL, "the disk is full", **FAN)
+        patch.setattr(module.shutil, function, replacement)
+        refused(zenodo, tmp_path, FULL, message, **FAN)
     assert tree(tmp_path) == set() and leftovers(tmp_path) == ["dev_data_fan.zip"]
     fetch(zenodo, tmp_path, **FAN)
     assert zenodo.asked["dev_data_fan.zip"] == 1, "the zip was kept"

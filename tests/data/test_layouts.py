@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import pytest
 import soundfile
-from conftest import write_sound
+from conftest import noise, write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.data.clips import label_table, scan
@@ -19,15 +19,8 @@ AUDIO = AudioConfig(seconds=2.0)
 def make(root, *names, channels=1):
     """Write 2 s of noise under every name."""
     for number, name in enumerate(names):
-        noise = np.random.default_rng(number).standard_normal((32_000, channels)) * 0.1
-        write_sound(root / name, noise)
+        write_sound(root / name, noise(number, 2.0, channels=channels))
     return root
-
-
-def meaning(dataset):
-    """file -> (type, id, split, anomaly, domain)."""
-    clips = dataset.clips
-    return {dataset.name(c.path): (*c.machine, c.split, c.anomaly, c.domain) for c in clips}
 
 
 def test_mimii(tmp_path):
@@ -39,7 +32,7 @@ def test_mimii(tmp_path):
     make(tmp_path, *(f"0_dB_pump/{name}" for name in other))
     dataset = scan(tmp_path)
     assert (dataset.layout, dataset.channel, dataset.problems) == ("MIMII", 0, {})
-    clips = meaning(dataset)
+    clips = {dataset.name(c.path): (*c.machine, c.split, c.anomaly, c.domain) for c in dataset.clips}
     # as many normal clips as abnormal ones are tested, the same ones at either signal-to-noise ratio
     for ratio in ("6_dB", "-6_dB"):
         splits = [clips[f"{ratio}_fan/{name}"] for name in normal]
@@ -60,28 +53,52 @@ def test_mimii_channel_zero_is_the_default_and_another_can_be_chosen(tmp_path):
         open_data(root, AUDIO, splits=["train"], channel=8, strict=True)
 
 
-DCASE_2021 = {  # file -> type, id, split, truth, domain, attributes
-    "fan/train/section_00_source_train_normal_0000.wav": "fan 00 train 0 source",
-    "fan/train/section_00_target_train_normal_0000_strength_1.wav": "fan 00 train 0 target strength_1",
-    "fan/source_test/section_01_source_test_anomaly_0007.wav": "fan 01 test 1 source",
-    "fan/target_test/section_03_target_test_0007.wav": "fan 03 test None target",
-    # 2022 to 2025
-    "dev/raw/ToyTrain/test/section_00_target_test_normal_0003_car_A2.wav": "ToyTrain 00 test 0 target car_A2",
-    "dev_fan/fan/train/section_02_source_train_normal_0989_.wav": "fan 02 train 0 source",
-    "Pet/train/section_00_source_train_normal_0000_noAttribute.wav": "Pet 00 train 0 source noAttribute",
-    "eval_data/Vacuum/test/section_00_test_0199.wav": "Vacuum 00 test None",
-    "Vacuum/test/section_00_0199.wav": "Vacuum 00 test None",
+MEANING = {  # layout -> file -> type, id, split, truth, domain, attributes
+    "DCASE 2021-2025": {
+        "fan/train/section_00_source_train_normal_0000.wav": "fan 00 train 0 source",
+        "fan/train/section_00_target_train_normal_0000_strength_1.wav": "fan 00 train 0 target strength_1",
+        "fan/source_test/section_01_source_test_anomaly_0007.wav": "fan 01 test 1 source",
+        "fan/target_test/section_03_target_test_0007.wav": "fan 03 test None target",
+        # 2022 to 2025
+        "dev/raw/Toy/test/section_00_target_test_normal_0003_car_A2.wav": "Toy 00 test 0 target car_A2",
+        "dev_fan/fan/train/section_02_source_train_normal_0989_.wav": "fan 02 train 0 source",
+        "Pet/train/section_00_source_train_normal_0000_noAttribute.wav": "Pet 00 train 0 source noAttribute",
+        "eval_data/Vacuum/test/section_00_test_0199.wav": "Vacuum 00 test None",
+        "Vacuum/test/section_00_0199.wav": "Vacuum 00 test None",
+    },
+    "plain": {
+        "grinder/line 1/monday 06h.wav": "grinder line 1 train 0",
+        "grinder/line 2/a.flac": "grinder line 2 train 0",
+        "press/P-7/x.wav": "press P-7 train 0",
+        "test/grinder/line 1/normal/b.wav": "grinder line 1 test 0",
+        "test/grinder/line 1/anomaly/b.wav": "grinder line 1 test 1",
+        "test/press/P-7/anomaly_3.wav": "press P-7 test 1",
+        "test/press/P-7/unknown.wav": "press P-7 test None",
+        "press/P-7/test/anomaly/x.wav": "press P-7 test 1",
+    },
 }
 
 
-@pytest.mark.parametrize("name", DCASE_2021)
-def test_dcase_2021_to_2025(tmp_path, name):
+@pytest.mark.parametrize(("layout", "name"), [(kind, name) for kind in MEANING for name in MEANING[kind]])
+def test_what_a_name_means(tmp_path, layout, name):
     dataset = scan(make(tmp_path, name))
-    assert dataset.layout == "DCASE 2021-2025"
+    assert (dataset.layout, dataset.channel, dataset.problems) == (layout, None, {})
     (clip,) = dataset.clips
     labels = *clip.machine, clip.split, clip.anomaly, clip.domain, clip.attributes
-    assert " ".join(map(str, labels)).rstrip() == DCASE_2021[name]
-    assert clip.subset == ("evaluation" if clip.anomaly is None else "development")
+    assert " ".join(map(str, labels)).rstrip() == MEANING[layout][name]
+    waits = clip.anomaly is None and layout != "plain"
+    assert clip.subset == ("evaluation" if waits else "development")
+
+
+def test_plain_folders_together(tmp_path):
+    make(tmp_path, *MEANING["plain"], "press/P-7/anomaly/y.wav")
+    (tmp_path / "readme.txt").write_text("about the machines")
+    dataset = scan(tmp_path)
+    assert (dataset.layout, len(dataset.clips)) == ("plain", len(MEANING["plain"]))
+    assert dataset.problems.keys() == {"press/P-7/anomaly/y.wav"}
+    assert "anomalous clip in train" in dataset.problems["press/P-7/anomaly/y.wav"]
+    machines = (("grinder", "line 1"), ("grinder", "line 2"), ("press", "P-7"))
+    assert label_table(dataset.split("train")) == machines
 
 
 def test_dcase_2021_truth_and_files_beside_the_clips(tmp_path):
@@ -105,40 +122,6 @@ def test_dcase_2021_truth_and_files_beside_the_clips(tmp_path):
         scan(tmp_path)
 
 
-def test_plain_folders(tmp_path):
-    make(
-        tmp_path,
-        "grinder/line 1/monday 06h.wav",
-        "grinder/line 2/a.flac",
-        "press/P-7/x.wav",
-        "test/grinder/line 1/normal/b.wav",
-        "test/grinder/line 1/anomaly/b.wav",
-        "test/press/P-7/anomaly_3.wav",
-        "test/press/P-7/unknown.wav",
-    )
-    (tmp_path / "readme.txt").write_text("about the machines")
-    dataset = scan(tmp_path)
-    assert (dataset.layout, dataset.channel, dataset.problems) == ("plain", None, {})
-    assert {name: " ".join(map(str, labels)) for name, labels in meaning(dataset).items()} == {
-        "grinder/line 1/monday 06h.wav": "grinder line 1 train 0 ",
-        "grinder/line 2/a.flac": "grinder line 2 train 0 ",
-        "press/P-7/x.wav": "press P-7 train 0 ",
-        "test/grinder/line 1/normal/b.wav": "grinder line 1 test 0 ",
-        "test/grinder/line 1/anomaly/b.wav": "grinder line 1 test 1 ",
-        "test/press/P-7/anomaly_3.wav": "press P-7 test 1 ",
-        "test/press/P-7/unknown.wav": "press P-7 test None ",
-    }
-    machines = (("grinder", "line 1"), ("grinder", "line 2"), ("press", "P-7"))
-    assert label_table(dataset.split("train")) == machines
-
-
-def test_plain_test_folders_inside_a_machine_and_misplaced_anomalies(tmp_path):
-    make(tmp_path, "press/P-7/x.wav", "press/P-7/test/anomaly/x.wav", "press/P-7/anomaly/y.wav")
-    dataset = scan(tmp_path)
-    assert meaning(dataset)["press/P-7/test/anomaly/x.wav"] == ("press", "P-7", "test", 1, "")
-    assert "anomalous clip in train" in dataset.problems["press/P-7/anomaly/y.wav"]
-
-
 HEADER = "path,machine_type,machine_id,split,anomaly\n"
 
 
@@ -148,20 +131,15 @@ def test_manifest(tmp_path):
     table = tmp_path / "table/machines.csv"
     table.parent.mkdir()
     table.write_text(
-        "\ufeffpath,machine_type,machine_id,split,anomaly,attributes\n"
+        f"\ufeff{HEADER.strip()},attributes\n"
         "../a.wav,fan,7,train,,loud\n../deep/b.wav,press,x,train,0,\n../c.wav,fan,7,test,1,\n"
         f"../d.wav,fan,7,test,,\n../missing.wav,fan,7,test,0,\n../deep/../a.wav,fan,7,train,1,\n{outside},fan,7,test,0,\n",
         encoding="utf-8",
     )
     data = open_data(table, AUDIO)
     assert data.dataset.layout == "manifest"
-    assert [(*clip.machine, clip.split, clip.anomaly) for clip in data.dataset.clips] == [
-        ("fan", "7", "train", 0),
-        ("press", "x", "train", 0),
-        ("fan", "7", "test", 1),
-        ("fan", "7", "test", None),
-        ("fan", "7", "test", 0),
-    ]
+    labels = [f"{' '.join(clip.machine)} {clip.split} {clip.anomaly}" for clip in data.dataset.clips]
+    assert labels == ["fan 7 train 0", "press x train 0", *(f"fan 7 test {truth}" for truth in (1, None, 0))]
     assert data.train.clips[0].attributes == "loud"
     assert sorted(data.dataset.problems.values())[1] == "no such file" and len(data.dataset.problems) == 2
     assert len(data.train) == 2 and len(data.test) == 3
@@ -175,15 +153,9 @@ def test_manifest(tmp_path):
     [
         ("path,type,id,split\na.wav,fan,0,train\n", "no column machine_type, machine_id, anomaly"),
         ("", "no column path"),
-        (
-            HEADER + "a.wav,fan,0,validation,0\n",
-            "split train or test.*, got a.wav,fan,0,validation,0",
-        ),
+        (HEADER + "a.wav,fan,0,validation,0\n", "split train or test.*, got a.wav,fan,0,validation,0"),
         (HEADER + "a.wav,fan,0,train,0\na.wav,fan,0,test,yes\n", "got a.wav,fan,0,test,yes"),
-        (
-            HEADER + "a.wav,fan,,train,0\n",
-            "expected a path, machine_type, .*, got a.wav,fan,,train,0",
-        ),
+        (HEADER + "a.wav,fan,,train,0\n", "expected a path, machine_type, .*, got a.wav,fan,,train,0"),
         (HEADER + "a.wav,fan,0,train,0\na.wav,fan,0,test,0\n", "a.wav is named a second time"),
         (HEADER + "a.wav,fan,0,train,0,loud\n", "line 2: 6 cells, but the header has 5"),
         (HEADER + "a.wav,fan,0,train\n", "line 2: 4 cells, but the header has 5"),

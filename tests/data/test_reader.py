@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, tiny, write_sound
+from conftest import TINY, noise, tiny, write_sound
 from test_cli import osscl
+from test_store import same
 
 from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
@@ -25,10 +26,6 @@ FIRST = replace(AUDIO, clip_step=0.0)
 LENGTHS = {"a": 2.5, "b": 1.0, "c": 4.0}  # s, of the training recordings; the test recording has 3.4 s
 
 
-def noise(seed, seconds, rate=16_000):
-    return np.random.default_rng(seed).integers(-9000, 9000, round(rate * seconds), dtype=np.int16)
-
-
 @pytest.fixture
 def data(tmp_path):
     for seed, (name, seconds) in enumerate(LENGTHS.items()):
@@ -42,6 +39,7 @@ def data(tmp_path):
     [
         (4, 10, [0], [0]),
         (10, 10, [0], [0]),
+        (10 + 1 / 16_000, 5, [0], [0, 1 / 16_000]),
         (11, 10, [0], [0, 1]),
         (20, 10, [0, 10], [0, 10]),
         (25, 10, [0, 10], [0, 10, 15]),
@@ -74,12 +72,8 @@ def test_every_clip_is_what_its_file_holds_there(data):
         "train: 7 clips of 1 s from 3 recordings, 7 of 8 s used",
         "test: 4 clips of 1 s from 1 recording, 3 of 3 s used",
     ]
-
-
-def test_a_test_is_heard_whole_whatever_the_step(data):
-    sparse = open_data(data, replace(AUDIO, clip_step=3.0))
-    assert starts(sparse.train) == [("a", 0), ("b", 0), ("c", 0), ("c", 3)]
-    assert len(sparse.test) == 4
+    sparse = open_data(data, replace(AUDIO, clip_step=3.0))  # a test is heard whole whatever the step
+    assert starts(sparse.train) == [("a", 0), ("b", 0), ("c", 0), ("c", 3)] and len(sparse.test) == 4
 
 
 def test_short_recordings_are_as_without_a_step(data):
@@ -107,11 +101,7 @@ def test_a_store_is_its_folder_and_serves_the_first_clips_too(data, tmp_path, st
     audio = replace(AUDIO, clip_step=step)
     assert open_data(data, audio).report() in pack(data, tmp_path / "store", audio)
     for served in (audio, FIRST):
-        here, there = open_data(data, served), open_data(tmp_path / "store", served)
-        assert vars(here.dataset) == vars(there.dataset) and here.report() == there.report()
-        for one, other in ((here.train, there.train), (here.test, there.test)):
-            assert one.clips == other.clips and (one.recordings == other.recordings).all()
-            np.testing.assert_array_equal(one.read(range(len(one))), other.read(range(len(other))))
+        same(data, tmp_path / "store", served)
     with pytest.raises(UserError, match=f"one every {step:g} s, .* --seconds 1 --step 0.25$"):
         open_data(tmp_path / "store", replace(AUDIO, clip_step=0.25))
     with pytest.raises(UserError, match="one every .*, not clips of 1 s at 16000 Hz, one per recording"):
@@ -122,18 +112,16 @@ def test_a_store_is_its_folder_and_serves_the_first_clips_too(data, tmp_path, st
 def test_other_machines_are_cut_alike(data, tmp_path):
     write_sound(tmp_path / "more/saw/x/long.wav", noise(3, 2.0))
     (tmp_path / "more/saw/x/bad.wav").write_text("no sound")
-    both = with_others(open_data(data, AUDIO, splits=["train"]), tmp_path / "more", AUDIO, tmp_path)
+    own = open_data(data, AUDIO, splits=["train"])
+    with pytest.raises(UserError, match="both have a machine fan id a"):
+        with_others(own, data, AUDIO, tmp_path)
+    both = with_others(own, tmp_path / "more", AUDIO, tmp_path)
     rows = both.train.read([8, 0])
     for row, clip in zip(rows, (both.train.clips[8], both.train.clips[0]), strict=True):
         np.testing.assert_array_equal(row, decode(clip.path, AUDIO, start=clip.start)[0])
     assert both.dataset.problems.keys() == {"more/saw/x/bad.wav"}
     assert both.train.recordings.tolist() == [0, 0, 1, 2, 2, 2, 2, 3, 3]
     assert "more/train: 2 clips of 1 s from 1 recording, 2 of 2 s used" in both.report()
-
-
-def test_the_same_machine_twice_is_refused(data, tmp_path):
-    with pytest.raises(UserError, match="both have a machine fan id a"):
-        with_others(open_data(data, AUDIO, splits=["train"]), data, AUDIO, tmp_path)
 
 
 def test_train_with_simulated_machines_and_score_ones_own(tmp_path, monkeypatch):

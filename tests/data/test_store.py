@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
-from functools import partial
 
 import numpy as np
 import pytest
-from conftest import COMMAND, environment, write_sound
+from conftest import COMMAND, environment, noise, write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.data import store as module
@@ -21,11 +21,6 @@ from osscl_min.runtime.files import UserError, locked
 AUDIO = AudioConfig(seconds=1.0)
 
 
-def noise(seed, seconds=1.0, channels=1):
-    shape = (round(16_000 * seconds), channels)
-    return np.random.default_rng(seed).integers(-9000, 9000, shape, dtype=np.int16)
-
-
 @pytest.fixture
 def data(tmp_path):
     """Two machines, of clips that are usual, long, short, stereo, of another rate, and no sound at all."""
@@ -34,8 +29,8 @@ def data(tmp_path):
         for k in range(4):
             write_sound(root / f"fan/train/normal_id_{machine}_{k:08d}.wav", noise(k + 10 * int(machine)))
     write_sound(root / "fan/train/normal_id_02_00000004.flac", noise(50, 1.5))
-    write_sound(root / "fan/train/normal_id_02_00000005.wav", noise(51, 1.2, 2))
-    write_sound(root / "fan/train/normal_id_02_00000006.wav", noise(52, 3.0), 44_100)
+    write_sound(root / "fan/train/normal_id_02_00000005.wav", noise(51, 1.2, channels=2))
+    write_sound(root / "fan/train/normal_id_02_00000006.wav", noise(52, 1.0, 48_000), 44_100)
     (root / "fan/train/normal_id_02_00000007.wav").write_text("no sound")
     (root / "fan/train/notes.txt").write_text("louder than usual")
     for k, name in enumerate(("normal_id_00_00000000", "anomaly_id_00_00000000", "id_02_00000000")):
@@ -51,7 +46,7 @@ def same(folder, store, audio=AUDIO):
     assert vars(here.dataset) == vars(there.dataset) and here.report() == there.report()
     for split in ("train", "test"):
         one, other = getattr(here, split), getattr(there, split)
-        assert one.clips == other.clips and len(one) == len(other)
+        assert one.clips == other.clips and (one.recordings == other.recordings).all()
         order = np.random.default_rng(0).permutation(len(one))
         a, b = one.read(order), other.read(order)
         assert a.dtype == b.dtype and np.array_equal(a, b)
@@ -74,7 +69,6 @@ def test_a_store_is_its_folder(data, tmp_path):
     header, dataset, lines = read_store(tmp_path / "store")
     assert len(lines) == 16 and header["layout"] == "DCASE 2020" and not header["synthetic"]
     for line, clip in zip(lines, dataset.clips, strict=True):
-        assert line["sha256"] == hashlib.sha256((data / line["file"]).read_bytes()).hexdigest()
         assert clip.path == data / line["file"] and clip.machine_type == "fan"
     assert "not a readable sound file" in lines[-1]["problem"] == lines[-1]["sound"]
     assert (lines[12]["sound"]["seconds"], lines[12]["sound"]["encoding"]) == (1.5, "PCM_16")
@@ -95,14 +89,10 @@ def test_a_split_whose_files_changed_is_packed_again(data, tmp_path):
     same(data, store)
     assert np.array_equal(old.train.read(range(11)), expected)
     assert state(store)["test.int16"] == before["test.int16"]
-
-
-def test_truth_that_comes_later_needs_no_decoding(data, tmp_path):
-    pack(data, tmp_path / "store", AUDIO)
     (data / "eval_data_list.csv").write_text("fan\nid_02_00000000.wav,anomaly_id_02_00000000.wav,1\n")
-    assert "0 decoded" in pack(data, tmp_path / "store", AUDIO)
-    same(data, tmp_path / "store")
-    clips = open_data(tmp_path / "store", AUDIO).test.clips
+    assert "0 decoded" in pack(data, store, AUDIO)  # for a truth that comes later
+    same(data, store)
+    clips = open_data(store, AUDIO).test.clips
     assert [clip.anomaly for clip in clips if clip.machine_id == "02"] == [1]
 
 
@@ -127,9 +117,8 @@ def test_verify_finds_what_size_and_time_hide(data, tmp_path):
 
 def test_kill_9_while_packing(data, tmp_path):
     for k in range(400):  # so that there is a middle
-        os.link(
-            data / "fan/train/normal_id_00_00000000.wav", data / f"fan/train/normal_id_00_{k + 100:08d}.wav"
-        )
+        first = data / "fan/train/normal_id_00_00000000.wav"
+        os.link(first, first.with_stem(f"normal_id_00_{k + 100:08d}"))
     store = tmp_path / "store"
     command = [*COMMAND, "pack", data, store, "--jobs", "2", "--seconds", "1", "--step", "0"]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
@@ -157,8 +146,7 @@ def test_a_write_error_is_one_line_and_the_next_call_resumes(data, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"{tmp_path / 'store'}: cannot be written: File too large; run the same" in result.stderr
-    assert "kept" in (text := pack(data, tmp_path / "store", AUDIO))
-    assert " 0 kept" not in text
+    assert re.search(r" [1-9]\d* kept", pack(data, tmp_path / "store", AUDIO))
     same(data, tmp_path / "store")
 
 
@@ -185,14 +173,14 @@ INDEX = "index.jsonl is damaged"
         (lambda s: os.truncate(s / "train.int16", 90_000), "train.int16 is damaged: 90000 bytes, not 384000"),
         (lambda s: (s / "test.int16").unlink(), "test.int16 is damaged: 0 bytes, not 128000"),
         (lambda s: os.truncate(s / "index.jsonl", 3000), INDEX),
-        (lambda s: (s / "index.jsonl").write_text("{}\n"), INDEX),
-        (lambda s: (s / "index.jsonl").write_text("[" * 100_000), INDEX),
+        (lambda s: (s / "index.jsonl").write_bytes(b"{}\n"), INDEX),
+        (lambda s: (s / "index.jsonl").write_bytes(b"[" * 100_000), INDEX),
         (lambda s: (s / "index.jsonl").write_bytes(b"\xff\x00\n"), INDEX),
         (lambda s: edit(s, '"machine_id": "02"', '"machine_id": 2'), INDEX),
         (lambda s: edit(s, '"channels": 1', '"channels": null'), INDEX),
         (lambda s: edit(s, '"seconds": 1.0, "step"', '"seconds": "1", "step"'), INDEX),
         (lambda s: edit(s, '"layout": "DCASE 2020"', '"layout": 5'), INDEX),
-        (lambda s: edit(s, '"digest"', '"other"'), "its packing was not finished"),
+        (lambda s: edit(s, '"digest"', '"other"'), INDEX),
     ],
 )
 def test_a_damaged_store_is_one_line_and_repaired_by_packing(damage, message, data, tmp_path):
@@ -206,49 +194,34 @@ def test_a_damaged_store_is_one_line_and_repaired_by_packing(damage, message, da
     same(data, store)
 
 
-def test_a_store_of_an_older_version_is_to_be_packed_again(data, tmp_path):
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store/index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
-    for function, *arguments in ((open_data,), (pack, data)):
-        with pytest.raises(UserError, match="another version; remove it and pack again"):
-            function(*arguments, tmp_path / "store", AUDIO)
-
-
 def test_a_store_of_something_else_is_refused(data, tmp_path):
-    store = tmp_path / "store"
+    store, old = tmp_path / "store", tmp_path / "old"
     pack(data, store, AUDIO)
-    before = state(store)
+    before, two = state(store), AudioConfig(seconds=2.0)
     write_sound(tmp_path / "other/pump/train/normal_id_00_00000000.wav", noise(1))
-    two, holds = (
-        AudioConfig(seconds=2.0),
-        "store holds clips of 1 s at 16000 Hz, one per recording, the mean of all channels",
-    )
-    options = "OTHER --sample-rate 16000 --seconds"
-    refusals = {
-        f"{holds}; make another store: python -m osscl_min pack {data} {options} 2 --step 0$": (
-            open_data,
-            store,
-            two,
-        ),
-        f"{options} 1 --step 0 --channel 1$": (partial(open_data, channel=1), store, AUDIO),
-        f"{holds}, not clips of 2 s at 16000": (pack, data, store, two),
-        "not clips of 1 s at 16000 Hz, one per recording, channel 1; choose another": (
-            partial(pack, channel=1),
-            data,
-            store,
-            AUDIO,
-        ),
-        "is a packed store itself": (pack, store, tmp_path / "again", AUDIO),
-        "lies in the data folder": (pack, data, data / "store", AUDIO),
-        "is neither empty nor a packed store": (pack, data, tmp_path, AUDIO),
-        "store is the store of other data; choose another folder": (pack, tmp_path / "other", store, AUDIO),
-        "give at least 1": (partial(pack, jobs=0), data, store, AUDIO),
-    }
+    old.mkdir()
+    (old / "index.jsonl").write_text('{"format": 1, "files": 1}\n{"file": "fan/train/a.wav"}\n')
+    holds = "store holds clips of 1 s at 16000 Hz, one per recording, the mean of all channels"
+    other = f"{holds}; make another store: python -m osscl_min pack {data} OTHER --sample-rate 16000"
+    channel = "not clips of 1 s at 16000 Hz, one per recording, channel 1; choose another"
+    version = "another version; remove it and pack again"
+    for message, call in (
+        (f"{other} --seconds 2 --step 0$", lambda: open_data(store, two)),
+        (f"{other} --seconds 1 --step 0 --channel 1$", lambda: open_data(store, AUDIO, channel=1)),
+        (f"{holds}, not clips of 2 s at 16000", lambda: pack(data, store, two)),
+        (channel, lambda: pack(data, store, AUDIO, channel=1)),
+        ("is a packed store itself", lambda: pack(store, tmp_path / "again", AUDIO)),
+        ("lies in the data folder", lambda: pack(data, data / "store", AUDIO)),
+        ("is neither empty nor a packed store", lambda: pack(data, tmp_path, AUDIO)),
+        ("is the store of other data; choose another", lambda: pack(tmp_path / "other", store, AUDIO)),
+        ("give at least 1", lambda: pack(data, store, AUDIO, jobs=0)),
+        (version, lambda: open_data(old, AUDIO)),
+        (version, lambda: pack(data, old, AUDIO)),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
     with locked(store, "packing"), pytest.raises(UserError, match="another process is packing here"):
         pack(data, store, AUDIO)
-    for message, (function, *arguments) in refusals.items():
-        with pytest.raises(UserError, match=message):
-            function(*arguments)
     assert state(store) == before
 
 
@@ -257,7 +230,7 @@ def test_other_rates_and_layouts_are_kept(tmp_path):
     for k in range(3):
         for state_, seed in (("normal", 0), ("abnormal", 50)):
             path = tmp_path / f"mimii/6_dB_fan/fan/id_00/{state_}/{k:08d}.wav"
-            write_sound(path, noise(seed + k, 2.0, 8))
+            write_sound(path, noise(seed + k, 2.0, channels=8))
     half = AudioConfig(sample_rate=8_000, seconds=1.0, f_max=4_000.0)
     pack(tmp_path / "mimii", tmp_path / "store", half)
     same(tmp_path / "mimii", tmp_path / "store", half)
