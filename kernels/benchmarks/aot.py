@@ -116,7 +116,7 @@ def launch(
     if part == "supcon":
         z = torch.zeros(size, 128, device=device)
         labels = torch.zeros(size, dtype=torch.int64, device=device)
-        rest = (0, size, True, 0.02, 0.07, precision, "triton")
+        rest = (0, size, True, 0.02, 0.07, precision)
 
         def call():
             loss, lse, count = host._forward(z, labels, *rest)
