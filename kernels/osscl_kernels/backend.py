@@ -10,7 +10,6 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ try:
 except ImportError:  # Triton is published for Linux only
     triton = tl = None
 
+jit = triton.jit if triton else lambda function: function  # which is then never launched
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_BACKEND"
 # Read once, as Triton does: the variable must be set before the kernels are imported.
@@ -30,11 +30,6 @@ TILES = pathlib.Path(__file__).with_name("tiles.json")
 # GPUs by what a tile may use: 99 KB of shared memory (also every GPU not named), 163 KB, 227 KB, and 227 KB
 # beside tensor memory.
 FAMILIES = {86: 0, 80: 1, 87: 1, 90: 2, 100: 3, 103: 3}
-
-
-def jit(function: Callable) -> Callable:
-    """`triton.jit` where Triton is installed, the bare function elsewhere."""
-    return triton.jit(function) if triton is not None else function
 
 
 def resolve(tensor: Tensor, backend: str = "auto") -> str:

@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import BACKENDS, constants, expect, jit, resolve, tl, triton
@@ -85,11 +86,6 @@ def supcon_loss(
     -------
     Tensor, shape () or (N,)
         float32, or float64 for float64 features. The loss of a row without a positive is 0.
-
-    References
-    ----------
-    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2 (L_out), one view per sample;
-    temperatures and rows without positives as in the code of Huang et al., arXiv 2509.13853.
     """
     _check(features, labels, temperature, base_temperature, precision, reduction)
     torch_only = features.dtype == torch.float64 or features.shape[1] > WIDTH
@@ -135,21 +131,20 @@ SETTINGS = "int start, int rows, bool mean, float temperature, float base_temper
 )
 def _forward(features, labels, start, rows, mean, temperature, base_temperature, precision):
     """Loss, the rows' log-sum-exp (base e in PyTorch, 2 in Triton) and counts of positives."""
-    z = _operand(features, precision)
+    z, zt = _operands(features, precision, ("ieee",))
     losses = z.new_empty(rows, dtype=_wide(z))
     lse, count, total = torch.empty_like(losses), torch.empty_like(losses), losses.new_empty(())
     scale = temperature / base_temperature
     single = False  # whether one program has all rows, and writes the mean
     if precision == "torch":
-        for a, b, s, positive in _similarities(z, labels, start, rows, temperature):
-            count[a:b] = positive.sum(1)
-            losses[a:b] = torch.where(positive, s, 0.0).sum(1).div_(count[a:b].clamp(min=1))
-            lse[a:b] = torch.where(s.isneginf().all(1), math.inf, s.logsumexp(1))
+        for part, _, s, positive in _similarities(z, labels, start, rows, temperature):
+            count[part] = positive.sum(1)
+            losses[part] = torch.where(positive, s, 0.0).sum(1).div_(count[part].clamp(min=1))
+            lse[part] = torch.where(s.isneginf().all(1), math.inf, s.logsumexp(1))
         losses = torch.where(count > 0, lse - losses, 0.0).mul_(scale)
     elif rows:
         options = constants("supcon_forward", precision, z, len(z))
         single = rows <= options["BM"]
-        zt = _transposed(z, precision == "ieee")
         with torch.cuda.device_of(z):
             _forward_kernel[(triton.cdiv(rows, options["BM"]),)](
                 z, zt, labels, count, losses, lse, total, len(z), start, rows, z.shape[1], zt.shape[1],
@@ -170,22 +165,20 @@ def _backward(
     gradient, features, labels, lse, count, start, rows, mean, temperature, base_temperature, precision
 ):
     """Gradient of the rows' features, from `gradient` (`mean`: a scalar), `lse` and `count` of all rows."""
-    z = _operand(features, precision)
+    z, zt = _operands(features, precision, ("ieee", "tf32x3"))
     gradient = gradient.contiguous()
     factor = 1 / (base_temperature * (max(len(z), 1) if mean else 1))
     dz = z.new_empty((rows, z.shape[1]), dtype=lse.dtype)
     if precision == "torch":
         w = torch.where(count > 0, gradient * factor, 0.0)
         v = w / count.clamp(min=1)
-        for a, b, s, positive in _similarities(z, labels, start, rows, temperature):
-            own = slice(start + a, start + b)
+        for part, own, s, positive in _similarities(z, labels, start, rows, temperature):
             g = (s - lse).exp_().mul_(w)
             g += s.sub_(lse[own, None]).exp_().mul_(w[own, None])
             g -= torch.where(positive, v[own, None] + v, 0.0)
-            _product(g, z, dz[a:b])
+            torch.mm(g, z, out=dz[part])
     elif rows:
         options = constants("supcon_backward", precision, z, len(z))
-        zt = _transposed(z, precision != "bf16")
         with torch.cuda.device_of(z):
             _backward_kernel[(triton.cdiv(rows, options["BM"]),)](
                 z, zt, labels, lse, count, gradient, dz, len(z), start, rows, z.shape[1], zt.shape[1],
@@ -255,38 +248,33 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _operand(features: Tensor, precision: str) -> Tensor:
-    """The features as the products take them; Triton wants rows of whole 16-byte words."""
+def _operands(features: Tensor, precision: str, transposing: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """The features as the products take them, and as (D, N) for some precisions: tensor cores take 32-bit
+    operands along the sum, multiply-adds across it. Triton wants rows of whole 16-byte words."""
     z = features.to(torch.bfloat16 if precision == "bf16" else _wide(features)).contiguous()
-    missing = 0 if precision == "torch" else -z.shape[1] % 16
-    return torch.nn.functional.pad(z, (0, missing)) if missing else z
-
-
-def _transposed(z: Tensor, needed: bool) -> Tensor:
-    """(D, N), N padded: tensor cores take 32-bit operands along the sum, multiply-adds across it."""
-    return torch.nn.functional.pad(z, (0, 0, 0, -len(z) % 16)).T.contiguous() if needed else z
+    if precision != "torch" and z.shape[1] % 16:
+        z = F.pad(z, (0, -z.shape[1] % 16))
+    return z, F.pad(z, (0, 0, 0, -len(z) % 16)).T.contiguous() if precision in transposing else z
 
 
 # The PyTorch path. Nothing here waits for the device.
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    with torch.autocast(a.device.type, enabled=False):
-        torch.mm(a, b, out=out)
-
-
 def _similarities(z: Tensor, labels: Tensor, start: int, rows: int, temperature: float):
-    """Chunks of rows of z z^T / temperature, -inf at a row's own column, and which columns are positives."""
+    """Chunks of rows of z z^T / temperature, -inf at a row's own column, and which columns are positives.
+
+    First of each: which of the rows these are, and which of z. Autocast leaves products with `out` alone.
+    """
     step = min(max(CHUNK_ELEMENTS[z.device.type] // max(len(z), 1), 16), max(rows, 1))
     buffer = z.new_empty((step, len(z)))
     for a in range(0, rows, step):
         b = min(a + step, rows)
         own, s = slice(start + a, start + b), buffer[: b - a]
-        _product(z[own], z.T, s)
+        torch.mm(z[own], z.T, out=s)
         s.div_(temperature).diagonal(start + a).fill_(-math.inf)
         positive = labels[own, None] == labels
         positive.diagonal(start + a).fill_(False)
-        yield a, b, s, positive
+        yield slice(a, b), own, s, positive
 
 
 # The kernels. Logits are in base 2: exp2 is what the hardware has.
@@ -294,7 +282,7 @@ def _similarities(z: Tensor, labels: Tensor, start: int, rows: int, temperature:
 
 @jit
 def _rows(Z, i, n, width, k, ROWS: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):
-    """ROWS rows of Z from row i, features k to k + BK; zeros outside. Only the base needs 64 bits."""
+    """ROWS rows of Z from row i, features k to k + BK; zeros outside. Only the start needs 64 bits."""
     row = tl.arange(0, ROWS)
     column = k + tl.arange(0, BK)
     mask = (row < n - i)[:, None] & (column < width)[None, :]

@@ -7,7 +7,7 @@ traffic, are never written. Layers 3 to 6 are one launch each. kernels/README.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ MIN_SAMPLES = 16  # the first pool needs four frames of layer 0
 MAX_SAMPLES = 1 << 28  # 4.6 hours at 16 kHz; above it offsets inside a clip pass 32 bits
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One TFgram layer: bias-free convolution, batch normalisation, ReLU, then maybe a maximum pool."""
 
     inputs: int
@@ -69,26 +68,24 @@ def pool_ref(x: Tensor, layer: Layer, count: int) -> Tensor:
     return x
 
 
-def half_wanted(wave: Tensor) -> bool:
-    """Whether precision "auto" is bf16: for a bfloat16 wave or under bfloat16 autocast."""
+def auto_precision(wave: Tensor, accurate: str) -> str:
+    """bf16 for a bfloat16 wave or under bfloat16 autocast, else tf32 if cuDNN may use it, or `accurate`."""
     device = wave.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    return autocast or wave.dtype == torch.bfloat16
+    if autocast or wave.dtype == torch.bfloat16:
+        return "bf16"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else accurate
 
 
-@dataclass(frozen=True)
-class Folded:
-    """Convolutions with batch normalisation folded in, one entry a layer; see `fold_batchnorm`."""
+class Folded(NamedTuple):
+    """Convolutions with batch normalisation folded in, one entry per layer; see `fold_batchnorm`."""
 
     weights: tuple[Tensor, ...]  # (taps, inputs, outputs)
     biases: tuple[Tensor, ...]  # (outputs,)
 
     def to(self, *args, **kwargs) -> Folded:
         """`torch.Tensor.to` of every tensor."""
-        return Folded(
-            tuple(w.to(*args, **kwargs) for w in self.weights),
-            tuple(b.to(*args, **kwargs) for b in self.biases),
-        )
+        return Folded(*(tuple(t.to(*args, **kwargs) for t in tensors) for tensors in self))
 
 
 def fold_batchnorm(module: nn.Module, dtype: torch.dtype | None = None) -> Folded:
@@ -126,35 +123,29 @@ def tfgram_infer(
 
     Parameters
     ----------
-    wave : torch.Tensor
-        (clips, samples), samples >= 16; int16 (divided by 32768 here) or floating point in [-1, 1]. float64
-        takes the PyTorch path and stays float64 throughout.
+    wave : Tensor, shape (B, samples), int16 (divided by 32768 here) or floating point in [-1, 1]
+        At least 16 samples. float64 takes PyTorch's path and stays float64 throughout.
     folded : Folded
         From `fold_batchnorm`, on the wave's device.
     hop : int
-        Samples between frames of the log-mel that the feature is stacked with.
+        Samples per frame of the result, T = 1 + samples // hop.
     precision : {"auto", "ieee", "tf32", "bf16"}
-        Of products and stored activations; sums are float32. "auto" is "bf16" under bfloat16 autocast or for
-        a bfloat16 wave, else what a convolution would take: "tf32" on a GPU where `torch.backends.cudnn`
-        allows it (its default), "ieee" elsewhere. To the PyTorch path both mean float32.
+        Of products and stored activations; sums are float32. "auto": bf16 for a bfloat16 wave or under bf16
+        autocast; otherwise tf32, or ieee where `torch.backends.cudnn` does not allow tf32. To PyTorch's path
+        both mean float32.
     backend : {"auto", "triton", "torch"}
         See `backend.resolve`. Where a gradient is wanted "auto" is "torch", and "triton" a RuntimeError.
 
     Returns
     -------
-    torch.Tensor
-        (clips, 128, 1 + samples // hop), in the wave's dtype, float32 for int16.
-
-    References
-    ----------
-    Huang, Fang and He (2025), arXiv:2509.13853: the layers. Ioffe and Szegedy (2015): batch normalisation.
+    Tensor, shape (B, 128, T)
+        In the wave's dtype, float32 for int16.
     """
     _check(wave, folded, precision)
     if wave.dtype == torch.float64:
         precision = "ieee"
     elif precision == "auto":
-        tf32 = wave.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
-        precision = "bf16" if half_wanted(wave) else "tf32" if tf32 else "ieee"
+        precision = auto_precision(wave, "ieee")
     choice = resolve(wave, backend)
     count = frames(wave.shape[1], hop)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (wave, *folded.weights, *folded.biases)):
@@ -307,10 +298,10 @@ def front_kernel(
     w22 = _matrix(W2, 2, C, DT, RELOAD)
 
     part = top + tl.arange(0, P // 2)
-    place = part // segments * pooled + part % segments * (segment // 4)
-    origin = top // segments * pooled + top % segments * (segment // 4)
-    last = tl.where(part // segments < clips, pooled - part % segments * (segment // 4), 0)
-    OUT += ((top // segments).to(tl.int64) * pooled + top % segments * (segment // 4)) * C
+    first = part % segments * (segment // 4)  # frame of the pool's output
+    last = tl.where(part // segments < clips, pooled - first, 0)
+    first += (part // segments - top // segments) * pooled
+    OUT += (top // segments).to(tl.int64) * pooled * C
 
     # Sums in progress. Each has zeros of its own: Triton drops the loop-carried slots of aliased tiles.
     one_tap = tl.zeros([P, C], tl.float32)  # layer 2, two steps ahead
@@ -343,7 +334,7 @@ def front_kernel(
         best = tl.where(step % 2 == 0, pool, tl.maximum(best, pool))
         if step % 2 != 0:
             pool = tl.maximum(best + tl.load(B2 + c)[None, :], 0.0)
-            to = OUT + ((place - origin + step // 2) * C)[:, None] + c[None, :]
+            to = OUT + ((first + step // 2) * C)[:, None] + c[None, :]
             tl.store(to, pool.to(OUT.dtype.element_ty), mask=((step > 0) & (step // 2 < last))[:, None])
 
 

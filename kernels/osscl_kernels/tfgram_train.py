@@ -20,7 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backend import constants, expect, jit, resolve, tl, triton
-from .tfgram_infer import LAYERS, frames, half_wanted, lengths, matrix, matrix_layout, pool_ref, widest_window
+from .tfgram_infer import (
+    LAYERS,
+    auto_precision,
+    frames,
+    lengths,
+    matrix,
+    matrix_layout,
+    pool_ref,
+    widest_window,
+)
 
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
 MIN_SAMPLES = 40  # below it the adaptive pools would have to repeat frames
@@ -81,10 +90,9 @@ def tfgram_train(
     precision : {"auto", "ieee", "tf32x3", "tf32", "bf16"}
         Of Triton's matrix products; sums and statistics are float32 or wider. "bf16" also keeps activations
         in bfloat16. "auto": bf16 for a bfloat16 wave or under bf16 autocast; otherwise tf32, or tf32x3 where
-        `torch.backends.cudnn.allow_tf32` is off. PyTorch's path: bf16, or the wave's own precision.
+        `torch.backends.cudnn` does not allow it. PyTorch's path: bf16, or the wave's own precision.
     backend : {"auto", "triton", "torch"}
-        See `backend.resolve`. Where the wave's gradient is wanted "auto" is "torch", and "triton" a
-        RuntimeError.
+        See `backend.resolve`. Where the wave wants a gradient "auto" is "torch", "triton" a RuntimeError.
 
     Returns
     -------
@@ -93,11 +101,6 @@ def tfgram_train(
     means, variances : lists of 7 tensors, shapes (C_out,)
         Mean and biased variance of each convolution's output over clips and time, without gradient; see
         `update_running_statistics`.
-
-    References
-    ----------
-    Huang et al., arXiv 2509.13853, the TFgram branch as its authors' code runs it; Ioffe and Szegedy, ICML
-    2015 (batch normalisation); Chan, Golub and LeVeque, 1983 (joining variances).
     """
     _check(wave, weights, gammas, betas, precision)
     choice = resolve(wave, backend)
@@ -105,19 +108,17 @@ def tfgram_train(
         if backend == "triton":
             raise RuntimeError("the TFgram training kernels give the wave no gradient: use backend='torch'")
         choice = "torch"
-    device = wave.device.type
     if precision == "auto":
-        full = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
-        precision = "bf16" if half_wanted(wave) else full
-    with torch.autocast(device, enabled=False):
-        if choice == "triton":
-            output, means, variances, _ = forward(
-                wave, list(weights), list(gammas), list(betas), eps, hop, precision
-            )
+        precision = auto_precision(wave, "tf32x3")
+    half = choice == "torch" and precision == "bf16"
+    with torch.autocast(wave.device.type, torch.bfloat16, enabled=half):
+        if choice == "torch":
+            output, means, variances = tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
+        else:
+            groups = list(weights), list(gammas), list(betas)
+            output, *moments, _ = forward(wave, *groups, eps, hop, precision)
             sizes = [layer.outputs for layer in LAYERS]
-            return output, list(means.detach().split(sizes)), list(variances.detach().split(sizes))
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        output, means, variances = tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
+            means, variances = (moment.detach().split(sizes) for moment in moments)
     wide = torch.promote_types(wave.dtype, torch.float32)
     return output.to(wide), [m.to(wide) for m in means], [v.to(wide) for v in variances]
 
@@ -389,12 +390,12 @@ POOL = {"BM": 16, "num_warps": 8, "num_stages": 1}
 SHARES = 128  # partial sums of a weight gradient
 
 
-def _options(kind: str, index: int, precision: str, x: Tensor) -> dict:
-    """The compile-time arguments of a layer's kernel."""
+def _options(kind: str, index: int, precision: str, x: Tensor, length: int, **more) -> tuple[int, dict]:
+    """Tiles in a clip, and the compile-time arguments of a layer's kernel."""
     layer, first = LAYERS[index], index == 1
-    by4 = {} if kind == "conv" else {"BY4": layer.pool == "max4"}
-    shape = dict(CI=layer.inputs, CO=layer.outputs, DILATION=layer.dilation, FIRST=first)
-    return shape | by4 | constants(f"tfgram_{kind}" + ("_first" if first else ""), precision, x)
+    shape = dict(CI=layer.inputs, CO=layer.outputs, DILATION=layer.dilation, FIRST=first) | more
+    shape |= constants(f"tfgram_{kind}" + ("_first" if first else ""), precision, x)
+    return triton.cdiv(length, shape["BM"]), shape
 
 
 def _joined(mean: Tensor, square: Tensor, clips: int, length: int, rows: int):
@@ -412,8 +413,7 @@ def _affine(mean: Tensor, variance: Tensor, gamma: Tensor, beta: Tensor, eps: fl
 
 
 def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float):
-    """Mean, variance and AFF for centred windows; for the kernels, the windows' mean and the weights, both
-    padded to 16; the windows' covariance."""
+    """Mean, variance, AFF for centred windows; the kernels' MU and W0, and the windows' covariance."""
     windows = F.pad(x.double(), (5, 5)).unfold(1, 11, 5).flatten(0, 1)
     mu = windows.mean(0)
     windows = windows - mu
@@ -450,20 +450,18 @@ def forward(wave, weights, gammas, betas, eps, hop, precision):
     room = _room(x, precision, size)
     with torch.cuda.device_of(wave):  # autograd sets the device by itself
         mean, variance, affine, first, covariance = _first_layer(x, weights[0], gammas[0], betas[0], eps)
-        means, variances, affines = [mean], [variance], [affine]
+        statistics, affines = [(mean, variance)], [affine]
         for index, (y, *pool) in enumerate(room, 1):
             layer, length, out = LAYERS[index], size[index], size[index + 1]
-            options = _options("conv", index, precision, x)
-            tiles = triton.cdiv(length, options["BM"])
-            moments = [x.new_empty(clips * tiles, layer.outputs) for _ in range(2)]
+            tiles, options = _options("conv", index, precision, x, length)
+            moments = x.new_empty(2, clips * tiles, layer.outputs)
             weight = matrix_layout(weights[index].permute(2, 1, 0), y.dtype, precision)
             conv_kernel[(clips * tiles,)](
                 source, *first, affine, weight, y, *moments, length, samples, tiles, **options
             )
             mean, variance = _joined(*moments, clips, length, options["BM"])
             affine = _affine(mean, variance, gammas[index], betas[index], eps)
-            means.append(mean)
-            variances.append(variance)
+            statistics.append((mean, variance))
             affines.append(affine)
             source = y
             if pool:
@@ -472,8 +470,8 @@ def forward(wave, weights, gammas, betas, eps, hop, precision):
                 options = {"C": layer.outputs, "BY4": layer.pool == "max4"} | POOL
                 pool_kernel[(clips * tiles,)](y, affine, source, place, length, out, tiles, width, **options)
         output = _normalised_ref(source, affine)[1].relu().transpose(1, 2).contiguous()
-    saved = [*first, covariance, *affines, *sum(room, [])]
-    return output, torch.cat(means).float(), torch.cat(variances).float(), saved
+    means, variances = (torch.cat(each).float() for each in zip(*statistics, strict=True))
+    return output, means, variances, [*first, covariance, *affines, *sum(room, [])]
 
 
 def _normalised_ref(y: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
@@ -530,8 +528,8 @@ def _backward(gradient, wave, weights, saved, hop, precision):
         behind = (source, *first, affines[index - 1])
         extent = (length, out, float(clips * length), samples)
 
-        options = _options("weight", index, precision, x)
-        tiles = triton.cdiv(length, options["BM"])
+        by4 = layer.pool == "max4"
+        tiles, options = _options("weight", index, precision, x, length, BY4=by4)
         share = triton.cdiv(clips * tiles, SHARES)
         parts = triton.cdiv(clips * tiles, share)
         partial = x.new_empty(parts, 3, layer.inputs, layer.outputs)
@@ -540,8 +538,7 @@ def _backward(gradient, wave, weights, saved, hop, precision):
         )
         matrices.append(partial.sum(0, dtype=torch.float64).permute(2, 1, 0).float())
 
-        options = _options("input", index, precision, x)
-        tiles = triton.cdiv(length, options["BM"])
+        tiles, options = _options("input", index, precision, x, length, BY4=by4)
         dz = torch.empty_like(source)
         sums = x.new_empty(clips * tiles, 2, layer.inputs)
         products = x.new_empty(clips * tiles, 16, layer.inputs) if index == 1 else sums
