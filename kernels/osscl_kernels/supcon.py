@@ -95,9 +95,7 @@ def supcon_loss(
         precision = "bf16" if features.dtype == torch.bfloat16 else "tf32x3"
     settings = (temperature, base_temperature, precision)
     labels = labels.to(torch.int64).contiguous()
-    if group is not None:
-        return _Gathered.apply(features, labels, group, reduction == "mean", *settings)
-    return _forward(features, labels, 0, len(labels), reduction == "mean", *settings)[0]
+    return _Loss.apply(features, labels, group, reduction == "mean", *settings)
 
 
 def _check(features, labels, temperature, base_temperature, precision, reduction) -> None:
@@ -198,39 +196,28 @@ def _(gradient, features, labels, lse, count, start, rows, *_):
     return features.new_empty((rows, features.shape[1]))
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    features, labels, *ctx.settings = inputs
-    ctx.save_for_backward(features, labels, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, gradient, *_):
-    given = None if gradient is None else _backward(gradient, *ctx.saved_tensors, *ctx.settings)
-    return given, *[None] * (1 + len(ctx.settings))
-
-
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-class _Gathered(torch.autograd.Function):
-    """The loss over all ranks' rows. A process group cannot be an operator's argument: it stays here."""
+class _Loss(torch.autograd.Function):
+    """The loss, over all ranks' rows with a group, which cannot be an operator's argument."""
 
     @staticmethod
     def forward(ctx, features, labels, group, mean, *settings):
-        sizes = torch.tensor([len(labels)], device=labels.device)
-        sizes = [int(size) for size in _gather(sizes, [1] * dist.get_world_size(group), group)]
-        start, rows = sum(sizes[: dist.get_rank(group)]), len(labels)
-        features, labels = _gather(features, sizes, group), _gather(labels, sizes, group)
-        losses, lse, count = _forward(features, labels, start, rows, False, *settings)
-        per_row = _gather(torch.stack([losses, lse, count], 1), sizes, group)
-        ctx.save_for_backward(features, labels, per_row[:, 1].contiguous(), per_row[:, 2].contiguous())
+        start, rows, sizes = 0, len(labels), None
+        if group:
+            sizes = torch.tensor([rows], device=labels.device)
+            sizes = [int(size) for size in _gather(sizes, [1] * dist.get_world_size(group), group)]
+            start = sum(sizes[: dist.get_rank(group)])
+            features, labels = _gather(features, sizes, group), _gather(labels, sizes, group)
+        loss, lse, count = _forward(features, labels, start, rows, mean and not group, *settings)
+        if group:
+            losses, lse, count = _gather(torch.stack([loss, lse, count], 1), sizes, group).T.contiguous()
+            loss = losses.sum() / max(len(labels), 1) if mean else loss
+        ctx.save_for_backward(features, labels, lse, count)
         ctx.group, ctx.sizes, ctx.settings = group, sizes, (start, rows, mean, *settings)
-        return per_row[:, 0].sum() / max(len(labels), 1) if mean else losses
+        return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        if gradient.ndim:  # each rank knows the gradient of its own rows' losses only
+        if ctx.group and gradient.ndim:  # each rank knows the gradient of its own rows' losses only
             gradient = _gather(gradient, ctx.sizes, ctx.group)
         return _backward(gradient, *ctx.saved_tensors, *ctx.settings), *[None] * 6
 
@@ -281,22 +268,18 @@ def _similarities(z: Tensor, labels: Tensor, start: int, rows: int, temperature:
 
 
 @jit
-def _rows(Z, i, n, width, k, ROWS: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr):
-    """ROWS rows of Z from row i, features k to k + BK; zeros outside. Only the start needs 64 bits."""
-    row = tl.arange(0, ROWS)
-    column = k + tl.arange(0, BK)
-    mask = (row < n - i)[:, None] & (column < width)[None, :]
-    at = Z + tl.cast(i, tl.int64) * width + (row[:, None] * width + column[None, :])
-    return tl.load(at, mask=mask, other=0.0).to(DT)
-
-
-@jit
-def _features(ZT, j, n, width, pitch, k, BK: tl.constexpr, ROWS: tl.constexpr):
-    """The same from the transposed features, transposed: features k to k + BK of ROWS rows from row j."""
-    feature = k + tl.arange(0, BK)
-    row = j + tl.arange(0, ROWS)
-    at = ZT + feature[:, None] * pitch + row[None, :]
-    return tl.load(at, mask=(feature < width)[:, None] & (row < n)[None, :], other=0.0)
+def _rows(
+    Z, ZT, i, n, width, pitch, k,
+    ROWS: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows from row i, features k to k + BK, of Z (n, width) or ZT (width, pitch); zeros outside."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = k + tl.arange(0, BK)[None, :]
+    if TRANSPOSED:
+        at = ZT + column * pitch + (i + row)
+    else:
+        at = Z + tl.cast(i, tl.int64) * width + (row * width + column)  # only the start needs 64 bits
+    return tl.load(at, mask=(row < n - i) & (column < width), other=0.0).to(DT)
 
 
 @jit
@@ -309,12 +292,9 @@ def _cosines(
     s = tl.zeros([BM, BN], tl.float32)
     for k in tl.static_range(0, D, BK):
         if BK < D:
-            own = _rows(Z, i, n, width, k, BM, BK, DT)
-        if PRECISION == "ieee":
-            other = _features(ZT, j, n, width, pitch, k, BK, BN)
-        else:
-            other = tl.trans(_rows(Z, j, n, width, k, BN, BK, DT))
-        s = tl.dot(own, other, s, input_precision=PRECISION)
+            own = _rows(Z, ZT, i, n, width, pitch, k, BM, BK, DT, False)
+        other = _rows(Z, ZT, j, n, width, pitch, k, BN, BK, DT, PRECISION == "ieee")
+        s = tl.dot(own, tl.trans(other), s, input_precision=PRECISION)
     return s
 
 
@@ -328,7 +308,7 @@ def _forward_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     i = start + tl.program_id(0) * BM
     row = start + m
-    own = _rows(Z, i, n, width, 0, BM, BK, DT)
+    own = _rows(Z, ZT, i, n, width, pitch, 0, BM, BK, DT, False)
     label = tl.load(LABELS + row, mask=row < n, other=0)
     # Each carried value has a tensor of its own: aliases are dropped by the compiler.
     peak = tl.full([BM], -float("inf"), tl.float32)
@@ -373,7 +353,7 @@ def _backward_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     i = start + tl.program_id(0) * BM
     row = start + m
-    own = _rows(Z, i, n, width, 0, BM, BK, DT)
+    own = _rows(Z, ZT, i, n, width, pitch, 0, BM, BK, DT, False)
     label = tl.load(LABELS + row, mask=row < n, other=0)
     lse, w, v = _weights(LSE, COUNT, GRADIENT, row, n, gradient_stride, factor)
     dz = tl.zeros([BM, D], tl.float32)
@@ -387,10 +367,7 @@ def _backward_kernel(
         g -= tl.where(same, v[:, None] + other_v[None, :], 0.0)  # past the end it meets rows of zeros
         if (j < i + BM) & (i < j + BN):  # the rows' own columns are among these
             g = tl.where(column[None, :] == row[:, None], 0.0, g)
-        if PRECISION == "tf32x3":
-            other = tl.trans(_features(ZT, j, n, width, pitch, 0, D, BN))
-        else:
-            other = _rows(Z, j, n, width, 0, BN, D, DT)
+        other = _rows(Z, ZT, j, n, width, pitch, 0, BN, D, DT, PRECISION == "tf32x3")
         g = g.to(Z.dtype.element_ty).to(other.dtype)
         dz = tl.dot(g, other, dz, input_precision=PRECISION)
     feature = tl.arange(0, D)
