@@ -1,7 +1,4 @@
-"""Which implementation of a kernel runs, and with which tiles.
-
-Importing this module never touches CUDA. Without Triton every public function takes its PyTorch path.
-"""
+"""Which implementation of a kernel runs, and with which tiles. Importing this never touches CUDA."""
 
 from __future__ import annotations
 
@@ -32,18 +29,20 @@ TILES = pathlib.Path(__file__).with_name("tiles.json")
 FAMILIES = {86: 0, 80: 1, 87: 1, 90: 2, 100: 3, 103: 3}
 
 
-def resolve(tensor: Tensor, backend: str = "auto") -> str:
+def resolve(tensor: Tensor, backend: str = "auto", missing: str = "") -> str:
     """Choose the implementation for a tensor: "triton" or "torch".
 
     "auto" follows OSSCL_KERNELS_BACKEND where it is set, and otherwise takes Triton for a CUDA tensor on
-    compute capability 8.0 or newer, PyTorch for anything else. A ValueError names an unknown backend, a
-    RuntimeError why Triton cannot run where it is requested.
+    compute capability 8.0 or newer, PyTorch for anything else; also PyTorch where the kernel lacks what is
+    asked of it (`missing`). A RuntimeError says why Triton cannot run where it is requested.
     """
     source = "argument"
     if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
         backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
     expect(source, "backend", backend, BACKENDS)
-    obstacle = _obstacle(tensor)
+    if missing and source != "argument":
+        backend = "auto"
+    obstacle = missing or _obstacle(tensor)
     if backend == "triton" and obstacle:
         raise RuntimeError(f"{source} requests the triton backend, but {obstacle}")
     if backend == "auto":  # the interpreter runs only when it is requested
@@ -81,14 +80,9 @@ def tile_rows() -> list[dict[str, Any]]:
 def tile(kernel: str, precision: str, tensor: Tensor, size: int = 0) -> dict[str, Any]:
     """The tile of a kernel for a problem of `size` rows on the tensor's device."""
     family = FAMILIES.get(capability(tensor), 0)
-    fitting = [
-        row
-        for row in tile_rows()
-        if (row["kernel"], row["precision"]) == (kernel, precision)
-        and FAMILIES[row["sm"]] <= family
-        and row["size"] <= size
-    ]
-    return dict(max(fitting, key=lambda row: (FAMILIES[row["sm"]], row["size"]))["tile"])
+    rows = [row for row in tile_rows() if (row["kernel"], row["precision"]) == (kernel, precision)]
+    rows = [row for row in rows if FAMILIES[row["sm"]] <= family and row["size"] <= size]
+    return dict(max(rows, key=lambda row: (FAMILIES[row["sm"]], row["size"]))["tile"])
 
 
 def constants(kernel: str, precision: str, tensor: Tensor, size: int = 0) -> dict[str, Any]:
@@ -112,8 +106,6 @@ def keep_freed_memory() -> bool:
     Getting activations back from the system page by page can cost a large part of a step. The setting holds
     for the whole process, which stays at its largest size: a training program calls this, a library does not.
     """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    options = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        return False
-    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 2**31 - 1))
+    return mallopt is not None and all(mallopt(option, 2**31 - 1) for option in options)

@@ -69,18 +69,16 @@ def supcon_loss(
     temperature, base_temperature : float
         Similarities are divided by `temperature`, the loss is multiplied by temperature / base_temperature.
     precision : {"auto", "ieee", "tf32x3", "bf16"}
-        Of Triton's matrix products; the rest, and PyTorch's path, is float32 (float64 for float64 features).
-        "ieee": multiply-adds. "tf32x3": three products on tensor cores, as exact in practice. "bf16":
-        features are rounded to 8 bits, so logits at temperature 0.02 are off by up to 0.2. "auto": bf16 for
-        bfloat16 features, else tf32x3.
+        Of Triton's matrix products. "ieee": float32 multiply-adds. "tf32x3": three products on tensor cores,
+        as exact in practice. "bf16": features are rounded to 8 bits, so logits at temperature 0.02 are off by
+        up to 0.2. "auto": bf16 for bfloat16 features, else tf32x3. All else is float32, or wider.
     backend : {"auto", "triton", "torch"}
         See `backend.resolve`. float64 and D > 128 always take the PyTorch path.
     reduction : {"mean", "none"}
         "mean" divides by N, rows without a positive included; "none" gives the loss of each row.
     group : torch.distributed.ProcessGroup, optional
-        Every rank passes its own rows, as many as it has, and gets the loss over the rows of all ranks
-        ("none": of its own rows against all) and its own rows' gradient of that. DistributedDataParallel
-        averages gradients, so a step with it multiplies the loss by the world size.
+        Every rank passes its own rows and gets the loss over the rows of all ranks ("none": of its own rows
+        against all). DistributedDataParallel averages gradients: multiply by the world size.
 
     Returns
     -------
@@ -93,9 +91,8 @@ def supcon_loss(
         precision = "torch"
     elif precision == "auto":
         precision = "bf16" if features.dtype == torch.bfloat16 else "tf32x3"
-    settings = (temperature, base_temperature, precision)
-    labels = labels.to(torch.int64).contiguous()
-    return _Loss.apply(features, labels, group, reduction == "mean", *settings)
+    labels, mean = labels.to(torch.int64).contiguous(), reduction == "mean"
+    return _Loss.apply(features, labels, group, mean, temperature, base_temperature, precision)
 
 
 def _check(features, labels, temperature, base_temperature, precision, reduction) -> None:
@@ -117,8 +114,6 @@ def _check(features, labels, temperature, base_temperature, precision, reduction
 
 # The operators work on rows `start` to `start + rows` of the features against all of them, so that a rank can
 # finish its own rows; a single process takes all. Precision "torch" is the PyTorch path.
-
-
 SETTINGS = "int start, int rows, bool mean, float temperature, float base_temperature, str precision"
 
 
@@ -186,7 +181,7 @@ def _backward(
 
 
 @_forward.register_fake
-def _(features, labels, start, rows, mean, temperature, base_temperature, precision):
+def _(features, labels, start, rows, mean, *_):
     row = features.new_empty(rows, dtype=_wide(features))
     return row.new_empty(()) if mean else torch.empty_like(row), row, torch.empty_like(row)
 
@@ -236,28 +231,22 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _operands(features: Tensor, precision: str, transposing: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """The features as the products take them, and as (D, N) for some precisions: tensor cores take 32-bit
-    operands along the sum, multiply-adds across it. Triton wants rows of whole 16-byte words."""
+    """The features as the products take them, and for some precisions as (D, N)."""
     z = features.to(torch.bfloat16 if precision == "bf16" else _wide(features)).contiguous()
-    if precision != "torch" and z.shape[1] % 16:
+    if precision != "torch" and z.shape[1] % 16:  # Triton wants rows of whole 16-byte words
         z = F.pad(z, (0, -z.shape[1] % 16))
+    # Tensor cores take 32-bit operands along the sum, multiply-adds across it.
     return z, F.pad(z, (0, 0, 0, -len(z) % 16)).T.contiguous() if precision in transposing else z
 
 
-# The PyTorch path. Nothing here waits for the device.
-
-
 def _similarities(z: Tensor, labels: Tensor, start: int, rows: int, temperature: float):
-    """Chunks of rows of z z^T / temperature, -inf at a row's own column, and which columns are positives.
-
-    First of each: which of the rows these are, and which of z. Autocast leaves products with `out` alone.
-    """
+    """Chunks of rows: their places here and in z, z z^T / temperature (-inf at a row itself), positives."""
     step = min(max(CHUNK_ELEMENTS[z.device.type] // max(len(z), 1), 16), max(rows, 1))
     buffer = z.new_empty((step, len(z)))
     for a in range(0, rows, step):
         b = min(a + step, rows)
         own, s = slice(start + a, start + b), buffer[: b - a]
-        torch.mm(z[own], z.T, out=s)
+        torch.mm(z[own], z.T, out=s)  # autocast leaves products with `out` alone
         s.div_(temperature).diagonal(start + a).fill_(-math.inf)
         positive = labels[own, None] == labels
         positive.diagonal(start + a).fill_(False)
@@ -265,8 +254,6 @@ def _similarities(z: Tensor, labels: Tensor, start: int, rows: int, temperature:
 
 
 # The kernels. Logits are in base 2: exp2 is what the hardware has.
-
-
 @jit
 def _rows(
     Z, ZT, i, n, width, pitch, k,

@@ -91,9 +91,8 @@ class Folded(NamedTuple):
 def fold_batchnorm(module: nn.Module, dtype: torch.dtype | None = None) -> Folded:
     """Fold running statistics and affine of batch normalisation into weights and biases, in float64.
 
-    `module` has `conv` (seven Conv1d without bias) and `norm` (seven BatchNorm1d), shaped as `LAYERS` says.
-    The weights have `dtype`, by default the parameters', the biases at least float32. Nothing is cached: fold
-    on every evaluation call, or once and keep the result while the module does not change.
+    `module` has `conv` (Conv1d without bias) and `norm` (BatchNorm1d), one per layer. The weights get `dtype`,
+    by default the parameters', the biases at least float32. Fold anew whenever the module has changed.
     """
     dtype = dtype or module.conv[0].weight.dtype
     weights, biases = [], []
@@ -146,12 +145,9 @@ def tfgram_infer(
         precision = "ieee"
     elif precision == "auto":
         precision = auto_precision(wave, "ieee")
-    choice = resolve(wave, backend)
     count = frames(wave.shape[1], hop)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (wave, *folded.weights, *folded.biases)):
-        if backend == "triton":
-            raise RuntimeError("the inference kernels have no backward: use no_grad or backend='torch'")
-        choice = "torch"
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for group in ([wave], *folded) for t in group)
+    choice = resolve(wave, backend, "the inference kernels have no backward" if wanted else "")
     if choice == "triton" and max(_slots(lengths(wave.shape[1], count))) <= 64:
         out = _infer(wave, list(folded.weights), list(folded.biases), count, precision)
     else:
@@ -268,8 +264,7 @@ def _segment(clips: int, length: int, rows: int, wave: Tensor) -> int:
 
 @jit
 def front_kernel(
-    X, W0, B0, W1, B1, W2, B2, OUT,
-    clips, clip_stride, samples, length, pooled, segments, segment,
+    X, W0, B0, W1, B1, W2, B2, OUT, clips, clip_stride, samples, length, pooled, segments, segment,
     P: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Layers 0, 1, 2 and the pool by four: X (clips, samples) -> OUT (clips, pooled, C).
@@ -290,12 +285,8 @@ def front_kernel(
     j = tl.arange(0, 16)
     w0 = tl.load(W0 + j[:, None] * C + c[None, :], mask=j[:, None] < 11, other=0.0).to(DT)
     w0_next = tl.load(W0 + (j[:, None] - 5) * C + c[None, :], mask=j[:, None] >= 5, other=0.0).to(DT)
-    w10 = _matrix(W1, 0, C, DT, RELOAD)
-    w11 = _matrix(W1, 1, C, DT, RELOAD)
-    w12 = _matrix(W1, 2, C, DT, RELOAD)
-    w20 = _matrix(W2, 0, C, DT, RELOAD)
-    w21 = _matrix(W2, 1, C, DT, RELOAD)
-    w22 = _matrix(W2, 2, C, DT, RELOAD)
+    w10, w11, w12 = _matrices(W1, C, DT, RELOAD)
+    w20, w21, w22 = _matrices(W2, C, DT, RELOAD)
 
     part = top + tl.arange(0, P // 2)
     first = part % segments * (segment // 4)  # frame of the pool's output
@@ -339,13 +330,14 @@ def front_kernel(
 
 
 @jit
-def _matrix(W, tap: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, RELOAD: tl.constexpr):
-    """One tap's (C, C) matrix, or where it is."""
+def _matrices(W, C: tl.constexpr, DT: tl.constexpr, RELOAD: tl.constexpr):
+    """The taps' (C, C) matrices, or where they are."""
     c = tl.arange(0, C)
-    w = W + tap * C * C + c[:, None] * C + c[None, :]
-    if not RELOAD:
-        w = tl.load(w).to(DT)
-    return w
+    w = W + c[:, None] * C + c[None, :]
+    if RELOAD:
+        return w, w + C * C, w + 2 * C * C
+    else:
+        return tl.load(w).to(DT), tl.load(w + C * C).to(DT), tl.load(w + 2 * C * C).to(DT)
 
 
 @jit
@@ -402,8 +394,7 @@ def matrix(
 
 @jit
 def conv_kernel(
-    X, W, B, OUT,
-    length, pooled, tiles,
+    X, W, B, OUT, length, pooled, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, SLOTS: tl.constexpr, LAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

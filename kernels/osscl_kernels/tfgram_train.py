@@ -3,9 +3,8 @@
 Batch statistics stand between the layers, and only raw convolution outputs are kept, channels-last:
 
 - BN + ReLU of the layer before are the kernel's prologue (zero padding comes after them), never stored.
-- The first layer's mean and variance follow from those of the 11 samples under it, in float64: mean = w.mu,
-  variance = w^T cov w. So that layer itself runs inside its neighbours' prologues.
-- The others store one (mean, centred sum of squares) per program; Chan's formula joins them in float64.
+- The first layer's mean and variance follow from those of the 11 samples under it (w.mu and w^T cov w, in
+  float64), so that the layer itself runs inside its neighbours' prologues.
 - Backward, with dz the gradient behind the ReLU: dgamma = sum dz xhat and dbeta = sum dz are summed where dz
   is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first layer
   needs only sum dz (x - mu) and the same covariance.
@@ -79,10 +78,8 @@ def tfgram_train(
     ----------
     wave : Tensor, shape (B, samples), floating point
         At least 40 samples.
-    weights : sequence of 7 tensors, shapes (C_out, C_in, kernel)
-        Bias-free convolution weights, as `LAYERS` lists them.
-    gammas, betas : sequences of 7 tensors, shapes (C_out,)
-        BatchNorm weights and biases.
+    weights, gammas, betas : sequences of 7 tensors
+        Of bias-free convolutions (C_out, C_in, kernel), as `LAYERS` lists them, and of BatchNorm (C_out,).
     eps : float
         Added to the variances.
     hop : int
@@ -103,11 +100,8 @@ def tfgram_train(
         `update_running_statistics`.
     """
     _check(wave, weights, gammas, betas, precision)
-    choice = resolve(wave, backend)
-    if torch.is_grad_enabled() and wave.requires_grad:
-        if backend == "triton":
-            raise RuntimeError("the TFgram training kernels give the wave no gradient: use backend='torch'")
-        choice = "torch"
+    wanted = torch.is_grad_enabled() and wave.requires_grad
+    choice = resolve(wave, backend, "the training kernels give the wave no gradient" if wanted else "")
     if precision == "auto":
         precision = auto_precision(wave, "tf32x3")
     half = choice == "torch" and precision == "bf16"
@@ -140,9 +134,9 @@ def update_running_statistics(
             continue
         norm.num_batches_tracked += 1
         momentum = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        unbiased = variance.to(norm.running_var.dtype) * (count / (count - 1))
-        norm.running_var.lerp_(unbiased, momentum)
+        unbiased = variance * (count / (count - 1))
+        for buffer, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            buffer.lerp_(value.to(buffer.dtype), momentum)
 
 
 def rows(wave: Tensor, hop: int = 512) -> list[int]:
@@ -166,8 +160,6 @@ def _check(wave, weights, gammas, betas, precision):
 
 # Kernels. AFF (4, C) float32: a layer's mean, rstd, gamma, beta. GRAD (2, C) float32: its dgamma, dbeta.
 # A window of the first layer is a row of 16 samples, 11 of them live and less their means MU.
-
-
 @jit
 def _tile(tiles, BM: tl.constexpr):
     """Clip and time steps of a program, of which each clip has `tiles`."""
@@ -251,8 +243,7 @@ def _routed(DZ, IDX, clip, window, offset, c, inside, pooled, C: tl.constexpr):
 
 @jit
 def conv_kernel(
-    X, MU, W0, AFF, W, Y, MEAN, SQUARE,
-    length, samples, tiles,
+    X, MU, W0, AFF, W, Y, MEAN, SQUARE, length, samples, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -324,8 +315,7 @@ def unpool_kernel(DZ, IDX, OUT, length, pooled, tiles, overlap, C: tl.constexpr,
 
 @jit
 def input_gradient_kernel(
-    Y, DZ, IDX, AFF, GRAD, W, X, MU, W0, AFF_X, DX, SUMS, PRODUCTS,
-    length, pooled, count, samples, tiles,
+    Y, DZ, IDX, AFF, GRAD, W, X, MU, W0, AFF_X, DX, SUMS, PRODUCTS, length, pooled, count, samples, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -355,8 +345,7 @@ def input_gradient_kernel(
 
 @jit
 def weight_gradient_kernel(
-    Y, DZ, IDX, AFF, GRAD, X, MU, W0, AFF_X, PART,
-    length, pooled, count, samples, tiles, all_tiles, share,
+    Y, DZ, IDX, AFF, GRAD, X, MU, W0, AFF_X, PART, length, pooled, count, samples, tiles, all_tiles, share,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BCI: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -381,9 +370,6 @@ def weight_gradient_kernel(
     tl.store(to, left)
     tl.store(to + CI * CO, middle)
     tl.store(to + 2 * CI * CO, right)
-
-
-# Host side. The operators are functional: what the backward pass reads is a result of the forward pass.
 
 
 POOL = {"BM": 16, "num_warps": 8, "num_stages": 1}
@@ -443,7 +429,10 @@ def _room(x: Tensor, precision: str, size: list[int]) -> list[list[Tensor]]:
     "str precision) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def forward(wave, weights, gammas, betas, eps, hop, precision):
-    """Output, means and variances of all layers in a row, and what the backward pass reads."""
+    """Output, means and variances of all layers in a row, and what the backward pass reads.
+
+    Operators must not write to their inputs, so even the raw outputs are results.
+    """
     x = source = wave.float().contiguous()
     clips, samples = x.shape
     size = lengths(samples, frames(samples, hop))
@@ -516,15 +505,11 @@ def _backward(gradient, wave, weights, saved, hop, precision):
             place, y = stored.pop(), stored.pop()
         source = stored[-1]
         if layer.pool.startswith("frames"):
-            full = torch.empty_like(y)
-            tiles, overlap = triton.cdiv(length, POOL["BM"]), widest_window(out, length)
-            unpool_kernel[(clips * tiles,)](
-                dz, place, full, length, out, tiles, overlap, C=layer.outputs, **POOL
-            )
-            dz = full
-        sums = sums.float()
-        vectors.append(sums)
-        before = (y, dz, place, affines[index], sums)
+            tiles, options = triton.cdiv(length, POOL["BM"]), {"C": layer.outputs} | POOL
+            pooled, dz, overlap = dz, torch.empty_like(y), widest_window(out, length)
+            unpool_kernel[(clips * tiles,)](pooled, place, dz, length, out, tiles, overlap, **options)
+        vectors.append(sums.float())
+        before = (y, dz, place, affines[index], vectors[-1])
         behind = (source, *first, affines[index - 1])
         extent = (length, out, float(clips * length), samples)
 
