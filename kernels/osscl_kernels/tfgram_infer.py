@@ -89,10 +89,10 @@ class Folded(NamedTuple):
 
 
 def fold_batchnorm(module: nn.Module, dtype: torch.dtype | None = None) -> Folded:
-    """Fold running statistics and affine of batch normalisation into weights and biases, in float64.
+    """Fold batch normalisation into the convolutions, in float64; needed anew whenever the module changes.
 
-    `module` has `conv` (Conv1d without bias) and `norm` (BatchNorm1d), one per layer. The weights get `dtype`,
-    by default the parameters', the biases at least float32. Fold anew whenever the module has changed.
+    `module` has `conv` (Conv1d without bias) and `norm` (BatchNorm1d), one per layer. Weights get `dtype`, by
+    default the parameters'; biases are at least float32.
     """
     dtype = dtype or module.conv[0].weight.dtype
     weights, biases = [], []
@@ -159,10 +159,8 @@ def tfgram_infer(
 def _check(wave: Tensor, folded: Folded, precision: str) -> None:
     expect("tfgram_infer", "precision", precision, PRECISIONS)
     if wave.dim() != 2 or not MIN_SAMPLES <= wave.shape[1] < MAX_SAMPLES:
-        limits = f"{MIN_SAMPLES} <= samples < {MAX_SAMPLES}"
-        raise ValueError(
-            f"tfgram_infer: wave is {tuple(wave.shape)}; expected (clips, samples) with {limits}"
-        )
+        expected = f"(clips, samples) with {MIN_SAMPLES} <= samples < {MAX_SAMPLES}"
+        raise ValueError(f"tfgram_infer: wave is {tuple(wave.shape)}; expected {expected}")
     if not (wave.is_floating_point() or wave.dtype == torch.int16):
         raise ValueError(f"tfgram_infer: wave is {wave.dtype}; expected int16 or floating point")
     shapes = [tuple(w.shape) for w in folded.weights]
@@ -400,8 +398,8 @@ def conv_kernel(
 ):  # fmt: skip
     """Three-tap convolution, bias, ReLU and adaptive maximum pool (SLOTS = 1: none).
 
-    X (clips, length, CI) -> OUT (clips, pooled, CO), or (clips, CO, pooled) for the LAST layer. W is
-    (3 CI, CO), transposed for tensor cores. A window of the pool holds at most SLOTS frames.
+    X (clips, length, CI) -> OUT (clips, pooled, CO), or (clips, CO, pooled) for the LAST layer. W is stored
+    by `matrix_layout`. A window of the pool holds at most SLOTS frames.
     """
     clip = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles * (BM // SLOTS)
