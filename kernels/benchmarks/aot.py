@@ -35,7 +35,7 @@ import triton  # noqa: E402
 from osscl_kernels import LAYERS, backend, frames  # noqa: E402
 from triton.backends.compiler import BaseBackend, GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import native_specialize_impl  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 MODULES = ("supcon", "tfgram_infer", "tfgram_train")
 # Shared memory per program, bytes (CUDA C++ programming guide, table of technical specifications).
@@ -53,20 +53,19 @@ class Case:
     precision: str
     signature: dict[str, str]
     constants: dict[str, Any]
-    aligned: tuple[str, ...]  # arguments that are multiples of 16
-    num_warps: int
-    num_stages: int
+    attributes: dict[tuple, list]  # of arguments that are multiples of 16
+    options: dict[str, int]  # num_warps, num_stages
 
     @property
     def name(self) -> str:
         """What tells it apart from the others: kernel, precision and numbers."""
         shape = " ".join(f"{k}={v}" for k, v in self.constants.items() if isinstance(v, int))
-        return f"{self.module} {self.kernel} {self.precision} {shape} warps={self.num_warps}"
+        return f"{self.module} {self.kernel} {self.precision} {shape} warps={self.options['num_warps']}"
 
     def comparable(self) -> Case:
         """The case without what leaves the machine code alike: the dilation, an unused precision."""
         constants = {key: value for key, value in self.constants.items() if key != "DILATION"}
-        return replace(self, precision="", constants=constants, aligned=())
+        return replace(self, precision="", constants=constants, attributes={})
 
 
 class Recorder:
@@ -78,24 +77,17 @@ class Recorder:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *arguments, num_warps=4, num_stages=3, **constants):
+    def launch(self, *arguments, **keywords):
         """Add this launch to the cases."""
-        values = dict(zip(self.function.arg_names, arguments, strict=False)) | constants
-        signature, fixed, aligned = {}, {}, []
-        for parameter in self.function.params:
-            name, value = parameter.name, values[parameter.name]
-            kind, known = "constexpr", None
-            if not parameter.is_constexpr:
-                kind, known = native_specialize_impl(BaseBackend, value, False, True, True)
-            signature[name] = kind
-            if kind == "constexpr":
-                fixed[name] = value
-            elif known == "D":
-                aligned.append(name)
-        case = Case(
-            self.module, self.function.__name__, self.precision, signature, fixed,
-            tuple(aligned), num_warps, num_stages,
-        )  # fmt: skip
+        function = self.function
+        bind = create_function_from_signature(function.signature, function.params, BaseBackend)
+        values, kinds, options = bind(*arguments, **keywords)
+        signature = {name: kind for name, (kind, _) in zip(values, kinds, strict=True)}
+        constants = {name: value for name, value in values.items() if signature[name] == "constexpr"}
+        attributes = {
+            (i,): BaseBackend.parse_attr(known) for i, (_, known) in enumerate(kinds) if known == "D"
+        }
+        case = Case(self.module, function.__name__, self.precision, signature, constants, attributes, options)
         if case.comparable() not in [other.comparable() for other in self.cases]:
             self.cases.append(case)
 
@@ -116,7 +108,7 @@ def launch(
     if part == "supcon":
         z = torch.zeros(size, 128, device=device)
         labels = torch.zeros(size, dtype=torch.int64, device=device)
-        rest = (0, size, True, 0.02, 0.07, precision, "triton")
+        rest = (0, size, True, 0.02, 0.07, precision)
 
         def call():
             loss, lse, count = host._forward(z, labels, *rest)
@@ -156,10 +148,8 @@ def record(capability: int) -> list[Case]:
 def compile_case(case: Case, capability: int):
     """The compiled kernel of one configuration; needs no GPU and no driver."""
     kernel = getattr(module(case.module), case.kernel)
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-    source = ASTSource(kernel, case.signature, constexprs=case.constants, attrs=attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    source = ASTSource(kernel, case.signature, constexprs=case.constants, attrs=case.attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
 
 
 def measure(compiled) -> dict:

@@ -44,7 +44,7 @@ def milliseconds(kernel: str, precision: str, size: int, tile: dict) -> float:
     def chosen(name, *rest):
         return dict(tile) if name == kernel else choose(name, *rest)
 
-    with mock.patch.object(aot.module(part), "tile", chosen):
+    with mock.patch.object(backend, "tile", chosen):
         call = aot.launch(part, precision, size or 64, "cuda")
         try:
             return backend.triton.testing.do_bench(call, warmup=5, rep=30)
@@ -58,7 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="only kernels whose name contains this")
     arguments = parser.parse_args()
-    family = backend.FAMILY_OF.get(backend.capability(torch.empty(0, device="cuda")), 86)
+    here = backend.FAMILIES.get(backend.capability(torch.empty(0, device="cuda")), 0)
+    family = next(sm for sm, family in backend.FAMILIES.items() if family == here)
     rows = {(r["kernel"], r["sm"], r["precision"], r["size"]): r for r in backend.tile_rows()}
     for kernel, precision, size in sorted({(k, p, s) for k, _, p, s in rows if arguments.only in k}):
         tile = backend.tile(kernel, precision, torch.empty(0, device="cuda"), size)

@@ -1,17 +1,12 @@
-"""Which implementation of a kernel runs, and with which tiles.
-
-Importing this module never touches CUDA. Without Triton every public function takes its PyTorch path.
-"""
+"""Which implementation of a kernel runs, and with which tiles. Importing this never touches CUDA."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,35 +18,31 @@ try:
 except ImportError:  # Triton is published for Linux only
     triton = tl = None
 
+jit = triton.jit if triton else lambda function: function  # which is then never launched
 BACKENDS = ("auto", "triton", "torch")
 ENVIRONMENT_VARIABLE = "OSSCL_KERNELS_BACKEND"
 # Read once, as Triton does: the variable must be set before the kernels are imported.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 TILES = pathlib.Path(__file__).with_name("tiles.json")
-# Families of GPUs by what a tile may use: 99 KB of shared memory (every GPU not named), 163 KB, 227 KB
-# and 227 KB beside tensor memory. A family without a tile of its own takes that of the one before it.
-FAMILIES = (86, 80, 90, 100)
-FAMILY_OF = {80: 80, 87: 80, 90: 90, 100: 100, 103: 100}
+# GPUs by what a tile may use: 99 KB of shared memory (also every GPU not named), 163 KB, 227 KB, and 227 KB
+# beside tensor memory.
+FAMILIES = {86: 0, 80: 1, 87: 1, 90: 2, 100: 3, 103: 3}
 
 
-def jit(function: Callable) -> Callable:
-    """`triton.jit` where Triton is installed, the bare function elsewhere."""
-    return triton.jit(function) if triton is not None else function
-
-
-def resolve(tensor: Tensor, backend: str = "auto") -> str:
+def resolve(tensor: Tensor, backend: str = "auto", missing: str = "") -> str:
     """Choose the implementation for a tensor: "triton" or "torch".
 
     "auto" follows OSSCL_KERNELS_BACKEND where it is set, and otherwise takes Triton for a CUDA tensor on
-    compute capability 8.0 or newer, PyTorch for anything else. A ValueError names an unknown backend, a
-    RuntimeError why Triton cannot run where it is requested.
+    compute capability 8.0 or newer, PyTorch for anything else; also PyTorch where the kernel lacks what is
+    asked of it (`missing`). A RuntimeError says why Triton cannot run where it is requested.
     """
     source = "argument"
     if backend == "auto" and os.environ.get(ENVIRONMENT_VARIABLE):
         backend, source = os.environ[ENVIRONMENT_VARIABLE], ENVIRONMENT_VARIABLE
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    obstacle = _obstacle(tensor)
+    expect(source, "backend", backend, BACKENDS)
+    if missing and source != "argument":
+        backend = "auto"
+    obstacle = missing or _obstacle(tensor)
     if backend == "triton" and obstacle:
         raise RuntimeError(f"{source} requests the triton backend, but {obstacle}")
     if backend == "auto":  # the interpreter runs only when it is requested
@@ -82,24 +73,31 @@ def capability(tensor: Tensor) -> int:
 
 @functools.cache
 def tile_rows() -> list[dict[str, Any]]:
-    """The rows of tiles.json: the tile of a kernel for a precision, from the family `sm` and `size` on."""
+    """The rows of tiles.json: the tile of a kernel for a precision, from family `sm` and `size` rows on."""
     return json.loads(TILES.read_text())
 
 
 def tile(kernel: str, precision: str, tensor: Tensor, size: int = 0) -> dict[str, Any]:
-    """Launch constants of a kernel for a problem of `size` rows on the tensor's device."""
-    family = FAMILIES.index(FAMILY_OF.get(capability(tensor), 86))
-    fitting = [
-        (FAMILIES.index(row["sm"]), row["size"], row["tile"])
-        for row in tile_rows()
-        if (row["kernel"], row["precision"]) == (kernel, precision) and row["size"] <= size
-    ]
-    return dict(max((row for row in fitting if row[0] <= family), key=lambda row: row[:2])[2])
+    """The tile of a kernel for a problem of `size` rows on the tensor's device."""
+    family = FAMILIES.get(capability(tensor), 0)
+    rows = [row for row in tile_rows() if (row["kernel"], row["precision"]) == (kernel, precision)]
+    rows = [row for row in rows if FAMILIES[row["sm"]] <= family and row["size"] <= size]
+    return dict(max(rows, key=lambda row: (FAMILIES[row["sm"]], row["size"]))["tile"])
 
 
-def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device_of(tensor)
+def constants(kernel: str, precision: str, tensor: Tensor, size: int = 0) -> dict[str, Any]:
+    """The tile, and the type and the product that the kernel computes a precision with."""
+    bf16 = precision == "bf16"
+    # The interpreter multiplies the bit patterns of bfloat16: there the products are float32.
+    operand = tl.bfloat16 if bf16 and not INTERPRETED else tl.float32
+    product = "tf32" if bf16 else precision  # bfloat16 operands have one product only
+    return {"DT": operand, "PRECISION": product} | tile(kernel, precision, tensor, size)
+
+
+def expect(function: str, what: str, given: str, known: tuple[str, ...]) -> None:
+    """Refuse an unknown choice."""
+    if given not in known:
+        raise ValueError(f"{function}: unknown {what} {given!r}; expected one of {', '.join(known)}")
 
 
 def keep_freed_memory() -> bool:
@@ -108,8 +106,6 @@ def keep_freed_memory() -> bool:
     Getting activations back from the system page by page can cost a large part of a step. The setting holds
     for the whole process, which stays at its largest size: a training program calls this, a library does not.
     """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    options = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        return False
-    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_threshold, 2**31 - 1))
+    return mallopt is not None and all(mallopt(option, 2**31 - 1) for option in options)

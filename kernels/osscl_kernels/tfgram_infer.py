@@ -1,33 +1,26 @@
 """TFgram at inference: seven convolutions with folded batch normalisation, in five Triton launches.
 
-Every activation is channels-last, (clip, time, channel), so a three-tap convolution is a matrix product.
-
-- Front kernel: layers 0, 1, 2 and the pool by four. A row of the product is (clip, time segment, parity); it
-  walks its segment two frames per step, and a tile of activations enters the sums of all frames that it is a
-  tap of, which wait in registers. So activations at full rate, most of the traffic, are never written.
-- Convolution kernel: layers 3 to 6, one launch each. A row of the product is (pooled frame, slot in its
-  window), so an adaptive maximum pool, overlapping windows included, is a maximum over neighbouring rows.
-
-The PyTorch path, for the CPU above all: convolutions as conv2d of height one in channels_last, clip by clip.
+Activations are channels-last, (clip, time, channel): a three-tap convolution is a matrix product. The front
+kernel takes layers 0, 1, 2 and the pool by four together, so that activations at full rate, most of the
+traffic, are never written. Layers 3 to 6 are one launch each. kernels/README.md says how.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import INTERPRETED, jit, launching_on, resolve, tile, tl, triton
+from .backend import constants, expect, jit, resolve, tl, triton
 
 PRECISIONS = ("auto", "ieee", "tf32", "bf16")
 MIN_SAMPLES = 16  # the first pool needs four frames of layer 0
 MAX_SAMPLES = 1 << 28  # 4.6 hours at 16 kHz; above it offsets inside a clip pass 32 bits
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One TFgram layer: bias-free convolution, batch normalisation, ReLU, then maybe a maximum pool."""
 
     inputs: int
@@ -75,15 +68,16 @@ def pool_ref(x: Tensor, layer: Layer, count: int) -> Tensor:
     return x
 
 
-def half_wanted(wave: Tensor) -> bool:
-    """Whether precision "auto" is bf16: for a bfloat16 wave or under bfloat16 autocast."""
+def auto_precision(wave: Tensor, accurate: str) -> str:
+    """bf16 for a bfloat16 wave or under bfloat16 autocast, else tf32 if cuDNN may use it, or `accurate`."""
     device = wave.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    return autocast or wave.dtype == torch.bfloat16
+    if autocast or wave.dtype == torch.bfloat16:
+        return "bf16"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else accurate
 
 
-@dataclass(frozen=True)
-class Folded:
+class Folded(NamedTuple):
     """Convolutions with batch normalisation folded in, one entry per layer; see `fold_batchnorm`."""
 
     weights: tuple[Tensor, ...]  # (taps, inputs, outputs)
@@ -91,35 +85,22 @@ class Folded:
 
     def to(self, *args, **kwargs) -> Folded:
         """`torch.Tensor.to` of every tensor."""
-        return Folded(
-            tuple(w.to(*args, **kwargs) for w in self.weights),
-            tuple(b.to(*args, **kwargs) for b in self.biases),
-        )
+        return Folded(*(tuple(t.to(*args, **kwargs) for t in tensors) for tensors in self))
 
 
 def fold_batchnorm(module: nn.Module, dtype: torch.dtype | None = None) -> Folded:
-    """Fold running statistics and affine of batch normalisation into weights and biases.
+    """Fold batch normalisation into the convolutions, in float64; needed anew whenever the module changes.
 
-    w' = w gamma / sqrt(variance + eps) and b' = beta - mean gamma / sqrt(variance + eps), in float64. Nothing
-    is cached: fold on every evaluation call, or once and keep the result while the module does not change.
-
-    `module` has `conv` (seven Conv1d without bias) and `norm` (seven BatchNorm1d of one eps), shaped as
-    `LAYERS` says. The result has `dtype`, by default the parameters', and biases of at least float32.
+    `module` has `conv` (Conv1d without bias) and `norm` (BatchNorm1d), one per layer. Weights get `dtype`, by
+    default the parameters'; biases are at least float32.
     """
-    convs, norms = module.conv, module.norm
-    if len({norm.eps for norm in norms}) != 1:
-        raise ValueError("fold_batchnorm: the layers' eps differ; expected one for all")
-    to = dtype or convs[0].weight.dtype
-    # All layers' vectors at once: on a GPU the launches are what this costs.
-    gamma, beta = (torch.cat(p).double() for p in ([n.weight for n in norms], [n.bias for n in norms]))
-    mean, variance = (
-        torch.cat([getattr(n, k) for n in norms]).double() for k in ("running_mean", "running_var")
-    )
-    scale = gamma * (variance + norms[0].eps).rsqrt()
-    bias = (beta - mean * scale).to(torch.promote_types(to, torch.float32))
-    sizes = [layer.outputs for layer in LAYERS]
-    weights = (c.weight.permute(2, 1, 0) * s for c, s in zip(convs, scale.split(sizes), strict=True))
-    return Folded(tuple(w.to(to).contiguous() for w in weights), tuple(bias.split(sizes)))
+    dtype = dtype or module.conv[0].weight.dtype
+    weights, biases = [], []
+    for conv, norm in zip(module.conv, module.norm, strict=True):
+        scale = norm.weight * (norm.running_var.double() + norm.eps).rsqrt()
+        weights.append((conv.weight.permute(2, 1, 0) * scale).to(dtype).contiguous())
+        biases.append((norm.bias - norm.running_mean * scale).to(torch.promote_types(dtype, torch.float32)))
+    return Folded(tuple(weights), tuple(biases))
 
 
 def tfgram_infer_ref(wave: Tensor, folded: Folded, *, hop: int = 512) -> Tensor:
@@ -141,41 +122,32 @@ def tfgram_infer(
 
     Parameters
     ----------
-    wave : torch.Tensor
-        (clips, samples), samples >= 16; int16 (divided by 32768 here) or floating point in [-1, 1]. float64
-        takes the PyTorch path and stays float64 throughout.
+    wave : Tensor, shape (B, samples), int16 (divided by 32768 here) or floating point in [-1, 1]
+        At least 16 samples. float64 takes PyTorch's path and stays float64 throughout.
     folded : Folded
         From `fold_batchnorm`, on the wave's device.
     hop : int
-        Samples between frames of the log-mel that the feature is stacked with.
+        Samples per frame of the result, T = 1 + samples // hop.
     precision : {"auto", "ieee", "tf32", "bf16"}
-        Of products and stored activations; sums are float32. "auto" is "bf16" under bfloat16 autocast or for
-        a bfloat16 wave, else what a convolution would take: "tf32" on a GPU where `torch.backends.cudnn`
-        allows it (its default), "ieee" elsewhere. To the PyTorch path both mean float32.
+        Of products and stored activations; sums are float32. "auto": bf16 for a bfloat16 wave or under bf16
+        autocast; otherwise tf32, or ieee where `torch.backends.cudnn` does not allow tf32. To PyTorch's path
+        both mean float32.
     backend : {"auto", "triton", "torch"}
         See `backend.resolve`. Where a gradient is wanted "auto" is "torch", and "triton" a RuntimeError.
 
     Returns
     -------
-    torch.Tensor
-        (clips, 128, 1 + samples // hop), in the wave's dtype, float32 for int16.
-
-    References
-    ----------
-    Huang, Fang and He (2025), arXiv:2509.13853: the layers. Ioffe and Szegedy (2015): batch normalisation.
+    Tensor, shape (B, 128, T)
+        In the wave's dtype, float32 for int16.
     """
     _check(wave, folded, precision)
     if wave.dtype == torch.float64:
         precision = "ieee"
     elif precision == "auto":
-        tf32 = wave.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
-        precision = "bf16" if half_wanted(wave) else "tf32" if tf32 else "ieee"
-    choice = resolve(wave, backend)
+        precision = auto_precision(wave, "ieee")
     count = frames(wave.shape[1], hop)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (wave, *folded.weights, *folded.biases)):
-        if backend == "triton":
-            raise RuntimeError("the inference kernels have no backward: use no_grad or backend='torch'")
-        choice = "torch"
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for group in ([wave], *folded) for t in group)
+    choice = resolve(wave, backend, "the inference kernels have no backward" if wanted else "")
     if choice == "triton" and max(_slots(lengths(wave.shape[1], count))) <= 64:
         out = _infer(wave, list(folded.weights), list(folded.biases), count, precision)
     else:
@@ -185,30 +157,30 @@ def tfgram_infer(
 
 
 def _check(wave: Tensor, folded: Folded, precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"tfgram: unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    expect("tfgram_infer", "precision", precision, PRECISIONS)
     if wave.dim() != 2 or not MIN_SAMPLES <= wave.shape[1] < MAX_SAMPLES:
-        limits = f"{MIN_SAMPLES} <= samples < {MAX_SAMPLES}"
-        raise ValueError(f"tfgram: wave is {tuple(wave.shape)}; expected (clips, samples) with {limits}")
+        expected = f"(clips, samples) with {MIN_SAMPLES} <= samples < {MAX_SAMPLES}"
+        raise ValueError(f"tfgram_infer: wave is {tuple(wave.shape)}; expected {expected}")
     if not (wave.is_floating_point() or wave.dtype == torch.int16):
-        raise ValueError(f"tfgram: wave is {wave.dtype}; expected int16 or floating point")
+        raise ValueError(f"tfgram_infer: wave is {wave.dtype}; expected int16 or floating point")
     shapes = [tuple(w.shape) for w in folded.weights]
     if shapes != [(layer.kernel, layer.inputs, layer.outputs) for layer in LAYERS]:
-        raise ValueError(f"tfgram: weights are {shapes}; expected fold_batchnorm's (taps, inputs, outputs)")
+        raise ValueError(
+            f"tfgram_infer: weights are {shapes}; expected fold_batchnorm's (taps, inputs, outputs)"
+        )
 
 
 def _floating(wave: Tensor, dtype: torch.dtype) -> Tensor:
     return wave.to(dtype) if wave.is_floating_point() else (wave.to(torch.float32) / 32768).to(dtype)
 
 
-def _slots(size: list[int]) -> tuple[int, int]:
-    """Slots for a window of layers 4 and 6: a power of two."""
-    return tuple(1 << (widest_window(size[i], size[i + 1]) - 1).bit_length() for i in (4, 6))
+def _slots(size: list[int]) -> list[int]:
+    """Slots for a window behind each of layers 3 to 6, a power of two; 1 without a pool."""
+    return [1 << (widest_window(*pair) - 1).bit_length() for pair in zip(size[3:], size[4:], strict=False)]
 
 
 def _infer_torch(wave: Tensor, folded: Folded, count: int, precision: str) -> Tensor:
-    dtype = folded.weights[0].dtype if wave.dtype == torch.float64 else torch.float32
-    dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(dtype, torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.promote_types(wave.dtype, torch.float32)
     # Layer 0 as a three-tap convolution over blocks of five samples, a view of the wave: 15 >= 11 samples.
     first = F.pad(folded.weights[0], (0, 0, 0, 0, 0, 4)).view(3, 5, -1)
     kernels = [w.to(dtype).permute(2, 1, 0).unsqueeze(2) for w in (first, *folded.weights[1:])]
@@ -239,40 +211,39 @@ def _infer(wave, weights, biases, count, precision):
     out = wave.new_empty((clips, LAYERS[-1].outputs, count), dtype=torch.float32)
     if not clips:
         return out
-    front, conv = tile("tfgram_front", precision, wave), tile("tfgram_layer", precision, wave)
-    rows = front["P"] // 2  # segments a program walks
-    far = abs(wave.stride(0)) * rows >= 1 << 31  # the kernel's offsets from a program's first clip are 32-bit
-    if far or wave.stride(1) != 1 or wave.dtype not in (torch.int16, torch.float32):
-        wave = wave.to(wave.dtype if wave.dtype == torch.int16 else torch.float32).contiguous()
-    weights = [w.to(storage) for w in weights]
-    if precision != "ieee":  # tensor cores want the sum's index last
-        weights[3:] = [w.flatten(0, 1).T for w in weights[3:]]
-    weights = [w.contiguous() for w in weights]
+    front, conv = constants("tfgram_front", precision, wave), constants("tfgram_layer", precision, wave)
+    rows = front["P"] // 2  # segments that a program walks
+    wave = wave if wave.dtype == torch.int16 else wave.float()
+    if wave.stride(1) != 1 or wave.stride(0) * rows >= 1 << 31:  # offsets from its first clip are 32-bit
+        wave = wave.contiguous()
+    weights = [w.to(storage).contiguous() for w in weights[:3]] + [
+        matrix_layout(w, storage, precision) for w in weights[3:]
+    ]
     biases = [b.float().contiguous() for b in biases]
-    # bfloat16 products are wrong in the interpreter: there they are taken in float32.
-    shared = {"DT": tl.bfloat16 if precision == "bf16" and not INTERPRETED else tl.float32}
-    shared["PRECISION"] = "ieee" if precision == "ieee" else "tf32"
-    with launching_on(wave):
+    with torch.cuda.device_of(wave):
         segment = _segment(clips, size[0], rows, wave)
         segments = triton.cdiv(size[3] * 4, segment)
         x = wave.new_empty((clips, size[3], 64), dtype=storage)
         front_kernel[(triton.cdiv(clips * segments, rows),)](
             wave, weights[0], biases[0], weights[1], biases[1], weights[2], biases[2], x,
-            clips, wave.stride(0), samples, size[0], size[3], segments, segment,
-            C=64, **shared, **front,
+            clips, wave.stride(0), samples, size[0], size[3], segments, segment, C=64, **front,
         )  # fmt: skip
-        slots = dict(zip((4, 6), _slots(size), strict=True))
-        for i in range(3, 7):
-            slot, after = slots.get(i, 1), size[i + 1]
-            y = out if i == 6 else wave.new_empty((clips, after, 128), dtype=storage)
-            tiles = triton.cdiv(after, conv["BM"] // slot)
+        for i, slots in enumerate(_slots(size), 3):
+            length, after, last = size[i], size[i + 1], i == 6
+            y = out if last else wave.new_empty((clips, after, 128), dtype=storage)
+            tiles = triton.cdiv(after, conv["BM"] // slots)
             conv_kernel[(clips * tiles, 128 // conv["BN"])](
-                x, weights[i], biases[i], y, size[i], after, tiles,
-                CI=LAYERS[i].inputs, CO=128, DILATION=LAYERS[i].dilation, SLOTS=slot, LAST=i == 6,
-                **shared, **conv,
+                x, weights[i], biases[i], y, length, after, tiles,
+                CI=LAYERS[i].inputs, CO=128, DILATION=LAYERS[i].dilation, SLOTS=slots, LAST=last, **conv,
             )  # fmt: skip
             x = y
     return out
+
+
+def matrix_layout(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
+    """(taps, inner, outer) as `matrix` reads it: tensor cores want the sum's index last."""
+    weight = weight.flatten(0, 1)
+    return (weight if precision == "ieee" else weight.T).to(dtype).contiguous()
 
 
 @_infer.register_fake
@@ -291,8 +262,7 @@ def _segment(clips: int, length: int, rows: int, wave: Tensor) -> int:
 
 @jit
 def front_kernel(
-    X, W0, B0, W1, B1, W2, B2, OUT,
-    clips, clip_stride, samples, length, pooled, segments, segment,
+    X, W0, B0, W1, B1, W2, B2, OUT, clips, clip_stride, samples, length, pooled, segments, segment,
     P: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Layers 0, 1, 2 and the pool by four: X (clips, samples) -> OUT (clips, pooled, C).
@@ -313,18 +283,14 @@ def front_kernel(
     j = tl.arange(0, 16)
     w0 = tl.load(W0 + j[:, None] * C + c[None, :], mask=j[:, None] < 11, other=0.0).to(DT)
     w0_next = tl.load(W0 + (j[:, None] - 5) * C + c[None, :], mask=j[:, None] >= 5, other=0.0).to(DT)
-    w10 = _matrix(W1, 0, C, DT, RELOAD)
-    w11 = _matrix(W1, 1, C, DT, RELOAD)
-    w12 = _matrix(W1, 2, C, DT, RELOAD)
-    w20 = _matrix(W2, 0, C, DT, RELOAD)
-    w21 = _matrix(W2, 1, C, DT, RELOAD)
-    w22 = _matrix(W2, 2, C, DT, RELOAD)
+    w10, w11, w12 = _matrices(W1, C, DT, RELOAD)
+    w20, w21, w22 = _matrices(W2, C, DT, RELOAD)
 
     part = top + tl.arange(0, P // 2)
-    place = part // segments * pooled + part % segments * (segment // 4)
-    origin = top // segments * pooled + top % segments * (segment // 4)
-    last = tl.where(part // segments < clips, pooled - part % segments * (segment // 4), 0)
-    OUT += ((top // segments).to(tl.int64) * pooled + top % segments * (segment // 4)) * C
+    first = part % segments * (segment // 4)  # frame of the pool's output
+    last = tl.where(part // segments < clips, pooled - first, 0)
+    first += (part // segments - top // segments) * pooled
+    OUT += (top // segments).to(tl.int64) * pooled * C
 
     # Sums in progress. Each has zeros of its own: Triton drops the loop-carried slots of aliased tiles.
     one_tap = tl.zeros([P, C], tl.float32)  # layer 2, two steps ahead
@@ -357,18 +323,19 @@ def front_kernel(
         best = tl.where(step % 2 == 0, pool, tl.maximum(best, pool))
         if step % 2 != 0:
             pool = tl.maximum(best + tl.load(B2 + c)[None, :], 0.0)
-            to = OUT + ((place - origin + step // 2) * C)[:, None] + c[None, :]
+            to = OUT + ((first + step // 2) * C)[:, None] + c[None, :]
             tl.store(to, pool.to(OUT.dtype.element_ty), mask=((step > 0) & (step // 2 < last))[:, None])
 
 
 @jit
-def _matrix(W, tap: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, RELOAD: tl.constexpr):
-    """One tap's (C, C) matrix, or where it is."""
+def _matrices(W, C: tl.constexpr, DT: tl.constexpr, RELOAD: tl.constexpr):
+    """The taps' (C, C) matrices, or where they are."""
     c = tl.arange(0, C)
-    w = W + tap * C * C + c[:, None] * C + c[None, :]
-    if not RELOAD:
-        w = tl.load(w).to(DT)
-    return w
+    w = W + c[:, None] * C + c[None, :]
+    if RELOAD:
+        return w, w + C * C, w + 2 * C * C
+    else:
+        return tl.load(w).to(DT), tl.load(w + C * C).to(DT), tl.load(w + 2 * C * C).to(DT)
 
 
 @jit
@@ -404,16 +371,35 @@ def _relu(y, bias, inside, DT: tl.constexpr):
 
 
 @jit
+def matrix(
+    W,
+    k,
+    n,
+    BK: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    DT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows k to k + BK and columns n of the (INNER, OUTER) matrix that `matrix_layout` stored."""
+    k += tl.arange(0, BK)
+    if PRECISION == "ieee":
+        at = W + k[:, None] * OUTER + n[None, :]
+    else:
+        at = W + n[None, :] * INNER + k[:, None]
+    return tl.load(at).to(DT)
+
+
+@jit
 def conv_kernel(
-    X, W, B, OUT,
-    length, pooled, tiles,
+    X, W, B, OUT, length, pooled, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, SLOTS: tl.constexpr, LAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Three-tap convolution, bias, ReLU and adaptive maximum pool (SLOTS = 1: none).
 
-    X (clips, length, CI) -> OUT (clips, pooled, CO), or (clips, CO, pooled) for the LAST layer. W is
-    (3 CI, CO), transposed for tensor cores. A window of the pool holds at most SLOTS frames.
+    X (clips, length, CI) -> OUT (clips, pooled, CO), or (clips, CO, pooled) for the LAST layer. W is stored
+    by `matrix_layout`. A window of the pool holds at most SLOTS frames.
     """
     clip = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles * (BM // SLOTS)
@@ -427,17 +413,13 @@ def conv_kernel(
         t = tl.minimum(p * length // pooled + row % SLOTS, end - 1).to(tl.int32)
     X += clip * length * CI
     acc = tl.zeros([BM, BN], tl.float32)
-    k = tl.arange(0, BK)
     for k0 in range(0, 3 * CI, BK):
         at = t + (k0 // CI - 1) * DILATION
         inside = (at >= 0) & (at < length)
-        c = tl.multiple_of(k0 % CI, BK) + k  # without the hint: loads of single elements
+        c = tl.multiple_of(k0 % CI, BK) + tl.arange(0, BK)  # without the hint: loads of single elements
         x = tl.load(X + at[:, None] * CI + c[None, :], mask=inside[:, None], other=0.0)
-        if PRECISION == "ieee":
-            w = tl.load(W + (k0 + k)[:, None] * CO + n[None, :])
-        else:
-            w = tl.load(W + n[None, :] * (3 * CI) + (k0 + k)[:, None])
-        acc = tl.dot(x.to(DT), w.to(DT), acc, input_precision=PRECISION)
+        w = matrix(W, k0, n, BK, 3 * CI, CO, DT, PRECISION)
+        acc = tl.dot(x.to(DT), w, acc, input_precision=PRECISION)
     if SLOTS > 1:
         acc = tl.max(tl.reshape(acc, (BM // SLOTS, SLOTS, BN)), axis=1)
     y = tl.maximum(acc + tl.load(B + n)[None, :], 0.0)

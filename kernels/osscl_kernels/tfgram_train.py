@@ -1,17 +1,14 @@
 """TFgram in training: seven convolutions with exact batch statistics, one kernel per layer and direction.
 
-Batch statistics stand between the layers, and only raw convolution outputs are kept:
+Batch statistics stand between the layers, and only raw convolution outputs are kept, channels-last:
 
 - BN + ReLU of the layer before are the kernel's prologue (zero padding comes after them), never stored.
-- The first layer's mean and variance follow from those of the 11 samples under it, gathered in float64:
-  mean = w.mu, variance = w^T cov w. So that layer itself runs inside its neighbours' prologues.
-- Further layers store one (mean, centred sum of squares) per program; Chan's formula joins them in float64.
-  There are no atomics: the same input gives the same bits.
-- Backward, with dz the gradient of the ReLU's input: dgamma = sum dz xhat and dbeta = sum dz are summed where
-  dz is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first
-  layer needs only sum dz (x - mu) and the same covariance.
-
-Activations are channels-last (clip, time, channel).
+- The first layer's mean and variance follow from those of the 11 samples under it (w.mu and w^T cov w, in
+  float64), so that the layer itself runs inside its neighbours' prologues.
+- Backward, with dz the gradient behind the ReLU: dgamma = sum dz xhat and dbeta = sum dz are summed where dz
+  is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first layer
+  needs only sum dz (x - mu) and the same covariance.
+- There are no atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,8 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backend import INTERPRETED, jit, launching_on, resolve, tile, tl, triton
-from .tfgram_infer import LAYERS, Layer, frames, half_wanted, lengths, pool_ref, widest_window
+from .backend import constants, expect, jit, resolve, tl, triton
+from .tfgram_infer import (
+    LAYERS,
+    auto_precision,
+    frames,
+    lengths,
+    matrix,
+    matrix_layout,
+    pool_ref,
+    widest_window,
+)
 
 PRECISIONS = ("auto", "ieee", "tf32x3", "tf32", "bf16")
 MIN_SAMPLES = 40  # below it the adaptive pools would have to repeat frames
@@ -38,12 +44,10 @@ def tfgram_train_ref(
     eps: float = 1e-5,
     hop: int = 512,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`tfgram_train` in plain PyTorch: convolution, batch_norm, the pools and ReLU; any floating-point dtype.
-
-    Convolutions are conv2d of height one: conv1d has no channels_last, in which a CPU is up to twice as fast.
-    """
+    """`tfgram_train` in plain PyTorch: convolution, batch_norm, pools and ReLU; any floating-point dtype."""
     _check(wave, weights, gammas, betas, "auto")
     count = frames(wave.shape[1], hop)
+    # As conv2d: conv1d has no channels_last, in which a CPU is up to twice as fast.
     x, means, variances = wave[:, None, None], [], []
     for layer, weight, gamma, beta in zip(LAYERS, weights, gammas, betas, strict=True):
         kernel = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
@@ -72,56 +76,42 @@ def tfgram_train(
     Parameters
     ----------
     wave : Tensor, shape (B, samples), floating point
-        16 kHz in the paper; at least 40 samples.
-    weights : sequence of 7 tensors, shapes (C_out, C_in, kernel)
-        Bias-free convolution weights, as `LAYERS` lists them.
-    gammas, betas : sequences of 7 tensors, shapes (C_out,)
-        BatchNorm weights and biases.
+        At least 40 samples.
+    weights, gammas, betas : sequences of 7 tensors
+        Of bias-free convolutions (C_out, C_in, kernel), as `LAYERS` lists them, and of BatchNorm (C_out,).
     eps : float
         Added to the variances.
     hop : int
         Samples per frame of the result, T = 1 + samples // hop.
     precision : {"auto", "ieee", "tf32x3", "tf32", "bf16"}
-        Of the matrix products in Triton; sums and statistics are float32 or wider in all. "bf16" also keeps
-        activations in bfloat16. "auto": bf16 for a bfloat16 wave or under bf16 autocast; otherwise tf32, or
-        tf32x3 where `torch.backends.cudnn.allow_tf32` is off. On the CPU: bf16, or the wave's own precision.
+        Of Triton's matrix products; sums and statistics are float32 or wider. "bf16" also keeps activations
+        in bfloat16. "auto": bf16 for a bfloat16 wave or under bf16 autocast; otherwise tf32, or tf32x3 where
+        `torch.backends.cudnn` does not allow it. PyTorch's path: bf16, or the wave's own precision.
     backend : {"auto", "triton", "torch"}
-        See `backend.resolve`. "torch" is `tfgram_train_ref`. Where the wave's gradient is wanted "auto" is
-        "torch", and "triton" a RuntimeError.
+        See `backend.resolve`. Where the wave wants a gradient "auto" is "torch", "triton" a RuntimeError.
 
     Returns
     -------
     output : Tensor, shape (B, 128, T)
-        float32; float64 for a float64 wave on the CPU.
+        float32, or float64 from PyTorch's path for a float64 wave.
     means, variances : lists of 7 tensors, shapes (C_out,)
         Mean and biased variance of each convolution's output over clips and time, without gradient; see
         `update_running_statistics`.
-
-    References
-    ----------
-    Huang et al., arXiv 2509.13853, the TFgram branch as its authors' code runs it; Ioffe and Szegedy,
-    "Batch Normalization", ICML 2015; Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance",
-    1983.
     """
     _check(wave, weights, gammas, betas, precision)
-    choice = resolve(wave, backend)
-    if torch.is_grad_enabled() and wave.requires_grad:
-        if backend == "triton":
-            raise RuntimeError("the TFgram training kernels give the wave no gradient: use backend='torch'")
-        choice = "torch"
-    device = wave.device.type
+    wanted = torch.is_grad_enabled() and wave.requires_grad
+    choice = resolve(wave, backend, "the training kernels give the wave no gradient" if wanted else "")
     if precision == "auto":
-        full = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
-        precision = "bf16" if half_wanted(wave) else full
-    with torch.autocast(device, enabled=False):
-        if choice == "triton":
-            output, means, variances, _ = forward(
-                wave, list(weights), list(gammas), list(betas), eps, hop, precision
-            )
+        precision = auto_precision(wave, "tf32x3")
+    half = choice == "torch" and precision == "bf16"
+    with torch.autocast(wave.device.type, torch.bfloat16, enabled=half):
+        if choice == "torch":
+            output, means, variances = tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
+        else:
+            groups = list(weights), list(gammas), list(betas)
+            output, *moments, _ = forward(wave, *groups, eps, hop, precision)
             sizes = [layer.outputs for layer in LAYERS]
-            return output, list(means.detach().split(sizes)), list(variances.detach().split(sizes))
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        output, means, variances = tfgram_train_ref(wave, weights, gammas, betas, eps=eps, hop=hop)
+            means, variances = (moment.detach().split(sizes) for moment in moments)
     wide = torch.promote_types(wave.dtype, torch.float32)
     return output.to(wide), [m.to(wide) for m in means], [v.to(wide) for v in variances]
 
@@ -135,17 +125,16 @@ def update_running_statistics(
 ) -> None:
     """Do to BatchNorm buffers what their own forward pass in training mode does.
 
-    `means` and biased `variances` are the batch's, over `counts` values per channel (see `rows`). A module
-    without buffers (track_running_stats=False) is left alone; `momentum=None` is the cumulative average.
+    `means` and biased `variances` are the batch's, over `counts` values per channel (see `rows`).
     """
     for norm, mean, variance, count in zip(norms, means, variances, counts, strict=True):
-        if norm.running_mean is None:
+        if norm.running_mean is None:  # track_running_stats=False
             continue
         norm.num_batches_tracked += 1
         momentum = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-        unbiased = variance.to(norm.running_var.dtype) * (count / (count - 1))
-        norm.running_var.lerp_(unbiased, momentum)
+        unbiased = variance * (count / (count - 1))
+        for buffer, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            buffer.lerp_(value.to(buffer.dtype), momentum)
 
 
 def rows(wave: Tensor, hop: int = 512) -> list[int]:
@@ -155,14 +144,9 @@ def rows(wave: Tensor, hop: int = 512) -> list[int]:
 
 def _check(wave, weights, gammas, betas, precision):
     if wave.dim() != 2 or not wave.is_floating_point() or wave.shape[1] < MIN_SAMPLES or not len(wave):
-        raise ValueError(
-            f"tfgram_train: wave {tuple(wave.shape)} {wave.dtype}; expected (B, samples) in floating point, "
-            f"with at least {MIN_SAMPLES} samples"
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"tfgram_train: unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}"
-        )
+        wanted = f"(B, samples) in floating point, with at least {MIN_SAMPLES} samples"
+        raise ValueError(f"tfgram_train: wave is {tuple(wave.shape)} {wave.dtype}; expected {wanted}")
+    expect("tfgram_train", "precision", precision, PRECISIONS)
     matrices = [(layer.outputs, layer.inputs, layer.kernel) for layer in LAYERS]
     vectors = [shape[:1] for shape in matrices]
     given = (("weights", weights, matrices), ("gammas", gammas, vectors), ("betas", betas, vectors))
@@ -174,13 +158,24 @@ def _check(wave, weights, gammas, betas, precision):
 
 # Kernels. AFF (4, C) float32: a layer's mean, rstd, gamma, beta. GRAD (2, C) float32: its dgamma, dbeta.
 # A window of the first layer is a row of 16 samples, 11 of them live and less their means MU.
-
-
 @jit
 def _tile(tiles, BM: tl.constexpr):
     """Clip and time steps of a program, of which each clip has `tiles`."""
     pid = tl.program_id(0)
     return (pid // tiles).to(tl.int64), pid % tiles * BM + tl.arange(0, BM)
+
+
+@jit
+def _read(P, clip, t, length, c, live, C: tl.constexpr):
+    """Channels c of P (clips, length, C) at time steps t; zero where not `live`."""
+    at = (clip * length + t)[:, None] * C + c[None, :]
+    return tl.load(P + at, mask=live[:, None], other=0)
+
+
+@jit
+def _write(P, values, clip, t, length, c, live, C: tl.constexpr):
+    at = (clip * length + t)[:, None] * C + c[None, :]
+    tl.store(P + at, values.to(P.dtype.element_ty), mask=live[:, None])
 
 
 @jit
@@ -191,20 +186,24 @@ def _normalised(y, AFF, c, C: tl.constexpr):
 
 
 @jit
-def _windows(X, MU, t, samples):
-    k = tl.arange(0, 16)
-    at = 5 * t[:, None] - 5 + k[None, :]
-    live = (k < 11)[None, :]
-    x = tl.load(X + at, mask=live & (at >= 0) & (at < samples), other=0.0).to(tl.float32)
-    return tl.where(live, x - tl.load(MU + k)[None, :], 0.0)
-
-
-@jit
-def _first(X, MU, W0, AFF, t, c, samples, PRECISION: tl.constexpr):
-    """Windows, xhat and z of the first layer, computed again wherever they are needed."""
-    x = _windows(X, MU, t, samples)
-    w = tl.load(W0 + tl.arange(0, 16)[:, None] * 64 + c[None, :])
-    xhat, z = _normalised(tl.dot(x, w, input_precision=PRECISION), AFF, c, 64)
+def _before(
+    X, MU, W0, AFF, clip, t, c, live, length, samples,
+    C: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Windows or raw output, xhat and z of the layer before; FIRST: from the wave, computed again."""
+    if FIRST:
+        k = tl.arange(0, 16)
+        at = 5 * t[:, None] - 5 + k[None, :]
+        under = (k < 11)[None, :]
+        x = tl.load(X + clip * samples + at, mask=under & (at >= 0) & (at < samples), other=0.0).to(
+            tl.float32
+        )
+        x = tl.where(under, x - tl.load(MU + k)[None, :], 0.0)
+        y = tl.dot(x, tl.load(W0 + k[:, None] * C + c[None, :]), input_precision=PRECISION)
+    else:
+        x = _read(X, clip, t, length, c, live, C).to(tl.float32)
+        y = x
+    xhat, z = _normalised(y, AFF, c, C)
     return x, xhat, z
 
 
@@ -212,13 +211,9 @@ def _first(X, MU, W0, AFF, t, c, samples, PRECISION: tl.constexpr):
 def _activation(
     X, MU, W0, AFF, clip, t, c, length, samples, C: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """ReLU(BN) of the layer before at time steps t, from its stored raw output or from the wave."""
+    """ReLU(BN) of the layer before at time steps t, zero outside the clip."""
     inside = (t >= 0) & (t < length)
-    if FIRST:
-        _, _, z = _first(X + clip * samples, MU, W0, AFF, t, c, samples, PRECISION)
-    else:
-        at = (clip * length + t)[:, None] * C + c[None, :]
-        _, z = _normalised(tl.load(X + at, mask=inside[:, None], other=0.0).to(tl.float32), AFF, c, C)
+    _, _, z = _before(X, MU, W0, AFF, clip, t, c, inside, length, samples, C, FIRST, PRECISION)
     return tl.where(inside[:, None], tl.maximum(z, 0.0), 0.0)
 
 
@@ -226,12 +221,11 @@ def _activation(
 def _dy(Y, DZ, IDX, AFF, GRAD, clip, t, c, length, pooled, count, C: tl.constexpr, BY4: tl.constexpr):
     """Gradient of the raw output at time steps t, zero outside; DZ and IDX are of the pool by four if BY4."""
     inside = (t >= 0) & (t < length)
-    at = (clip * length + t)[:, None] * C + c[None, :]
-    xhat, _ = _normalised(tl.load(Y + at, mask=inside[:, None], other=0.0).to(tl.float32), AFF, c, C)
+    xhat, _ = _normalised(_read(Y, clip, t, length, c, inside, C).to(tl.float32), AFF, c, C)
     if BY4:
         dz = _routed(DZ, IDX, clip, t // 4, t % 4, c, inside, pooled, C)
     else:
-        dz = tl.load(DZ + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        dz = _read(DZ, clip, t, length, c, inside, C).to(tl.float32)
     scale = tl.load(AFF + 2 * C + c) * tl.load(AFF + C + c)
     dz -= (tl.load(GRAD + C + c)[None, :] + xhat * tl.load(GRAD + c)[None, :]) / count
     return tl.where(inside[:, None], dz * scale[None, :], 0.0)
@@ -240,27 +234,14 @@ def _dy(Y, DZ, IDX, AFF, GRAD, clip, t, c, length, pooled, count, C: tl.constexp
 @jit
 def _routed(DZ, IDX, clip, window, offset, c, inside, pooled, C: tl.constexpr):
     """Gradient of a window's maximum, for the step at `offset` in it if that step won."""
-    at = (clip * pooled + window)[:, None] * C + c[None, :]
-    live = (inside & (window < pooled) & (offset >= 0))[:, None]
-    won = tl.load(IDX + at, mask=live, other=0).to(tl.int32) == offset.to(tl.int32)[:, None]
-    return tl.where(won, tl.load(DZ + at, mask=live, other=0.0).to(tl.float32), 0.0)
-
-
-@jit
-def _weight_at(W, k, n, BK: tl.constexpr, TAPS: tl.constexpr, OUTPUTS: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows k to k + BK, columns n of the (TAPS, OUTPUTS) weights, stored as `_weight_layout` says."""
-    k += tl.arange(0, BK)
-    if PRECISION == "ieee":
-        at = W + k[:, None] * OUTPUTS + n[None, :]
-    else:
-        at = W + n[None, :] * TAPS + k[:, None]
-    return at
+    live = inside & (window < pooled) & (offset >= 0)
+    won = _read(IDX, clip, window, pooled, c, live, C).to(tl.int32) == offset.to(tl.int32)[:, None]
+    return tl.where(won, _read(DZ, clip, window, pooled, c, live, C).to(tl.float32), 0.0)
 
 
 @jit
 def conv_kernel(
-    X, MU, W0, AFF, W, Y, MEAN, SQUARE,
-    length, samples, tiles,
+    X, MU, W0, AFF, W, Y, MEAN, SQUARE, length, samples, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -270,19 +251,16 @@ def conv_kernel(
     co = tl.arange(0, CO)
     acc = tl.zeros([BM, CO], tl.float32)
     for k0 in range(0, 3 * CI, BK):
-        tap = k0 // CI
         c = tl.multiple_of(k0 % CI, BK) + tl.arange(0, BK)  # without the hint: loads of single elements
-        a = _activation(
-            X, MU, W0, AFF, clip, t + (tap - 1) * DILATION, c, length, samples, CI, FIRST, PRECISION
-        )  # fmt: skip
-        w = tl.load(_weight_at(W, k0, co, BK, 3 * CI, CO, PRECISION))
-        acc = tl.dot(a.to(DT), w.to(DT), acc, input_precision=PRECISION)
-    inside = (t < length)[:, None]
-    at = (clip * length + t)[:, None] * CO + co[None, :]
-    tl.store(Y + at, acc.to(Y.dtype.element_ty), mask=inside)
+        at = t + (k0 // CI - 1) * DILATION
+        a = _activation(X, MU, W0, AFF, clip, at, c, length, samples, CI, FIRST, PRECISION)
+        w = matrix(W, k0, co, BK, 3 * CI, CO, DT, PRECISION)
+        acc = tl.dot(a.to(DT), w, acc, input_precision=PRECISION)
+    inside = t < length
+    _write(Y, acc, clip, t, length, co, inside, CO)
     n = tl.minimum(length - pid % tiles * BM, BM).to(tl.float32)
-    mean = tl.sum(tl.where(inside, acc, 0.0), 0) / n
-    off = tl.where(inside, acc - mean[None, :], 0.0)
+    mean = tl.sum(tl.where(inside[:, None], acc, 0.0), 0) / n
+    off = tl.where(inside[:, None], acc - mean[None, :], 0.0)
     tl.store(MEAN + pid * CO + co, mean)
     tl.store(SQUARE + pid * CO + co, tl.sum(off * off, 0))
 
@@ -304,19 +282,16 @@ def pool_kernel(
         end = ((w + 1) * length + pooled - 1) // pooled
     gamma = tl.load(AFF + 2 * C + c)[None, :]
     sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0))
-    at = (clip * length + start)[:, None] * C + c[None, :]
-    best = tl.load(Y + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    best = _read(Y, clip, start, length, c, inside, C).to(tl.float32)
     place = tl.zeros([BM, C], tl.int32)
     for step in range(1, width):
-        live = (inside & (start + step < end))[:, None]
-        at = (clip * length + start + step)[:, None] * C + c[None, :]
-        y = tl.load(Y + at, mask=live, other=0.0).to(tl.float32)
-        better = live & (y * sign > best * sign)
+        live = inside & (start + step < end)
+        y = _read(Y, clip, start + step, length, c, live, C).to(tl.float32)
+        better = live[:, None] & (y * sign > best * sign)
         best = tl.where(better, y, best)
         place = tl.where(better, step, place)
-    at = (clip * pooled + w)[:, None] * C + c[None, :]
-    tl.store(P + at, best.to(P.dtype.element_ty), mask=inside[:, None])
-    tl.store(IDX + at, place.to(IDX.dtype.element_ty), mask=inside[:, None])
+    _write(P, best, clip, w, pooled, c, inside, C)
+    _write(IDX, place, clip, w, pooled, c, inside, C)
 
 
 @jit
@@ -331,14 +306,12 @@ def unpool_kernel(DZ, IDX, OUT, length, pooled, tiles, overlap, C: tl.constexpr,
     for i in range(overlap):
         w = first + i
         dz += _routed(DZ, IDX, clip, w, t - w * length // pooled, c, inside, pooled, C)
-    at = (clip * length + t)[:, None] * C + c[None, :]
-    tl.store(OUT + at, dz.to(OUT.dtype.element_ty), mask=inside[:, None])
+    _write(OUT, dz, clip, t, length, c, inside, C)
 
 
 @jit
 def input_gradient_kernel(
-    Y, DZ, IDX, AFF, GRAD, W, X, MU, W0, AFF_X, DX, SUMS, PRODUCTS,
-    length, pooled, count, samples, tiles,
+    Y, DZ, IDX, AFF, GRAD, W, X, MU, W0, AFF_X, DX, SUMS, PRODUCTS, length, pooled, count, samples, tiles,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -348,32 +321,27 @@ def input_gradient_kernel(
     ci = tl.arange(0, CI)
     acc = tl.zeros([BM, CI], tl.float32)
     for k0 in range(0, 3 * CO, BK):
-        tap = k0 // CO
         c = tl.multiple_of(k0 % CO, BK) + tl.arange(0, BK)
-        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, t - (tap - 1) * DILATION, c, length, pooled, count, CO, BY4)
-        w = tl.load(_weight_at(W, k0, ci, BK, 3 * CO, CI, PRECISION))
-        acc = tl.dot(dy.to(DT), w.to(DT), acc, input_precision=PRECISION)
-    inside = (t < length)[:, None]
-    at = (clip * length + t)[:, None] * CI + ci[None, :]
-    if FIRST:
-        x, xhat, z = _first(X + clip * samples, MU, W0, AFF_X, t, ci, samples, PRECISION)
-    else:
-        xhat, z = _normalised(tl.load(X + at, mask=inside, other=0.0).to(tl.float32), AFF_X, ci, CI)
-    dz = tl.where(inside & (z > 0), acc, 0.0)
+        at = t - (k0 // CO - 1) * DILATION
+        dy = _dy(Y, DZ, IDX, AFF, GRAD, clip, at, c, length, pooled, count, CO, BY4)
+        w = matrix(W, k0, ci, BK, 3 * CO, CI, DT, PRECISION)
+        acc = tl.dot(dy.to(DT), w, acc, input_precision=PRECISION)
+    inside = t < length
+    x, xhat, z = _before(X, MU, W0, AFF_X, clip, t, ci, inside, length, samples, CI, FIRST, PRECISION)
+    dz = tl.where(inside[:, None] & (z > 0), acc, 0.0)
     if FIRST:
         k = tl.arange(0, 16)
         products = tl.dot(tl.trans(x), dz, input_precision=PRECISION)
         tl.store(PRODUCTS + pid.to(tl.int64) * 16 * CI + k[:, None] * CI + ci[None, :], products)
     else:
-        tl.store(DX + at, dz.to(DX.dtype.element_ty), mask=inside)
+        _write(DX, dz, clip, t, length, ci, inside, CI)
         tl.store(SUMS + pid * 2 * CI + ci, tl.sum(dz * xhat, 0))
     tl.store(SUMS + pid * 2 * CI + CI + ci, tl.sum(dz, 0))
 
 
 @jit
 def weight_gradient_kernel(
-    Y, DZ, IDX, AFF, GRAD, X, MU, W0, AFF_X, PART,
-    length, pooled, count, samples, tiles, all_tiles, share,
+    Y, DZ, IDX, AFF, GRAD, X, MU, W0, AFF_X, PART, length, pooled, count, samples, tiles, all_tiles, share,
     CI: tl.constexpr, CO: tl.constexpr, DILATION: tl.constexpr, BY4: tl.constexpr, FIRST: tl.constexpr,
     BM: tl.constexpr, BCI: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -400,29 +368,16 @@ def weight_gradient_kernel(
     tl.store(to + 2 * CI * CO, right)
 
 
-# Host side. The operators are functional: what the backward pass reads is a result of the forward pass.
-
-
 POOL = {"BM": 16, "num_warps": 8, "num_stages": 1}
 SHARES = 128  # partial sums of a weight gradient
 
 
-def _options(kind: str, index: int, precision: str, x: Tensor) -> dict:
-    """The compile-time arguments of a layer's kernel."""
-    layer, bf16 = LAYERS[index], precision == "bf16"
-    options = dict(
-        CI=layer.inputs, CO=layer.outputs, DILATION=layer.dilation, FIRST=index == 1,
-        DT=tl.bfloat16 if bf16 and not INTERPRETED else tl.float32, PRECISION="tf32" if bf16 else precision,
-    )  # fmt: skip
-    if kind != "conv":
-        options["BY4"] = layer.pool == "max4"
-    return options | tile(f"tfgram_{kind}" + ("_first" if index == 1 else ""), precision, x)
-
-
-def _share(parts: int, programs: int) -> tuple[int, int]:
-    """Parts each of at most `programs` programs takes, and how many programs that makes."""
-    share = triton.cdiv(parts, programs)
-    return share, triton.cdiv(parts, share)
+def _options(kind: str, index: int, precision: str, x: Tensor, length: int, **more) -> tuple[int, dict]:
+    """Tiles in a clip, and the compile-time arguments of a layer's kernel."""
+    layer, first = LAYERS[index], index == 1
+    shape = dict(CI=layer.inputs, CO=layer.outputs, DILATION=layer.dilation, FIRST=first) | more
+    shape |= constants(f"tfgram_{kind}" + ("_first" if first else ""), precision, x)
+    return triton.cdiv(length, shape["BM"]), shape
 
 
 def _joined(mean: Tensor, square: Tensor, clips: int, length: int, rows: int):
@@ -440,7 +395,7 @@ def _affine(mean: Tensor, variance: Tensor, gamma: Tensor, beta: Tensor, eps: fl
 
 
 def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float):
-    """Mean, variance and AFF (for centred windows); the windows' mean (11,) and covariance (11, 11)."""
+    """Mean, variance, AFF for centred windows; the kernels' MU and W0, and the windows' covariance."""
     windows = F.pad(x.double(), (5, 5)).unfold(1, 11, 5).flatten(0, 1)
     mu = windows.mean(0)
     windows = windows - mu
@@ -448,7 +403,19 @@ def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: fl
     w = weight[:, 0].double()
     variance = ((w @ covariance) * w).sum(1)
     affine = _affine(torch.zeros_like(variance), variance, gamma, beta, eps)
-    return w @ mu, variance, affine, mu, covariance
+    padded = F.pad(mu.float(), (0, 5)), F.pad(w.float(), (0, 5)).T.contiguous()
+    return w @ mu, variance, affine, padded, covariance
+
+
+def _room(x: Tensor, precision: str, size: list[int]) -> list[list[Tensor]]:
+    """For each layer from the second on: its raw output, then its pool's winners' places and values."""
+    dtype, room = torch.bfloat16 if precision == "bf16" else torch.float32, []
+    for layer, length, pooled in zip(LAYERS[1:], size[1:-1], size[2:], strict=True):
+        room.append([x.new_empty(len(x), length, layer.outputs, dtype=dtype)])
+        if layer.pool:
+            places = torch.uint8 if widest_window(length, pooled) <= 256 else torch.int32
+            room[-1] += [x.new_empty(len(x), pooled, layer.outputs, dtype=kind) for kind in (places, dtype)]
+    return room
 
 
 @torch.library.custom_op(
@@ -458,64 +425,38 @@ def _first_layer(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: fl
     "str precision) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def forward(wave, weights, gammas, betas, eps, hop, precision):
-    """Output, means and variances of all layers in a row, and what the backward pass reads."""
-    x = wave.float().contiguous()
+    """Output, means and variances of all layers in a row, and what the backward pass reads.
+
+    Operators must not write to their inputs, so even the raw outputs are results.
+    """
+    x = source = wave.float().contiguous()
     clips, samples = x.shape
     size = lengths(samples, frames(samples, hop))
-    stored, source = [], x
-    with launching_on(wave):  # autograd sets the device by itself
-        mean, variance, affine, mu, covariance = _first_layer(x, weights[0], gammas[0], betas[0], eps)
-        means, variances, affines = [mean], [variance], [affine]
-        first = _first_operands(mu, weights[0])
-        for index in range(1, len(LAYERS)):
-            layer, length = LAYERS[index], size[index]
-            options = _options("conv", index, precision, x)
-            tiles = triton.cdiv(length, options["BM"])
-            y = _raw(x, precision, clips, length, layer.outputs)
-            moments = [x.new_empty(clips * tiles, layer.outputs) for _ in range(2)]
-            weight = _weight_layout(weights[index].permute(2, 1, 0), y.dtype, precision)
+    room = _room(x, precision, size)
+    with torch.cuda.device_of(wave):  # autograd sets the device by itself
+        mean, variance, affine, first, covariance = _first_layer(x, weights[0], gammas[0], betas[0], eps)
+        statistics, affines = [(mean, variance)], [affine]
+        for index, (y, *pool) in enumerate(room, 1):
+            layer, length, out = LAYERS[index], size[index], size[index + 1]
+            tiles, options = _options("conv", index, precision, x, length)
+            moments = x.new_empty(2, clips * tiles, layer.outputs)
+            weight = matrix_layout(weights[index].permute(2, 1, 0), y.dtype, precision)
             conv_kernel[(clips * tiles,)](
                 source, *first, affine, weight, y, *moments, length, samples, tiles, **options
             )
             mean, variance = _joined(*moments, clips, length, options["BM"])
             affine = _affine(mean, variance, gammas[index], betas[index], eps)
-            means.append(mean)
-            variances.append(variance)
+            statistics.append((mean, variance))
             affines.append(affine)
-            stored.append(y)
             source = y
-            if layer.pool:
-                out = size[index + 1]
-                source, place = _pool_results(x, precision, clips, layer, length, out)
+            if pool:
+                place, source = pool
                 tiles, width = triton.cdiv(out, POOL["BM"]), widest_window(length, out)
                 options = {"C": layer.outputs, "BY4": layer.pool == "max4"} | POOL
                 pool_kernel[(clips * tiles,)](y, affine, source, place, length, out, tiles, width, **options)
-                stored += [source, place]
         output = _normalised_ref(source, affine)[1].relu().transpose(1, 2).contiguous()
-    return output, torch.cat(means).float(), torch.cat(variances).float(), [mu, covariance, *affines, *stored]
-
-
-def _raw(x: Tensor, precision: str, clips: int, length: int, channels: int) -> Tensor:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return x.new_empty(clips, length, channels, dtype=dtype)
-
-
-def _pool_results(x: Tensor, precision: str, clips: int, layer: Layer, length: int, pooled: int):
-    """Room for a pool's values, and for the winners' places in their windows."""
-    values = _raw(x, precision, clips, pooled, layer.outputs)
-    dtype = torch.uint8 if widest_window(length, pooled) <= 256 else torch.int32
-    return values, torch.empty_like(values, dtype=dtype)
-
-
-def _weight_layout(weight: Tensor, dtype: torch.dtype, precision: str) -> Tensor:
-    """(taps, inner, outputs) as the product wants it: the sum's index last for tensor cores."""
-    weight = weight.flatten(0, 1)
-    return (weight if precision == "ieee" else weight.T).to(dtype).contiguous()
-
-
-def _first_operands(mu: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (16,) and weights (16, 64) of the first layer, padded with zeros."""
-    return F.pad(mu.float(), (0, 5)), F.pad(weight[:, 0].float(), (0, 5)).T.contiguous()
+    means, variances = (torch.cat(each).float() for each in zip(*statistics, strict=True))
+    return output, means, variances, [*first, covariance, *affines, *sum(room, [])]
 
 
 def _normalised_ref(y: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
@@ -526,18 +467,13 @@ def _normalised_ref(y: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
 
 @forward.register_fake
 def _(wave, weights, gammas, betas, eps, hop, precision):
-    clips, samples = wave.shape
-    x = wave.new_empty(0, dtype=torch.float32)
-    size = lengths(samples, frames(samples, hop))
-    saved = [x.new_empty(shape, dtype=torch.float64) for shape in ((11,), (11, 11))]
-    saved += [x.new_empty(4, layer.outputs) for layer in LAYERS]
-    for layer, length, out in zip(LAYERS[1:], size[1:], size[2:], strict=False):
-        saved.append(_raw(x, precision, clips, length, layer.outputs))
-        if layer.pool:
-            saved += _pool_results(x, precision, clips, layer, length, out)
-    channels = sum(layer.outputs for layer in LAYERS)
-    statistics = [x.new_empty(channels) for _ in range(2)]
-    return x.new_empty(clips, LAYERS[-1].outputs, size[-1]), *statistics, saved
+    x = torch.empty_like(wave, dtype=torch.float32)
+    size = lengths(wave.shape[1], frames(wave.shape[1], hop))
+    first = x.new_empty(16), x.new_empty(16, 64), x.new_empty(11, 11, dtype=torch.float64)
+    affines = [x.new_empty(4, layer.outputs) for layer in LAYERS]
+    statistics = [x.new_empty(sum(layer.outputs for layer in LAYERS)) for _ in range(2)]
+    saved = [*first, *affines, *sum(_room(x, precision, size), [])]
+    return x.new_empty(len(x), LAYERS[-1].outputs, size[-1]), *statistics, saved
 
 
 @torch.library.custom_op(
@@ -551,66 +487,57 @@ def _backward(gradient, wave, weights, saved, hop, precision):
     x = wave.float().contiguous()
     clips, samples = x.shape
     size = lengths(samples, frames(samples, hop))
-    (mu, covariance), affines, stored = saved[:2], saved[2:9], list(saved[9:])
-    first = _first_operands(mu, weights[0])
-    gradients: list[list[Tensor]] = [[], []]  # last layer first
+    first, covariance, affines, stored = saved[:2], saved[2], saved[3:10], [x, *saved[10:]]
+    matrices, vectors = [], []  # of the last layer first
 
-    xhat, z = _normalised_ref(stored[-2], affines[-1])
+    xhat, z = _normalised_ref(stored[-1], affines[-1])
     dz = torch.where(z > 0, gradient.float().transpose(1, 2), 0.0)
     sums = torch.stack([(dz * xhat).sum((0, 1), dtype=torch.float64), dz.sum((0, 1), dtype=torch.float64)])
-    dz = dz.to(stored[-2].dtype).contiguous()
+    dz = dz.to(stored[-1].dtype).contiguous()
     for index in range(len(LAYERS) - 1, 0, -1):
         layer, length, out = LAYERS[index], size[index], size[index + 1]
-        place = dz
+        y = place = stored.pop()
         if layer.pool:
-            place = stored.pop()
-            stored.pop()
+            place, y = stored.pop(), stored.pop()
+        source = stored[-1]
         if layer.pool.startswith("frames"):
-            full = _raw(x, precision, clips, length, layer.outputs)
-            tiles, overlap = triton.cdiv(length, POOL["BM"]), widest_window(out, length)
-            unpool_kernel[(clips * tiles,)](
-                dz, place, full, length, out, tiles, overlap, C=layer.outputs, **POOL
-            )
-            dz = full
-        y = stored.pop()
-        source = x if index == 1 else stored[-2] if LAYERS[index - 1].pool else stored[-1]
-        sums = sums.float()
-        gradients[1].append(sums)
-        before = (y, dz, place, affines[index], sums)
+            tiles, options = triton.cdiv(length, POOL["BM"]), {"C": layer.outputs} | POOL
+            pooled, dz, overlap = dz, torch.empty_like(y), widest_window(out, length)
+            unpool_kernel[(clips * tiles,)](pooled, place, dz, length, out, tiles, overlap, **options)
+        vectors.append(sums.float())
+        before = (y, dz, place, affines[index], vectors[-1])
         behind = (source, *first, affines[index - 1])
         extent = (length, out, float(clips * length), samples)
 
-        options = _options("weight", index, precision, x)
-        tiles = triton.cdiv(length, options["BM"])
-        share, parts = _share(clips * tiles, SHARES)
+        by4 = layer.pool == "max4"
+        tiles, options = _options("weight", index, precision, x, length, BY4=by4)
+        share = triton.cdiv(clips * tiles, SHARES)
+        parts = triton.cdiv(clips * tiles, share)
         partial = x.new_empty(parts, 3, layer.inputs, layer.outputs)
         weight_gradient_kernel[(parts, layer.inputs // options["BCI"])](
             *before, *behind, partial, *extent, tiles, clips * tiles, share, **options
         )
-        gradients[0].append(partial.sum(0, dtype=torch.float64).permute(2, 1, 0).float())
+        matrices.append(partial.sum(0, dtype=torch.float64).permute(2, 1, 0).float())
 
-        options = _options("input", index, precision, x)
-        tiles = triton.cdiv(length, options["BM"])
-        dx = _raw(x, precision, clips, length, layer.inputs) if index > 1 else dz
+        tiles, options = _options("input", index, precision, x, length, BY4=by4)
+        dz = torch.empty_like(source)
         sums = x.new_empty(clips * tiles, 2, layer.inputs)
         products = x.new_empty(clips * tiles, 16, layer.inputs) if index == 1 else sums
-        weight = _weight_layout(weights[index].permute(2, 0, 1), y.dtype, precision)
+        weight = matrix_layout(weights[index].permute(2, 0, 1), y.dtype, precision)
         input_gradient_kernel[(clips * tiles,)](
-            *before, weight, *behind, dx, sums, products, *extent, tiles, **options
+            *before, weight, *behind, dz, sums, products, *extent, tiles, **options
         )
-        dz = dx
-        if index > 1:
-            sums = sums.sum(0, dtype=torch.float64)
+        sums = sums.sum(0, dtype=torch.float64)
 
     # The first layer's gradients from sum dz (x - mu), sum dz and the windows' covariance.
     w, rstd = weights[0][:, 0].double(), affines[0][1].double()
     products = products.sum(0, dtype=torch.float64)[:11].T
-    dgamma, dbeta = (w * products).sum(1) * rstd, sums[:, 1].sum(0, dtype=torch.float64)
+    dgamma, dbeta = (w * products).sum(1) * rstd, sums[1]
     scale = (affines[0][2].double() * rstd)[:, None]
     dw = scale * (products - (dgamma * rstd)[:, None] * (w @ covariance))
-    gradients[0].append(dw[:, None].float())
-    gradients[1].append(torch.stack([dgamma, dbeta]).float())
-    return [g for kind in gradients for g in reversed(kind)]
+    matrices.append(dw[:, None].float())
+    vectors.append(torch.stack([dgamma, dbeta]).float())
+    return matrices[::-1] + vectors[::-1]
 
 
 @_backward.register_fake
@@ -620,9 +547,8 @@ def _(gradient, wave, weights, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    wave, weights, gammas, betas, _, ctx.hop, ctx.precision = inputs
+    wave, weights, _, _, _, ctx.hop, ctx.precision = inputs
     ctx.save_for_backward(wave, *weights, *output[3])
-    ctx.dtypes = [t.dtype for t in (*weights, *gammas, *betas)]
     ctx.set_materialize_grads(False)
 
 
@@ -631,9 +557,7 @@ def _autograd(ctx, gradient, *_):
         return (None,) * 7
     wave, *rest = ctx.saved_tensors
     result = _backward(gradient, wave, rest[:7], rest[7:], ctx.hop, ctx.precision)
-    result = result[:7] + [g[0] for g in result[7:]] + [g[1] for g in result[7:]]
-    result = [g.to(dtype) for g, dtype in zip(result, ctx.dtypes, strict=True)]
-    return None, result[:7], result[7:14], result[14:], None, None, None
+    return None, result[:7], [g[0] for g in result[7:]], [g[1] for g in result[7:]], None, None, None
 
 
 forward.register_autograd(_autograd, setup_context=_setup_context)

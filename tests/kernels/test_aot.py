@@ -23,7 +23,8 @@ good = aot.check((case, 90))
 assert not good["problems"] and good["tensor_core"] and good["registers"] > 100, good
 wide = aot.replace(case, constants=case.constants | {"BM": 256, "BN": 128})
 assert "spills" in aot.check((wide, 90))["problems"]
-assert "shared memory" in aot.check((aot.replace(case, num_stages=8), 86))["problems"]
+deep = aot.replace(case, options=case.options | {"num_stages": 8})
+assert "shared memory" in aot.check((deep, 86))["problems"]
 with mock.patch.object(aot, "TENSOR_CORE", aot.re.compile("absent")):
     assert aot.check((case, 90))["problems"] == "no tensor-core instructions"
 broken = aot.replace(case, constants=case.constants | {"BM": 3})

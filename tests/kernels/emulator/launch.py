@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, native_specialize_impl
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from .machine import Kernel
 from .memory import GlobalMemory
@@ -60,11 +60,13 @@ class Emulation:
         found = sum((launch.findings for launch in self.launches), Counter())
         return {text: n for text, n in found.items() if text.startswith("note") == notes}
 
-    def compile(self, function, signature, constants, aligned, **options) -> Kernel:
-        """The kernel for these types and constants; `aligned` arguments are multiples of 16."""
-        key = repr((function, signature, constants, aligned, options))
+    def compile(self, function, values, kinds, options) -> Kernel:
+        """The kernel for these types, constants and alignments."""
+        key = repr((function, kinds, options))
         if key not in self.kernels:
-            aligned = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+            signature = {name: kind for name, (kind, _) in zip(values, kinds, strict=True)}
+            constants = {name: value for name, value in values.items() if signature[name] == "constexpr"}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, (_, known) in enumerate(kinds) if known == "D"}
             compiled = triton.compile(
                 ASTSource(function, signature, constexprs=constants, attrs=aligned),
                 target=GPUTarget("cuda", self.capability, 32),
@@ -75,26 +77,17 @@ class Emulation:
             self.kernels[key] = Kernel(ptx, metadata.num_warps, metadata.shared)
         return self.kernels[key]
 
-    def run(self, function, arguments, grid, num_warps=4, num_stages=3, **keywords) -> None:
+    def run(self, function, arguments, grid, **keywords) -> None:
         """One launch, with the arguments that Triton's own launcher takes."""
-        values = dict(zip(function.arg_names, arguments, strict=False)) | keywords
-        if wrong := set(function.arg_names) ^ set(values):
-            raise TypeError(f"{function.__name__}: missing or unknown arguments {sorted(wrong)}")
-        signature, constants, aligned = {}, {}, []
-        for parameter in function.params:
-            name, value = parameter.name, values[parameter.name]
-            kind, known = "constexpr", None
-            if not parameter.is_constexpr:
-                kind, known = native_specialize_impl(BaseBackend, value, False, True, True)
-            signature[name] = kind
-            if kind == "constexpr":
-                constants[name] = value
-            elif known == "D":
-                aligned.append(name)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        kernel = self.compile(function, signature, constants, aligned, **options)
+        bind = create_function_from_signature(function.signature, function.params, BaseBackend)
+        values, kinds, options = bind(*arguments, **keywords)
+        if unknown := set(options) - {"num_warps", "num_stages"}:
+            raise TypeError(f"{function.__name__}: unknown arguments {sorted(unknown)}")
+        kernel = self.compile(function, values, kinds, options)
         grid = tuple(map(int, grid(values) if callable(grid) else grid))
-        memory, storages, parameters = _upload([values[name] for name in signature if name not in constants])
+        memory, storages, parameters = _upload(
+            [value for value, (kind, _) in zip(values.values(), kinds, strict=True) if kind != "constexpr"]
+        )
         parameters += [0] * (len(kernel.entry.parameters) - len(parameters))
         try:
             findings, counts = kernel.launch(memory, parameters, grid, self.count)
