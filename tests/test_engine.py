@@ -92,7 +92,7 @@ def test_says_once_that_other_threads_or_implementations_give_other_bits(
     train.train(data, out, TINY)
     screen = capfd.readouterr().out
     assert screen.count("the last bits will differ") == 1
-    assert "after float32 on cpu, 99 threads and " in screen and " after abacus: " in screen
+    assert "instead of float32 on cpu, 99 threads and " in screen and " instead of abacus: " in screen
 
 
 @contextmanager

@@ -70,9 +70,9 @@ def averages(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tuple(read_metrics(run / name).get("average", {}) for name in ("evaluation", "untrained"))
 
 
-def clip_scores(evaluation: Path) -> list[Score]:
-    """The scores of the clips that the metrics are made of."""
-    return measured(read_clip_scores(evaluation))
+def clip_scores(evaluation: Path, column: str = "score") -> list[Score]:
+    """The scores of the clips that the metrics are made of, from a column of scores.csv."""
+    return measured(read_clip_scores(evaluation, column))
 
 
 def results_table(run: Path) -> Table:
@@ -134,15 +134,15 @@ def expectation(run: Path) -> str:
     return f"average AUC: {', '.join(parts)}: {verdict}"
 
 
-def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1)) -> Table:
+def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1), score: str = "") -> Table:
     """False alarms and detections of each machine type at the false-alarm rates asked for.
 
     Thresholds come from normal recordings that were held out of training; like the test recordings, each
-    counts with its highest window. Empty without such recordings.
+    counts with its highest window. `score` is by default the evaluation's own. Empty without such recordings.
     """
-    score = read_json(run / "evaluation" / "evaluation.json").get("score", "exact")
-    machines, scores = checkpoint.load(run / "best.pt").held_out(score)
-    clips = clip_scores(run / "evaluation")
+    own = read_json(run / "evaluation" / "evaluation.json").get("score", "exact")
+    machines, scores = checkpoint.load(run / "best.pt").held_out(score or own)
+    clips = clip_scores(run / "evaluation", "score" if score in ("", own) else score)
     if not (machines and clips):
         return []
     types, truth = (np.array([getattr(clip, name) for clip in clips]) for name in ("machine_type", "anomaly"))

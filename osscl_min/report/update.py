@@ -1,6 +1,7 @@
 """From a run to results/, and from results/ into the documents: no number is typed by hand.
 
-For maintainers: ``python -m osscl_min.report.update keep RUN results/quick`` and ``... readme``.
+For maintainers: ``python -m osscl_min.report.update keep RUN results/quick``; its other commands are
+`thresholds` and `readme`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,24 @@ def keep(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) ->
         write_text(folder.parent / "paper" / f"{folder.name}_{name}.tex", text)
 
 
+def thresholds(folder: tyro.conf.Positional[Path], runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Write FOLDER/thresholds.md: decisions on the test clips of runs with different seeds, by two scores.
+
+    Args:
+        runs: Evaluated runs, such as OUT/runs/os-scl-seed* of an experiment.
+    """
+    rows: Rows = []
+    for run in runs:
+        seed = read_json(run / "config.json")["config"]["train"]["seed"]
+        for score in ("exact", "nearest"):
+            header, *lines = results.thresholds_table(run, score=score)
+            rows = rows or [["score", "seed", header[0], *header[2:]]]
+            rows += [[score, str(seed), line[0], *line[2:]] for line in lines if line[1] == "all"]
+    rows[1:] = sorted(rows[1:], key=lambda row: (row[0], float(row[2].rstrip("% ")), int(row[1])))
+    origin = re.sub(r"seed \d+", "a seed per row", results.origin(runs[-1]))
+    write_text(folder / "thresholds.md", f"{markdown(rows)}\n\n{origin}\n")
+
+
 def cost_table(run: Path) -> Rows:
     """How long each step of reproduce.sh took, and what the run needed."""
     steps = {row["step"]: float(row["seconds"]) for row in read_csv(run / "timing.csv", ("step", "seconds"))}
@@ -96,6 +115,8 @@ def readme() -> None:
 
 if __name__ == "__main__":
     try:
-        tyro.extras.subcommand_cli_from_dict({"keep": keep, "readme": readme}, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(
+            {"keep": keep, "readme": readme, "thresholds": thresholds}, description=__doc__
+        )
     except UserError as error:
         sys.exit(f"update: {error}")

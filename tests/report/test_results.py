@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import pytest
 
 from osscl_min.report import results
-from osscl_min.report.update import DOCUMENTS, PICTURES, cost_table, fill, keep
+from osscl_min.report.update import DOCUMENTS, PICTURES, cost_table, fill, keep, thresholds
 from osscl_min.runtime.files import ROOT, UserError, read_json
 
 
@@ -39,6 +39,20 @@ def test_a_run_is_kept(run, tmp_path):
     (run / "evaluation" / "evaluation.json").unlink()
     with pytest.raises(UserError, match="evaluation.json is missing"):
         keep(run, tmp_path / "again")
+
+
+def test_decisions_of_several_runs_are_kept_by_score(run, tmp_path):
+    scores = run / "evaluation" / "scores.csv"
+    header, *rows = (line.split(",") for line in scores.read_text().splitlines())
+    for row in rows:  # nearest would call everything normal; the paper's score stays
+        row[header.index("nearest")] = "-1e9"
+    scores.write_text("\n".join(map(",".join, [header, *rows])) + "\n")
+    thresholds(tmp_path, (run,))
+    table = [line.split("|") for line in (tmp_path / "thresholds.md").read_text().splitlines() if "|" in line]
+    alarms = {(cells[1].strip(), cells[3].strip()): cells[5].strip() for cells in table[2:]}
+    for rate, line in zip(("5 %", "10 %"), results.thresholds_table(run)[7::7], strict=True):
+        assert line[1] == "all" and alarms["exact", rate] == line[3]
+        assert alarms["nearest", rate].split()[0] in ("0", "-")  # "-": too few held out to resolve the rate
 
 
 def test_cost_is_a_table(run):
