@@ -34,7 +34,7 @@ def zenodo():
         }
         for part in names:
             record, pattern = PARTS[part]
-            files[record, pattern.format(name)] = packed(names[part], 16_000)
+            files[record, pattern.format(name)] = packed(names[part], 1.0)
         labels += [name, *(f"id_{evaluation}_{k:08d}.wav,x_{k}.wav,{k}" for k in range(2))]
     files[PARTS["labels"]] = "\n".join([*labels, ""]).encode()
     with Zenodo.serving(files) as server:

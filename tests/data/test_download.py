@@ -29,13 +29,13 @@ LABELS = "".join(
 ).encode()
 
 
-def packed(names):
-    """A zip with a short sound for each name."""
+def packed(names, seconds=0.1):
+    """A zip with a sound for each name."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:
             sound = io.BytesIO()
-            soundfile.write(sound, noise(list(name.encode()), 0.1), 16_000, format="WAV")
+            soundfile.write(sound, noise(list(name.encode()), seconds), 16_000, format="WAV")
             archive.writestr(name, sound.getvalue())
     return content.getvalue()
 

@@ -347,6 +347,7 @@ def distributed_rank(rank, world, folder, split, case):
         given = torch.tensor(-3.0) if reduction == "mean" else weights(len(z)).cpu()[mine]
         results[reduction] = loss.detach(), torch.autograd.grad(loss, x, given.to(loss.dtype))[0]
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo may abort where a rank leaves while others still talk
     dist.destroy_process_group()
 
 
