@@ -5,6 +5,7 @@ import subprocess
 import threading
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,17 @@ class Zenodo(ThreadingHTTPServer):
         self.files, self.faults, self.asked = files, {}, Counter()
         self.stalled, self.resume = threading.Event(), threading.Event()
 
+    @classmethod
+    @contextmanager
+    def serving(cls, files):
+        """A server at work, of (record, file) -> content."""
+        with cls(files) as server:
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+            thread.start()
+            yield server
+            server.shutdown()
+            thread.join()
+
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -92,12 +104,8 @@ class Answer(BaseHTTPRequestHandler):
 def zenodo(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda seconds: None))
-    with Zenodo(miniature()) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with Zenodo.serving(miniature()) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def fetch(zenodo, folder, **options):
