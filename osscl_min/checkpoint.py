@@ -92,12 +92,8 @@ class Checkpoint:
             return [], []
         scores = self.calibration[form if form in FORMS else "scores"].numpy()
         recordings = self.calibration.get("recordings", torch.arange(len(scores))).numpy()
-        known = ~np.isnan(scores)
-        labels, scores, recordings = (
-            self.calibration["labels"].numpy()[known],
-            scores[known],
-            recordings[known],
-        )
+        parts = self.calibration["labels"].numpy(), scores, recordings
+        labels, scores, recordings = (part[~np.isnan(scores)] for part in parts)
         _, first = np.unique(recordings, return_index=True)
         machines = [self.classes[label] for label in labels[first]]
         return machines, [scores[recordings == recordings[clip]] for clip in first]

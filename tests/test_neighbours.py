@@ -56,6 +56,15 @@ def test_clips_of_one_recording_are_not_neighbours():
     assert (twice._within["levels"][:12:2] < one._within["levels"][:6]).all()
 
 
+def test_deviation_is_from_all_frames_of_the_machines_clips():
+    random = np.random.default_rng(3)
+    log_mels = 20 * random.standard_normal((6, 5, 40)) + random.standard_normal((6, 5, 1))
+    near = kept(np.repeat([0, 1], 3), np.zeros((6, 1)), profile(torch.from_numpy(log_mels)[:, None]).numpy())
+    frames = log_mels[3:].transpose(1, 0, 2).reshape(5, -1)
+    expected = (log_mels[0] - frames.mean(1, keepdims=True)) / frames.std(1, keepdims=True)
+    np.testing.assert_allclose(near.deviation(log_mels[0], label=1), expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_planted_anomaly_ranks_first_whatever_the_machines_scale(form):
     random = np.random.default_rng(1)
