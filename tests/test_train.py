@@ -216,7 +216,7 @@ def test_validation_split():
 @pytest.mark.parametrize(
     ("own", "borrowed", "held_out"),
     [
-        ((14, 14, 14), (), (2, 2, 2)),  # at least two
+        ((14, 9, 9), (), (2, 2, 2)),  # at least two
         ((27, 27), (100,), (10, 10, 10)),  # 20 of one's own resolve 5 %
         ((100, 200), (), (10, 20)),
         ((4, 3, 2, 1), (), (1, 1, 0, 0)),  # at most two fifths

@@ -47,15 +47,15 @@ def test_decisions_of_several_runs_are_kept_by_score(run, tmp_path, monkeypatch)
     monkeypatch.setattr(results, "thresholds_table", partial(results.thresholds_table, rates=(0.2, 0.4)))
     scores = run / "evaluation" / "scores.csv"
     header, *rows = (line.split(",") for line in scores.read_text().splitlines())
-    for row in rows:  # nearest calls everything anomalous; the paper's score stays
-        row[header.index("nearest")] = "1e9"
+    for row in rows:  # nearest calls everything normal; the paper's score stays
+        row[header.index("nearest")] = "-1e9"
     scores.write_text("\n".join(map(",".join, [header, *rows])) + "\n")
     thresholds(tmp_path, (run,))
     table = [line.split("|") for line in (tmp_path / "thresholds.md").read_text().splitlines() if "|" in line]
     alarms = {(cells[1].strip(), cells[3].strip()): cells[5].strip() for cells in table[2:]}
     own = [line for line in results.thresholds_table(run) if line[1] == "all"]
-    assert [alarms["exact", line[0]] for line in own] == [line[3] for line in own] != ["24 of 24"] * 2
-    assert [alarms["nearest", rate] for rate in ("20 %", "40 %")] == ["24 of 24"] * 2
+    assert [alarms["exact", line[0]] for line in own] == [line[3] for line in own] != ["0 of 24"] * 2
+    assert [alarms["nearest", rate] for rate in ("20 %", "40 %")] == ["0 of 24"] * 2
 
 
 def test_cost_is_a_table(run):
