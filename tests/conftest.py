@@ -1,9 +1,13 @@
 """Without a GPU the Triton kernels run in Triton's interpreter; with one the same tests run compiled."""
 
+import hashlib
+import io
 import os
 import pathlib
 import shutil
+import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +18,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
+from osscl_min import cli  # noqa: E402
 from osscl_min.config import PRESETS, AudioConfig, EvaluateConfig, ModelConfig  # noqa: E402
+from osscl_min.data.synth import SynthConfig, write_dataset  # noqa: E402
+from osscl_min.runtime.files import UserError  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -28,6 +35,7 @@ def tiny(train, **parts):
     return replace(quick, train=replace(quick.train, **train), **parts)
 
 
+MACHINES = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=2, test_anomaly=2)
 LOG_MEL = ModelConfig(audio=AudioConfig(seconds=1.0, clip_step=2.0), inputs=("log_mel",))
 TINY = tiny({"epochs": 3, "batch_size": 5}, model=LOG_MEL)  # a whole training in seconds
 
@@ -69,6 +77,43 @@ def write_sound(path, samples, rate=16_000, **options):
     return path
 
 
+def contents(folder):
+    """Every regular file below a folder, by its name there, with a digest of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+@contextmanager
+def refused(message, status=2):
+    """The block must end in a user's error of one line that matches `message`."""
+    with pytest.raises(UserError, match=message) as caught:
+        yield
+    assert "\n" not in str(caught.value) and caught.value.exit_status == status
+
+
+@pytest.fixture
+def osscl(monkeypatch, capfd):
+    """Runs a command in this process: exit status, standard output, standard error; a hanging one fails."""
+
+    def run(*arguments, given=b""):
+        monkeypatch.setattr(sys, "argv", ["osscl", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), "utf-8"))
+        signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"hangs: {arguments}"))
+        signal.alarm(60)
+        try:
+            status = cli.main() or 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+        finally:
+            signal.alarm(0)
+        return status, *capfd.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
     """Real machine sounds and scores, from OSSCL_REAL_DATA; the test is skipped where it is unset."""
@@ -80,11 +125,8 @@ def real_data() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> pathlib.Path:
-    """Eighteen training clips of one second, six simulated machines."""
-    from osscl_min.data.synth import SynthConfig, write_dataset
-
-    config = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=1, test_anomaly=1)
-    return write_dataset(tmp_path_factory.mktemp("machines") / "data", config)
+    """Clips of one second of six simulated machines: three for training and four test clips of each."""
+    return write_dataset(tmp_path_factory.mktemp("machines") / "data", MACHINES)
 
 
 @pytest.fixture(scope="session")
@@ -103,14 +145,12 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
 
     Its network has learned next to nothing. Tests that change it work on a copy.
     """
-    from osscl_min.data.synth import SynthConfig, write_dataset
     from osscl_min.evaluate import evaluate
     from osscl_min.experiments.variants import examine
     from osscl_min.train import train
 
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    counts = SynthConfig(seconds=1.0, ids_per_type=2, train_clips=3, test_normal=2, test_anomaly=2)
-    data = write_dataset(run / "data", counts)
+    data = write_dataset(run / "data", replace(MACHINES, ids_per_type=2))
     scoring = EvaluateConfig(batch_size=24, bootstrap=20)
     best = train(data, run, tiny({"epochs": 2}, evaluate=scoring), device="cpu")
     evaluate(best, data, run / "evaluation", config=scoring, device="cpu")

@@ -4,13 +4,10 @@ A case is a command, run in a folder that holds good data (`data`), a detector (
 (`run`), good scores (`scores`) and one hostile thing.
 """
 
-import hashlib
 import io
 import os
 import shutil
-import signal
 import struct
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-
-from osscl_min.cli import main
+from conftest import contents
 
 RATE = 16_000
 WAVE = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
@@ -316,15 +312,6 @@ def stage(tiny_run, tmp_path_factory):
     return folder
 
 
-def contents(folder):
-    """Every regular file below a folder, with a digest of its content."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink()
-    }
-
-
 def put(place, content) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
@@ -334,25 +321,10 @@ def put(place, content) -> None:
         place.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def outcome(command, given, monkeypatch) -> int:
-    """Run a command in this process and return its exit status; one that hangs fails after a minute."""
-    monkeypatch.setattr(sys, "argv", ["osscl", *command.split()])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"hangs: {command}"))
-    signal.alarm(60)
-    try:
-        main()
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
-    finally:
-        signal.alarm(0)
-    return 0
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if n % 3 else ()) for n, name in enumerate(CASES)]
 )
-def test_hostile(name, stage, tmp_path, monkeypatch, capfd):
+def test_hostile(name, stage, tmp_path, monkeypatch, osscl):
     command, hostile, says, statuses, given, changes = CASES[name]
     folder, needs_run = tmp_path / "case", "run" in command.split()
     shutil.copytree(stage, folder, ignore=None if needs_run else shutil.ignore_patterns("run"))
@@ -361,8 +333,7 @@ def test_hostile(name, stage, tmp_path, monkeypatch, capfd):
     before = contents(tmp_path)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    status = outcome(command, given, monkeypatch)
-    out, err = capfd.readouterr()
+    status, out, err = osscl(*command.split(), given=given)
     assert "Traceback" not in out + err
     assert status in statuses, out + err
     assert says in out + err

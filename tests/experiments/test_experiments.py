@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import MACHINES, contents, refused, tiny
 from simulations import stars
 
 from osscl_min import checkpoint
-from osscl_min.cli import main
 from osscl_min.config import PRESETS, AudioConfig, Config, EvaluateConfig, ModelConfig
 from osscl_min.data.reader import open_data
-from osscl_min.data.synth import SynthConfig, write_dataset
+from osscl_min.data.synth import write_dataset
 from osscl_min.evaluate import evaluate
 from osscl_min.experiments import analyses, figures, sweep, variants
 from osscl_min.features import LogMel, to_wave
@@ -28,53 +27,24 @@ QUICK = PRESETS["quick"]
 AUDIO = AudioConfig(seconds=1.0)
 SCORING = EvaluateConfig(batch_size=24, bootstrap=30)
 SMALL = tiny({"epochs": 1}, model=ModelConfig(audio=AUDIO, inputs=("log_mel",)), evaluate=SCORING)
-MACHINES = SynthConfig(seconds=1.0, ids_per_type=1, train_clips=3, test_normal=2, test_anomaly=2)
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def swept(data, tmp_path_factory):
     """Three variants, one of which cannot run; two seeds of the first: data, out, runs, failures."""
-    folder = tmp_path_factory.mktemp("sweep")
-    data = write_dataset(folder / "data", MACHINES)
+    out = tmp_path_factory.mktemp("sweep") / "out"
     table = {"os-scl": {}, "no mixup": {"loss.mixup": False}, "broken": {"model.frozen": ["tgram"]}}
-    runs = sweep.plan(table, (0,), SMALL, data, folder / "out")
-    runs += sweep.plan({"os-scl": {}}, (1,), SMALL, data, folder / "out")
-    return data, folder / "out", runs, sweep.run_all(runs, data, device="cpu", jobs=2)
+    runs = sweep.plan(table, (0,), SMALL, data, out) + sweep.plan({"os-scl": {}}, (1,), SMALL, data, out)
+    return data, out, runs, sweep.run_all(runs, data, device="cpu", jobs=2)
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """Runs the command line, whose preset small is SMALL; returns its exit status."""
-
-    def run(*arguments):
-        monkeypatch.setitem(PRESETS, "small", SMALL)
-        monkeypatch.setattr("sys.argv", ["osscl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0
-
-    return run
-
-
-def test_train_takes_several_seeds(swept, command, capsys):
+def test_train_takes_several_seeds(swept, osscl, monkeypatch):
     """The runs are there already: nothing is trained, and their average is shown."""
     data, out, runs, _ = swept
-    options = ("train", "--data", data, "--out", out, "--device", "cpu", "--seeds")
-    assert command(*options, "0,1") == 0
-    averages = [json.loads((runs[k].folder / "evaluation" / "metrics.json").read_text()) for k in (0, 3)]
-    mean = 100 * np.mean([metrics["average"]["auc_id_mean"] for metrics in averages])
-    assert f" {mean:.1f} ± " in capsys.readouterr().out
-    assert command(*options, "0,x") == 2
-    assert "--seeds takes whole numbers" in capsys.readouterr().err
-
-
-def test_settings_are_changed_by_their_path():
-    config = sweep.changed(QUICK, {"loss.mixup": False, "model.audio.cutoff": 500.0})
-    assert not config.loss.mixup and config.model.audio.cutoff == 500
-    assert sweep.changed(config, {"loss.mixup": True, "model.audio.cutoff": 4000.0}) == QUICK
-    for wrong, message in (("loss.mixpu", "unknown setting mixpu"), ("train.seed", "seed")):
-        with pytest.raises(UserError, match=message):
-            sweep.changed(QUICK, {wrong: -1})
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+    status, shown, _ = osscl("train", "--data", data, "--out", out, "--device", "cpu", "--seeds", "0,1")
+    mean = 100 * np.mean([average["auc_id_mean"] for average in evaluations(swept, "os-scl")])
+    assert status == 0 and f" {mean:.1f} ± " in shown
 
 
 def test_experiments_share_equal_runs_and_no_others(swept, tmp_path):
@@ -115,15 +85,17 @@ def test_the_papers_rows_are_there():
 
 
 def test_a_failed_run_does_not_stop_the_others_and_finished_ones_are_reused(swept):
-    data, _, runs, failed = swept
+    data, out, runs, failed = swept
     assert [run.variant for run in failed] == ["broken"] and "model.frozen" in failed[runs[2]]
     done = [run for run in runs if run not in failed]
     assert all((run.folder / "evaluation" / "metrics.json").is_file() for run in done)
     before = [(run.folder / "best.pt").stat().st_mtime_ns for run in done]
     assert not sweep.run_all(done, data, device="cpu", jobs=2)
     assert [(run.folder / "best.pt").stat().st_mtime_ns for run in done] == before
-    with pytest.raises(UserError, match="nothing to compare with: no"):
+    with refused("nothing to compare with: no"):
         sweep.finished(runs, dict.fromkeys(runs, "no"))
+    with locked(out / "runs", "running experiments"), refused("another process"):
+        sweep.run_all(runs, data, device="cpu")
 
 
 @pytest.mark.parametrize("change", [lambda c: c["config"]["train"].update(epochs=2), lambda c: c.clear()])
@@ -133,42 +105,29 @@ def test_a_folder_that_holds_something_else_is_refused(swept, tmp_path, change):
     content = json.loads((folder / "config.json").read_text())
     change(content)
     (folder / "config.json").write_text(json.dumps(content))
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before = contents(folder)
     (message,) = sweep.run_all([replace(runs[0], folder=folder)], data, device="cpu").values()
     assert "holds another run" in message and "\n" not in message
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-def test_two_processes_do_not_share_a_folder(swept):
-    data, out, runs, _ = swept
-    with locked(out / "runs", "running experiments"), pytest.raises(UserError, match="another process"):
-        sweep.run_all(runs, data, device="cpu")
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("components", {"seeds": ()}, "--seeds needs at least one number"),
-        (
-            "components",
-            {"only": ("rubbish",)},
-            "components has no variant rubbish; it has os-scl, head: leaky",
-        ),
-        ("components", {"cutoffs": (0.0,)}, "--cutoffs lie between 0 and 8000 Hz"),
+        ("components", {"only": ("rubbish",)}, "no variant rubbish; it has os-scl, head: leaky"),
         ("components", {"cutoffs": (9000.0,)}, "--cutoffs lie between 0 and 8000 Hz"),
         ("components", {"cutoffs": ()}, "--cutoffs needs at least one frequency"),
-        ("components", {"jobs": 0}, "--jobs is at least 1"),
         ("components", {"checkpoint": "best.pt"}, "trains its own detectors"),
         ("training", {}, r"pretrain_epochs: 1 must be below train.epochs \(1\)"),
     ],
 )
-def test_what_cannot_run_is_refused_in_one_line(swept, tmp_path, name, options, message):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_run_is_refused_and_makes_nothing(swept, tmp_path, name, options, message):
+    with refused(message):
         variants.run(name, swept[0], tmp_path / "out", SMALL, **{"seeds": (0,), **options})
     assert not (tmp_path / "out").exists()
 
 
-def test_all_runs_every_experiment_and_survives_failures(swept, tmp_path, command, monkeypatch, capsys):
+def test_all_runs_every_experiment_and_survives_failures(swept, tmp_path, osscl, monkeypatch):
     done = []
 
     def run(name, *_, **__):
@@ -179,10 +138,9 @@ def test_all_runs_every_experiment_and_survives_failures(swept, tmp_path, comman
         return {"failed": {}}
 
     monkeypatch.setattr(variants, "run", run)
-    assert command("ablate", "all", "--data", swept[0], "--out", tmp_path) == 1
-    shown = capsys.readouterr()
+    status, out, err = osscl("ablate", "all", "--data", swept[0], "--out", tmp_path)
+    assert status == 1 and "failed: bands: no bands today" in err and "table of inputs" in out
     assert tuple(done) == variants.ALL and set(variants.ALL) > set(variants.ANALYSES)
-    assert "failed: bands: no bands today" in shown.err and "table of inputs" in shown.out
     assert (tmp_path / "timing.csv").read_text().startswith("step,seconds\nscores,0\n")
 
 
@@ -234,7 +192,7 @@ def test_remade_files_are_the_same(swept, results, tmp_path):
     for name in ("components.json", "components.md", "components.csv", "components_scores.csv"):
         assert (tmp_path / name).read_bytes() == (swept[1] / name).read_bytes()
     assert (tmp_path / "components.png").is_file()
-    with pytest.raises(UserError, match="no kept scores"):
+    with refused("no kept scores"):
         variants.remake(tmp_path / "nothing")
 
 
