@@ -77,6 +77,16 @@ def write_sound(path, samples, rate=16_000, **options):
     return path
 
 
+def put(place, content):
+    """Make a file of bytes or a text, or by a function of its path, and the folders that it lies in."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    if callable(content):
+        content(place)
+    else:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def contents(folder):
     """Every regular file below a folder, by its name there, with a digest of its content."""
     return {

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from conftest import refused
 
-from osscl_min.config import PRESETS, AudioConfig, Config, TrainConfig, from_dict, to_dict, with_classes
+from osscl_min.config import PRESETS, AudioConfig, Config, TrainConfig, from_dict, to_dict
 from osscl_min.features import LogMel
-from osscl_min.runtime.files import UserError
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -27,10 +27,6 @@ def test_the_paper_preset_is_the_papers():
     assert PRESETS["small"].train.keep == PRESETS["quick"].train.keep == "last"
 
 
-def test_frames():
-    assert AudioConfig().frames == 313 and AudioConfig(seconds=2).frames == 63
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -48,7 +44,7 @@ def test_frames():
     ],
 )
 def test_mistakes_are_named(values, message):
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         from_dict(values)
 
 
@@ -71,25 +67,20 @@ ENTRIES = [entry.split() for entry in OUTSIDE.replace("\n", "|").split("|") if e
 def test_every_number_has_a_range(name, value):
     section, field = name.split(".")
     values = {section: {field: int(value) if value.lstrip("-").isdigit() else float(value)}}
-    with pytest.raises(UserError, match=field) as error:
+    with refused(f"{field}(?!.*expected)"):
         from_dict({"model": values} if section == "audio" else values)
-    assert "\n" not in str(error.value) and "expected" not in str(error.value)
 
 
 def test_pre_training_leaves_epochs_for_classification():
     assert TrainConfig(epochs=2, pretrain_epochs=1).pretrain_epochs == 1
-    with pytest.raises(UserError, match=r"train.pretrain_epochs: 2 must be below train.epochs \(2\)"):
+    with refused(r"train.pretrain_epochs: 2 must be below train.epochs \(2\)"):
         TrainConfig(epochs=2, pretrain_epochs=2)
 
 
 def test_mel_bands_above_half_the_rate_or_without_a_bin_are_refused():
-    with pytest.raises(UserError, match="f_max to at most 4000 Hz, half the sample rate"):
+    with refused("f_max to at most 4000 Hz, half the sample rate"):
         AudioConfig(sample_rate=8000)
     half = AudioConfig(sample_rate=8000, f_max=4000.0)
     assert (LogMel(half).filters.amax(1) > 0).all()
-    with pytest.raises(UserError, match="of 128 mel bands hold no FFT bin; set fewer mels or a larger n_fft"):
+    with refused("of 128 mel bands hold no FFT bin; set fewer mels or a larger n_fft"):
         LogMel(AudioConfig(n_fft=256))
-
-
-def test_with_classes():
-    assert with_classes(PRESETS["quick"], 7).model.classes == 7

@@ -9,37 +9,35 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
+from conftest import refused
 
 from osscl_min import checkpoint
-from osscl_min.checkpoint import Checkpoint, _live_entries
+from osscl_min.checkpoint import _live_entries
 from osscl_min.config import AudioConfig, Config, EvaluateConfig, ModelConfig
 from osscl_min.data.clips import BENCHMARK
 from osscl_min.data.reader import open_data
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate, score_clips
-from osscl_min.experiments.variants import examine
 from osscl_min.features import ZeroPhaseFilter
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import evaluate_scores, read_scores
 from osscl_min.model import OSSCL
-from osscl_min.runtime.files import UserError
 
-SHORT = Config(model=ModelConfig(audio=AudioConfig(seconds=1.0)))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    config = SynthConfig(seconds=1.0, ids_per_type=2, train_clips=1, test_normal=2, test_anomaly=2)
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "data", config)
+PLAIN = EvaluateConfig(score="exact", bootstrap=0)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A checkpoint with drawn weights."""
+@pytest.fixture
+def data(tiny_run, tmp_path):
+    """A copy of the run's data, to be changed."""
+    return shutil.copytree(tiny_run / "data", tmp_path / "data")
+
+
+def save(path, machines, **settings):
+    """A checkpoint with drawn weights of `machines` in clips of one second."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "drawn.pt"
-    content = {"ema": OSSCL(SHORT.model).state_dict(), "epoch": 0}
-    checkpoint.save(path, content, SHORT, BENCHMARK, synthetic=True)
+    model = ModelConfig(audio=AudioConfig(seconds=1.0), classes=len(machines), inputs=("log_mel",))
+    content = {"ema": OSSCL(model).state_dict(), "epoch": 0}
+    checkpoint.save(path, content, Config(model=model), machines, synthetic=True)
     return path
 
 
@@ -57,95 +55,76 @@ def test_score_is_the_cross_entropy_and_does_not_saturate():
     assert scores[0] > scores[1] > scores[2] > 0
 
 
-def test_batches_change_nothing(data, weights):
-    trained = checkpoint.load(weights)
-    reader = open_data(data, SHORT.model.audio, splits=["test"]).test
+def test_batches_change_nothing(tiny_run, trained):
+    reader = open_data(tiny_run / "data", trained.config.model.audio, splits=["test"]).test
     one, many = (score_clips(trained, reader, config=EvaluateConfig(size)) for size in (1, 7))
     assert len(one.scores) == len(reader) == 48
     np.testing.assert_allclose(one.scores, many.scores, rtol=1e-4)
     assert np.array_equal(one.predicted, many.predicted)
+    few = replace(trained, classes=trained.classes[:3])
+    with refused("never trained on"):
+        score_clips(few, reader)
 
 
-def test_the_files_of_an_evaluation(data, weights, tmp_path):
-    result = evaluate(weights, data, tmp_path, config=EvaluateConfig(batch_size=8, bootstrap=10))
-    summary = json.loads((tmp_path / "evaluation.json").read_text())
+def test_the_files_of_an_evaluation(tiny_run):
+    folder = tiny_run / "evaluation"
+    summary = json.loads((folder / "evaluation.json").read_text())
     assert summary["clips"] == 48 and summary["synthetic"] and summary["machines"] == 12
     assert summary["config"]["model"]["audio"]["seconds"] == 1.0
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics == result["metrics"]
-    again = evaluate_scores(read_scores(tmp_path))  # from the DCASE-format files, by file name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    again = evaluate_scores(read_scores(folder))  # from the DCASE-format files, by file name
     for key in ("ids", "types"):
         without = [{k: v for k, v in entry.items() if k != "interval"} for entry in metrics[key]]
         assert without == again[key]
-    with open(tmp_path / "scores.csv", newline="") as file:
+    with open(folder / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 48 and {row["anomaly"] for row in rows} == {"0", "1"}
-    assert np.load(tmp_path / "embeddings.npz")["embeddings"].shape == (48, 128)
+    assert np.load(folder / "embeddings.npz")["embeddings"].shape == (48, 128)
 
 
-def test_a_folder_with_test_clips_alone_is_scored(data, weights, tmp_path):
-    folder = copy_of(data, tmp_path)
-    for train in folder.glob("*/train"):
-        shutil.rmtree(train)
-    config = EvaluateConfig(bootstrap=0)
-    result = evaluate(weights, folder, tmp_path / "out", config=config)
-    assert result["metrics"] == evaluate(weights, data, tmp_path / "whole", config=config)["metrics"]
-
-
-def test_names_from_outside_do_not_leave_the_folder(data, tmp_path):
+def test_names_from_outside_do_not_leave_the_folder(tiny_run, tmp_path):
     machines = (("x/../../../escaped", "../7"), ("pump", "00"))
-    model = replace(SHORT, model=replace(SHORT.model, classes=2, inputs=("log_mel",)))
-    content = {"ema": OSSCL(model.model).state_dict(), "epoch": 0}
-    checkpoint.save(tmp_path / "two.pt", content, model, machines, synthetic=False)
+    save(tmp_path / "two.pt", machines)
     rows = [
         f"{path},{machine_type},{machine_id},test,0"
-        for (machine_type, machine_id), path in zip(machines, sorted(data.glob("pump/test/*")), strict=False)
+        for (machine_type, machine_id), path in zip(machines, (tiny_run / "data/pump/test").iterdir())  # noqa: B905
     ]
     (tmp_path / "in").mkdir()
     manifest = tmp_path / "in" / "manifest.csv"
     manifest.write_text("path,machine_type,machine_id,split,anomaly\n" + "\n".join(rows))
-    evaluate(tmp_path / "two.pt", manifest, tmp_path / "a" / "b" / "out", config=EvaluateConfig(bootstrap=0))
+    out = tmp_path / "a" / "b" / "out"
+    evaluate(tmp_path / "two.pt", manifest, out, config=PLAIN)
     assert not list(tmp_path.rglob("escaped*"))
-    (odd,) = (tmp_path / "a" / "b" / "out").glob("anomaly_score_x_*.csv")
-    assert "_id_00_00000000.wav," in odd.read_text() and "_id__" in odd.name
+    (odd,) = out.glob("anomaly_score_x_*.csv")
+    assert odd.read_text().count(",") == 1 and "_id__" in odd.name
 
 
-def copy_of(data, tmp_path):
-    return shutil.copytree(data, tmp_path / "copy")
-
-
-def test_unlabelled_clips_are_scored_and_not_measured(data, weights, tmp_path):
-    folder = copy_of(data, tmp_path)
+def test_test_clips_alone_are_scored_and_unlabelled_ones_are_not_measured(tiny_run, data, tmp_path):
+    best, out = tiny_run / "best.pt", tmp_path / "out"
+    for train in data.glob("*/train"):
+        shutil.rmtree(train)
     for number, name in enumerate(["normal_id_00_00000000", "anomaly_id_00_00000000"]):
-        (folder / "fan" / "test" / f"{name}.wav").rename(folder / "fan" / "test" / f"id_00_{number:08d}.wav")
-    result = evaluate(weights, folder, tmp_path / "out", config=EvaluateConfig(bootstrap=0))
+        (data / "fan" / "test" / f"{name}.wav").rename(data / "fan" / "test" / f"id_00_{number:08d}.wav")
+    result = evaluate(best, data, out, config=PLAIN)
     assert result["clips"] == 48 and result["unlabelled"] == 2
     assert sum(entry["normal"] + entry["anomaly"] for entry in result["metrics"]["ids"]) == 46
-    assert not (tmp_path / "out" / "evaluation_set").exists()
-    (folder / "eval_data_list.csv").write_text(
+    assert not (out / "evaluation_set").exists()
+    (data / "eval_data_list.csv").write_text(
         "fan\nid_00_00000000.wav,normal_id_00_00000000.wav,0\nid_00_00000001.wav,anomaly_id_00_00000000.wav,1\n"
     )
-    evaluate(weights, folder, tmp_path / "out", config=EvaluateConfig(bootstrap=0))
-    apart = json.loads((tmp_path / "out" / "evaluation_set" / "metrics.json").read_text())
+    evaluate(best, data, out, config=PLAIN)
+    apart = json.loads((out / "evaluation_set" / "metrics.json").read_text())
     assert [(entry["id"], entry["normal"], entry["anomaly"]) for entry in apart["ids"]] == [("00", 1, 1)]
 
 
-def test_machines_never_trained_on_are_told(data, weights, tmp_path):
-    folder = copy_of(data, tmp_path)
-    content = checkpoint.read(weights)
-    classes = tuple(machine for machine in BENCHMARK if machine != ("pump", "02")) + (("drill", "00"),)
-    checkpoint.save(
-        tmp_path / "other.pt", {"ema": content["ema"], "epoch": 0}, SHORT, classes, synthetic=True
-    )
-    result = evaluate(tmp_path / "other.pt", folder, tmp_path / "out", config=EvaluateConfig(bootstrap=0))
+def test_machines_never_trained_on_are_told(tiny_run, trained, tmp_path):
+    data = tiny_run / "data"
+    others = tuple(machine for machine in trained.classes if machine != ("pump", "02")) + (("drill", "00"),)
+    result = evaluate(save(tmp_path / "other.pt", others), data, tmp_path / "out", config=PLAIN)
     assert result["not_scored"] == "4 test clips of machines never trained on are not scored: pump 02 (4)"
     assert result["clips"] == 44
-    only = replace(SHORT, model=replace(SHORT.model, classes=1))
-    torch.manual_seed(0)
-    content = {"ema": OSSCL(only.model).state_dict(), "epoch": 0}
-    checkpoint.save(tmp_path / "drill.pt", content, only, (("drill", "00"),), synthetic=True)
-    with pytest.raises(UserError, match="no test clip is of a machine that this checkpoint was trained on"):
-        evaluate(tmp_path / "drill.pt", folder, tmp_path / "out")
+    with refused("no test clip is of a machine that this checkpoint was trained on"):
+        evaluate(save(tmp_path / "drill.pt", (("drill", "00"),)), data, tmp_path / "out")
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -184,25 +163,3 @@ def test_the_filter_keeps_and_removes_what_it_should():
         noise = np.random.default_rng(0).standard_normal((2, 9000))
         expected = scipy.signal.sosfiltfilt(zero_phase.sections, noise, padlen=4000)
         np.testing.assert_allclose(zero_phase(torch.from_numpy(noise)), expected, rtol=0, atol=1e-4)
-
-
-def test_high_frequency_ablation(data, weights, tmp_path):
-    config = EvaluateConfig(bootstrap=0)
-    result = examine("high-frequency", {"given": [weights]}, data, tmp_path, config, (1000.0, 7900.0))
-    written = json.loads((tmp_path / "high_frequency.json").read_text())
-    assert result == written
-    conditions = {(item["filter"], item["cutoff_hz"]): item["metrics"] for item in result["conditions"]}
-    assert len(conditions) == 5
-    plain = evaluate(weights, data, tmp_path / "plain", config=config)["metrics"]
-    assert conditions["none", None] == plain
-    assert conditions["low-pass", 1000.0] != plain != conditions["high-pass", 1000.0]
-    with pytest.raises(UserError, match="between 0 and 8000 Hz, got 9000"):
-        examine("high-frequency", {"given": [weights]}, data, tmp_path, config, (9000.0,))
-
-
-def test_scoring_against_a_machine_that_is_unknown_is_refused(data, weights):
-    trained = checkpoint.load(weights)
-    reader = open_data(data, SHORT.model.audio, splits=["test"]).test
-    few = Checkpoint(trained.path, trained.model, trained.config, BENCHMARK[:3], 0)
-    with pytest.raises(UserError, match="never trained on"):
-        score_clips(few, reader)

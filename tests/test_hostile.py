@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import contents
+from conftest import contents, put
 
 RATE = 16_000
 WAVE = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
@@ -204,6 +204,10 @@ CHECKPOINTS = {
     "negative-length": with_entry("config/model/audio/seconds", -1.0),
     "no-ema": with_entry("ema"),
     "no-weight": with_entry(WEIGHT),
+    "no-synthetic": with_entry("synthetic"),
+    "ema-list": with_entry("ema", []),
+    "epoch-text": with_entry("epoch", "three"),
+    "unknown-neighbours": with_entry("neighbours/labels", LABELS + 99),
     "weight-text": with_entry(WEIGHT, "x"),
     "weight-shape": with_entry(WEIGHT, torch.zeros(2, 2)),
     "nan-weights": changed(nan_weights),
@@ -236,15 +240,16 @@ RANGES = {
         --model.audio.f-min 8000 | --model.audio.mels 100000 -1 | --model.audio.hop 0
         --model.audio.n-fft -1 | --model.audio.cutoff nan | --model.scale inf | --model.margin 10
         --model.embedding 0 | --evaluate.batch-size -1 | --evaluate.bootstrap -1 | --seeds a 1,,2 -1
-        --engine.checkpoint-seconds nan | --engine.log-steps 0 | --device cuda cuda:7 tpu cpu:x""",
+        --engine.checkpoint-seconds nan | --engine.log-steps 0 | --device cuda cuda:7 tpu cpu:x
+        --trian.epochs 3""",
     EVALUATE: "--bootstrap -1 | --batch-size 0 -3 | --device cuda",
     SCORE: """
         --batch-size 0 -1 | --window-step 0 -1 nan | --false-alarm-rate 0 1 nan -0.1 | --machine rocket
         --channel -1 | --device cuda | --calibrate nowhere.wav""",
     "pack data new": "--seconds 0 nan | --sample-rate 0 -1 | --channel -1 | --jobs 0 -1",
     "synth new": """
-        --seconds 0 -1 nan | --sample-rate 0 | --ids-per-type 0 99 | --train-clips -1 | --seed -1
-        --snr-db nan | --test-normal -1""",
+        --seconds 0.5 -1 1e12 nan | --sample-rate 0 8000 | --ids-per-type 0 5 | --train-clips 0 -1 | --seed -1
+        --snr-db nan inf 1e9 | --test-normal -1 | --test-anomaly 1000000000000""",
     "ablate scores --data data --out new --preset quick": "--seeds -1 | --variants nonsense | --jobs 0",
     "ablate high-frequency --checkpoint best.pt --data data --out new": "--cutoffs -1 nan 9000",
     "metrics scores": "--bootstrap -1 | --labels nowhere.csv",
@@ -310,15 +315,6 @@ def stage(tiny_run, tmp_path_factory):
     (folder / "scores").mkdir()
     (folder / "scores" / "anomaly_score_fan_id_00.csv").write_text(SCORES)
     return folder
-
-
-def put(place, content) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.unlink(missing_ok=True)
-    if callable(content):
-        content(place)
-    else:
-        place.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,14 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from packaging.requirements import Requirement
 
 from osscl_min import __version__
 from osscl_min.report.update import DOCUMENTS, fill
 
-ROOT = Path(__file__).parent.parent
 # Rooms and top-level modules: each may import only from its own and earlier lines.
 ORDER = [
     {"runtime"},
@@ -66,17 +65,13 @@ def ranges(*extras):
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
-def test_jupyter_and_pytest_are_extras():
-    assert set(ranges()) == set(RUNTIME)
-    assert set(ranges("notebooks")) == {*RUNTIME, "jupyter"}
-    assert set(ranges("notebooks", "test")) == {*RUNTIME, "jupyter", "pytest"}
-    assert str(ranges()["triton"].marker) == 'platform_system == "Linux"'
-
-
-def test_pins_lie_within_the_ranges():
+def test_jupyter_and_pytest_are_extras_and_pins_lie_within_the_ranges():
+    assert set(ranges()) == set(RUNTIME) and set(ranges("notebooks")) == {*RUNTIME, "jupyter"}
+    admitted = ranges("notebooks", "test")
+    assert set(admitted) == {*RUNTIME, "jupyter", "pytest"}
+    assert str(admitted["triton"].marker) == 'platform_system == "Linux"'
     lines = (ROOT / "environment.yml").read_text().splitlines()
     pinned = [Requirement(line.strip()[2:]) for line in lines if "==" in line]
-    admitted = ranges("notebooks", "test")
     assert {pin.name for pin in pinned} == set(admitted)
     for pin in pinned:
         (version,) = pin.specifier

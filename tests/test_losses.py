@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import refused
 from osscl_kernels import supcon_loss_ref
 from torch.nn import functional as F
 
 from osscl_min.config import PRESETS, AudioConfig, LossConfig, ModelConfig, TrainConfig
 from osscl_min.losses import stage_loss
 from osscl_min.model import OSSCL
-from osscl_min.runtime.files import UserError
 from osscl_min.trainer import Trainer
 
 SHORT = AudioConfig(seconds=1.0)
@@ -86,7 +86,7 @@ def test_frozen_convolutions_stay_as_drawn(batch):
         for name, value in network.named_parameters():
             still = torch.equal(value, before[name])
             assert still if name.startswith("tfgram.conv") else not still, name
-    with pytest.raises(UserError, match="model.frozen"):
+    with refused("model.frozen"):
         OSSCL(ModelConfig(inputs=("log_mel",), frozen=("tfgram",)))
 
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import PRESETS, Config
 from osscl_min.model import OSSCL
 from osscl_min.neighbours import FORMS, MOST, Neighbours, choose, profile
-from osscl_min.runtime.files import UserError
 
 
 def clips(random, machines, each, scale=1.0):
@@ -130,5 +130,5 @@ def test_which_score_is_taken(tmp_path):
     assert replace(trained, config=replace(small, preset="paper")).form() == "exact"
     old = replace(trained, neighbours=None)
     assert old.form() == "exact" and old.remark == ""
-    with pytest.raises(UserError, match="best.pt: holds no training clips to compare with"):
+    with refused("best.pt: holds no training clips to compare with"):
         old.form("nearest")

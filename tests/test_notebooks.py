@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 from IPython.core.inputtransformer2 import TransformerManager
 
 from osscl_min.notebook import open_run
 from osscl_min.report.pages import NEEDS
-from osscl_min.runtime.files import UserError
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -63,7 +62,7 @@ def test_executes(reported, path):
 
 def test_open_run(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OSSCL_RUN", str(tmp_path))
-    with pytest.raises(UserError, match="no trained run in .*reproduce.sh"):
+    with refused("no trained run in .*reproduce.sh"):
         open_run()
     monkeypatch.setenv("OSSCL_RUN", str(tiny_run))
     run = open_run("test")

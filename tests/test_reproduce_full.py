@@ -12,10 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT
-from test_download import Zenodo, packed
+from test_download import Zenodo, miniature
 
 from osscl_min.data.clips import BENCHMARK
-from osscl_min.data.download import PARTS, TYPES
+from osscl_min.data.download import TYPES
 from osscl_min.data.store import read_store
 from osscl_min.train import read_log
 
@@ -23,21 +23,8 @@ from osscl_min.train import read_log
 @pytest.fixture
 def zenodo():
     """Zenodo's four records with two machines of every type: one of each set, a clip of a kind."""
-    files, labels = {}, []
-    for name in TYPES:
-        development, evaluation = [number for machine_type, number in BENCHMARK if machine_type == name][:2]
-        names = {
-            "dev": [f"{name}/train/normal_id_{development}_00000000.wav"]
-            + [f"{name}/test/{truth}_id_{development}_00000000.wav" for truth in ("normal", "anomaly")],
-            "eval-train": [f"{name}/train/normal_id_{evaluation}_00000000.wav"],
-            "eval-test": [f"{name}/test/id_{evaluation}_{k:08d}.wav" for k in range(2)],
-        }
-        for part in names:
-            record, pattern = PARTS[part]
-            files[record, pattern.format(name)] = packed(names[part], 1.0)
-        labels += [name, *(f"id_{evaluation}_{k:08d}.wav,x_{k}.wav,{k}" for k in range(2))]
-    files[PARTS["labels"]] = "\n".join([*labels, ""]).encode()
-    with Zenodo.serving(files) as server:
+    ids = {name: [number for kind, number in BENCHMARK if kind == name][:2] for name in TYPES}
+    with Zenodo.serving(miniature(ids, 1, 1.0)) as server:
         yield server
 
 

@@ -1,21 +1,18 @@
 """From a folder to clips: names, labels, truth, and everything that can be wrong with a folder."""
 
 import csv
-import os
-import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import noise, write_sound
+from conftest import noise, refused, write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.data.audio import decode
 from osscl_min.data.clips import BENCHMARK, Clip, label_table, scan
 from osscl_min.data.layouts import read_truth
 from osscl_min.data.reader import FolderReader, open_data
-from osscl_min.runtime.files import UserError
 
 AUDIO = AudioConfig(seconds=2.0)
 
@@ -63,10 +60,10 @@ def test_truth_is_read_beside_the_data_without_renaming(text, report, data):
 def test_truth_of_another_form_names_the_line(rest, tmp_path):
     file = tmp_path / "eval_data_list.csv"
     file.write_text(f"fan\nid_01_00000000.wav,normal_id_01_00000003.wav,0\nid_01_00000001.wav{rest}\n")
-    with pytest.raises(UserError, match=f"line 3: .*id_01_00000001.wav{rest}'"):
+    with refused(f"line 3: .*id_01_00000001.wav{rest}'"):
         read_truth(file)
     file.write_bytes("fän\n".encode("utf-16"))
-    with pytest.raises(UserError, match="not in UTF-8"):
+    with refused("not in UTF-8"):
         read_truth(file)
 
 
@@ -121,9 +118,9 @@ def test_only_the_benchmark_has_its_41_classes(clips, classes):
 def test_label_table_of_other_machines_is_their_own():
     clips = machines("grinder 07", "fan 00", "fan 02")
     assert label_table(clips) == (("fan", "00"), ("fan", "02"), ("grinder", "07"))
-    with pytest.raises(UserError, match="at least two machines.*grinder 07"):
+    with refused("at least two machines.*grinder 07"):
         label_table(clips[:1])
-    with pytest.raises(UserError, match="there is none"):
+    with refused("there is none"):
         label_table([])
 
 
@@ -144,33 +141,14 @@ def test_label_table_of_other_machines_is_their_own():
 def test_a_folder_without_clips_names_the_layout_that_nearly_fits(names, message, tmp_path):
     for name in names:
         write_sound(tmp_path / name, noise(0), format="WAV" if name.endswith("wav") else "OGG")
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message):
         scan(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "x" * 300, "a\0b", "\udcff"])
 def test_a_missing_folder_is_one_line(name, tmp_path):
-    with pytest.raises(UserError, match="no such data folder"):
+    with refused("no such data folder"):
         open_data(tmp_path / name, AUDIO)
-
-
-def test_strange_files_are_listed_and_the_rest_is_used(data):
-    train = data / "fan/train"
-    os.mkfifo(train / "normal_id_00_00000007.wav")
-    (train / "normal_id_00_00000008.wav").symlink_to("/dev/zero")
-    (train / "normal_id_00_00000009.wav").symlink_to("nowhere")
-    (train / "loop").symlink_to(data)
-    shutil.copy(train / "normal_id_00_00000000.wav", os.fsencode(train) + b"/normal_id_00_\xff.wav")
-    (data / "closed").mkdir(mode=0)
-    dataset = scan(data)
-    assert len(dataset.clips) == 7
-    reasons = {name.split("/")[-1]: reason for name, reason in dataset.problems.items()}
-    assert {reasons[f"normal_id_00_0000000{number}.wav"] for number in (7, 8)} == {"not a regular file"}
-    assert "cannot be read" in reasons["normal_id_00_00000009.wav"]
-    assert reasons["normal_id_00_\\xff.wav"] == "its name is not UTF-8"
-    assert os.getuid() == 0 or "cannot be read" in reasons["closed"]
-    dataset.report().encode()  # can be printed
 
 
 def test_what_was_done_is_counted_and_what_is_not_used_is_named(data):
@@ -199,7 +177,7 @@ def test_what_was_done_is_counted_and_what_is_not_used_is_named(data):
         "4 files not used:",
     ]
     assert len(report) == 8 and dataset.report(most=1).splitlines()[-1] == "  ... and 3 more"
-    with pytest.raises(UserError, match="strict"):
+    with refused("strict"):
         dataset.report(strict=True)
 
 

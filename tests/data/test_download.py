@@ -1,7 +1,6 @@
 """Downloading, against a server on this machine that answers like Zenodo and fails on demand."""
 
 import io
-import subprocess
 import threading
 import zipfile
 from collections import Counter
@@ -12,22 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import soundfile
-from conftest import COMMAND, environment, noise
+from conftest import contents, noise, refused
 
 from osscl_min.data import download as module
 from osscl_min.data.clips import scan
-from osscl_min.data.download import CHECKSUM, CORRUPT, FULL, NETWORK, UNWRITABLE, download
-from osscl_min.runtime.files import UserError
+from osscl_min.data.download import CHECKSUM, CORRUPT, FULL, NETWORK, PARTS, UNWRITABLE, download
 
 IDS = {"fan": ("00", "01"), "ToyCar": ("01", "05")}  # one of the development set, one of the evaluation set
-TYPES = tuple(IDS)
-CLIPS = 3  # of a kind
 FAN = {"parts": ("dev",), "types": ("fan",)}  # one file
-LABELS = "".join(
-    f"{machine_type}\n"
-    + "".join(f"id_{IDS[machine_type][1]}_{n:08d}.wav,normal_{n}.wav,{n % 2}\n" for n in range(CLIPS))
-    for machine_type in TYPES
-).encode()
 
 
 def packed(names, seconds=0.1):
@@ -41,18 +32,22 @@ def packed(names, seconds=0.1):
     return content.getvalue()
 
 
-def miniature():
-    """(record, file) -> content."""
-    files = {(3951620, "eval_data_list.csv"): LABELS}
-    for kind, (development, evaluation) in IDS.items():
-        zips = {
-            (3678171, "dev_data"): [f"train/normal_id_{development}_{n:08d}" for n in range(CLIPS)]
-            + [f"test/{truth}_id_{development}_{n:08d}" for truth in ("normal", "anomaly") for n in range(2)],
-            (3727685, "eval_data_train"): [f"train/normal_id_{evaluation}_{n:08d}" for n in range(CLIPS)],
-            (3841772, "eval_data_test"): [f"test/id_{evaluation}_{n:08d}" for n in range(CLIPS)],
+def miniature(ids, clips, seconds=0.1):
+    """The four records, (record, file) -> content: `clips` of a kind, and one more without a known truth."""
+    files, labels = {}, []
+    for kind, (development, evaluation) in ids.items():
+        names = {
+            "dev": [f"train/normal_id_{development}_{n:08d}" for n in range(clips)]
+            + [f"test/{t}_id_{development}_{n:08d}" for t in ("normal", "anomaly") for n in range(clips)],
+            "eval-train": [f"train/normal_id_{evaluation}_{n:08d}" for n in range(clips)],
+            "eval-test": [f"test/id_{evaluation}_{n:08d}" for n in range(clips + 1)],
         }
-        for (record, name), clips in zips.items():
-            files[record, f"{name}_{kind}.zip"] = packed([f"{kind}/{clip}.wav" for clip in clips])
+        for part in names:
+            record, pattern = PARTS[part]
+            zipped = packed([f"{kind}/{name}.wav" for name in names[part]], seconds)
+            files[record, pattern.format(kind)] = zipped
+        labels += [kind, *(f"id_{evaluation}_{n:08d}.wav,x_{n}.wav,{n % 2}" for n in range(clips + 1))]
+    files[PARTS["labels"]] = "\n".join([*labels, ""]).encode()
     return files
 
 
@@ -104,18 +99,17 @@ class Answer(BaseHTTPRequestHandler):
 def zenodo(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("pooch.core.time", SimpleNamespace(sleep=lambda seconds: None))
-    with Zenodo.serving(miniature()) as server:
+    with Zenodo.serving(miniature(IDS, 2)) as server:
         yield server
 
 
 def fetch(zenodo, folder, **options):
-    return download(folder, **{"types": TYPES, "mirror": zenodo.url, "trust_mirror": True, **options})
+    return download(folder, **{"types": tuple(IDS), "mirror": zenodo.url, "trust_mirror": True, **options})
 
 
 def tree(folder):
     """Every file of a folder, without the notes in .download."""
-    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix() for path in files if path.parts[0] != ".download"}
+    return {name for name in contents(folder) if not name.startswith(".download")}
 
 
 def everything(zenodo):
@@ -128,30 +122,34 @@ def leftovers(folder):
 
 
 def test_everything_arrives_and_is_counted(zenodo, tmp_path):
-    text = fetch(zenodo, tmp_path / "data")
-    assert tree(tmp_path / "data") == everything(zenodo) and not leftovers(tmp_path / "data")
+    data = tmp_path / "data"
+    half = data / ".download" / "tmp123"  # of a call that was killed
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half a zip")
+    text = fetch(zenodo, data)
+    assert tree(data) == everything(zenodo) and not leftovers(data)
     archive = zipfile.ZipFile(io.BytesIO(zenodo.files[3841772, "eval_data_test_fan.zip"]))
     name = "fan/test/id_01_00000002.wav"
-    assert (tmp_path / "data" / name).read_bytes() == archive.read(name)
-    clips = scan(tmp_path / "data").clips
+    assert (data / name).read_bytes() == archive.read(name)
+    clips = scan(data).clips
     assert {clip.anomaly for clip in clips if clip.machine_id == "05" and clip.split == "test"} == {0, 1}
-    assert "fan          00       3      4" in text and "ToyCar       05       3      3" in text
+    assert "fan          00       2      4" in text and "ToyCar       05       2      3" in text
     asked = Counter(zenodo.asked)
-    assert fetch(zenodo, tmp_path / "data") == text
+    assert fetch(zenodo, data) == text
     assert zenodo.asked == asked, "nothing is asked for again"
-    (tmp_path / "data" / name).write_bytes(b"short")
-    fetch(zenodo, tmp_path / "data")
+    (data / name).write_bytes(b"short")
+    fetch(zenodo, data)
     assert zenodo.asked - asked == {"eval_data_test_fan.zip": 1}
-    assert (tmp_path / "data" / name).read_bytes() == archive.read(name)
+    assert (data / name).read_bytes() == archive.read(name)
 
 
-def test_parts_and_types_can_be_chosen(zenodo, tmp_path):
-    fetch(zenodo, tmp_path, **FAN)
+def test_the_command_takes_parts_and_types(zenodo, tmp_path, osscl):
+    command = ["download", tmp_path, "--mirror", zenodo.url, "--trust-mirror", "--types", "fan"]
+    status, out, _ = osscl(*command, "--parts", "dev")
+    assert status == 0 and "fan          00       2      4" in out
     assert set(zenodo.asked) == {"dev_data_fan.zip"}
-    with pytest.raises(UserError, match="cannot download fans; choose from fan,pump"):
-        fetch(zenodo, tmp_path, types=("fans",))
-    text = fetch(zenodo, tmp_path / "labels", parts=("labels",))
-    assert "no clips to count" in text and tree(tmp_path / "labels") == {"eval_data_list.csv"}
+    status, out, _ = osscl(*command[:1], tmp_path / "labels", *command[2:], "--parts", "labels")
+    assert "no clips to count" in out and tree(tmp_path / "labels") == {"eval_data_list.csv"}
 
 
 @pytest.mark.parametrize("fault", ["cut", 503])
@@ -162,20 +160,15 @@ def test_a_passing_fault_is_overcome(fault, zenodo, tmp_path):
     assert tree(tmp_path) == everything(zenodo) and not leftovers(tmp_path)
 
 
-def refused(zenodo, folder, status, message, **options):
-    with pytest.raises(UserError, match=message) as caught:
-        fetch(zenodo, folder, **options)
-    assert caught.value.exit_status == status
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("fault", [404, "cut"])
 def test_a_file_that_cannot_be_fetched(fault, zenodo, tmp_path):
     zenodo.faults["eval_data_train_fan.zip"] = [fault] * 99
     reason = rf"cannot be fetched \({'ChunkedEncodingError' if fault == 'cut' else fault}"
-    refused(zenodo, tmp_path, NETWORK, f"3727685/files/eval_data_train_fan.zip/content: {reason}")
+    with refused(f"3727685/files/eval_data_train_fan.zip/content: {reason}", NETWORK):
+        fetch(zenodo, tmp_path)
     assert tree(tmp_path) and not leftovers(tmp_path)
-    refused(zenodo, tmp_path, NETWORK, "ConnectionError.*check the network", mirror="http://127.0.0.1:9")
+    with refused("ConnectionError.*check the network", NETWORK):
+        fetch(zenodo, tmp_path, mirror="http://127.0.0.1:9")
     zenodo.faults.clear()
     fetch(zenodo, tmp_path)
     assert zenodo.asked["dev_data_fan.zip"] == 1 and tree(tmp_path) == everything(zenodo)
@@ -185,7 +178,8 @@ def test_the_published_checksums_are_pinned(zenodo, tmp_path):
     assert len(module.MD5) == 18 and all(len(bytes.fromhex(value)) == 16 for value in module.MD5.values())
     zips = {pattern.format(name) for _, pattern in module.PARTS.values() for name in module.TYPES}
     assert zips - module.MD5.keys() == {"eval_data_list.csv"}
-    refused(zenodo, tmp_path, CHECKSUM, "dev_data_fan.zip/content: wrong checksum", trust_mirror=False, **FAN)
+    with refused("dev_data_fan.zip/content: wrong checksum", CHECKSUM):
+        fetch(zenodo, tmp_path, trust_mirror=False, **FAN)
     assert tree(tmp_path) == set() and not leftovers(tmp_path)
 
 
@@ -211,7 +205,8 @@ def test_a_broken_zip_is_fetched_again(spoil, message, zenodo, tmp_path):
     key = 3678171, "dev_data_fan.zip"
     whole = zenodo.files[key]
     zenodo.files[key] = spoil(whole)
-    refused(zenodo, tmp_path, CORRUPT, message, **FAN)
+    with refused(message, CORRUPT):
+        fetch(zenodo, tmp_path, **FAN)
     assert tree(tmp_path) == set()
     zenodo.files[key] = whole
     fetch(zenodo, tmp_path)
@@ -240,7 +235,8 @@ def full(*_):
 def test_a_disk_that_fills_up(function, replacement, message, zenodo, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, function, replacement)
-        refused(zenodo, tmp_path, FULL, message, **FAN)
+        with refused(message, FULL):
+            fetch(zenodo, tmp_path, **FAN)
     assert tree(tmp_path) == set() and leftovers(tmp_path) == ["dev_data_fan.zip"]
     fetch(zenodo, tmp_path, **FAN)
     assert zenodo.asked["dev_data_fan.zip"] == 1, "the zip was kept"
@@ -250,23 +246,6 @@ def test_a_disk_that_fills_up(function, replacement, message, zenodo, tmp_path, 
 def test_a_folder_that_cannot_be_written(place, zenodo, tmp_path):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("in the way")
-    refused(zenodo, tmp_path / "data", UNWRITABLE, f"{place}.*cannot be written", **FAN)
+    with refused(f"{place}.*cannot be written", UNWRITABLE):
+        fetch(zenodo, tmp_path / "data", **FAN)
     assert (tmp_path / place).read_text() == "in the way"
-
-
-def test_the_command_resumes_after_a_kill(zenodo, tmp_path):
-    command = [*COMMAND, "download", tmp_path, "--parts", "dev", "--types", "fan,ToyCar"]
-    command += ["--mirror", zenodo.url, "--trust-mirror"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
-    zenodo.faults["dev_data_ToyCar.zip"] = ["stall"]
-    process = subprocess.Popen(command, **pipes)
-    assert zenodo.stalled.wait(60)
-    process.kill()
-    process.communicate()
-    zenodo.resume.set()
-    assert "tmp" in "".join(leftovers(tmp_path)), "half a file is there, under another name"
-    assert {name.split("/")[0] for name in tree(tmp_path)} == {"fan"}
-    completed = subprocess.run(command, **pipes | {"timeout": 120})
-    assert completed.returncode == 0 and completed.stderr == ""
-    assert "ToyCar       01       3      4" in completed.stdout and not leftovers(tmp_path)
-    assert zenodo.asked == {"dev_data_fan.zip": 1, "dev_data_ToyCar.zip": 2}

@@ -4,13 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import noise, write_sound
-from test_cli import osscl
+from conftest import noise, refused, write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.data import inspection
 from osscl_min.data.store import pack
-from osscl_min.runtime.files import UserError
 
 
 @pytest.fixture
@@ -52,11 +50,10 @@ def test_everything_is_counted(folder):
     assert "in train and in test" in text and "two truths" in text and "files that cannot be used (1)" in text
 
 
-def test_a_store_tells_the_same(folder, tmp_path):
+def test_a_store_tells_the_same(folder, tmp_path, osscl):
     pack(folder, tmp_path / "store", AudioConfig(seconds=1.0))
-    completed = osscl("inspect", tmp_path / "store", "--out", tmp_path / "out")
-    assert completed.returncode == 0, completed.stderr
-    assert "| fan          | 00 | 3" in completed.stdout and "| all " in completed.stdout
+    status, out, error = osscl("inspect", tmp_path / "store", "--out", tmp_path / "out")
+    assert status == 0 and "| fan          | 00 | 3" in out and "| all " in out, error
     result = inspection.inspect(folder, AudioConfig(clip_step=10.0))
     assert json.loads((tmp_path / "out/inspect.json").read_text()) == json.loads(json.dumps(result))
     assert (tmp_path / "out/inspect.csv").read_text().count("\n") == 1 + result["clips"] == 12
@@ -65,5 +62,5 @@ def test_a_store_tells_the_same(folder, tmp_path):
 def test_a_folder_without_a_readable_file_is_refused(folder):
     for path in [*folder.rglob("*.wav"), *folder.rglob("*.flac")]:
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="no file can be read"):
+    with refused("no file can be read"):
         inspection.inspect(folder)

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, noise, tiny, write_sound
-from test_cli import osscl
+from conftest import TINY, noise, refused, tiny, write_sound
 from test_store import same
 
 from osscl_min import checkpoint
@@ -18,7 +17,6 @@ from osscl_min.data.audio import decode, window_starts
 from osscl_min.data.reader import open_data, with_others
 from osscl_min.data.store import pack
 from osscl_min.evaluate import evaluate
-from osscl_min.runtime.files import UserError
 from osscl_min.train import train
 
 AUDIO = AudioConfig(seconds=1.0, clip_step=1.0)
@@ -102,9 +100,9 @@ def test_a_store_is_its_folder_and_serves_the_first_clips_too(data, tmp_path, st
     assert open_data(data, audio).report() in pack(data, tmp_path / "store", audio)
     for served in (audio, FIRST):
         same(data, tmp_path / "store", served)
-    with pytest.raises(UserError, match=f"one every {step:g} s, .* --seconds 1 --step 0.25$"):
+    with refused(f"one every {step:g} s, .* --seconds 1 --step 0.25$"):
         open_data(tmp_path / "store", replace(AUDIO, clip_step=0.25))
-    with pytest.raises(UserError, match="one every .*, not clips of 1 s at 16000 Hz, one per recording"):
+    with refused("one every .*, not clips of 1 s at 16000 Hz, one per recording"):
         pack(data, tmp_path / "store", FIRST)
     assert "0 decoded" in pack(data, tmp_path / "store", audio, verify=True)
 
@@ -113,7 +111,7 @@ def test_other_machines_are_cut_alike(data, tmp_path):
     write_sound(tmp_path / "more/saw/x/long.wav", noise(3, 2.0))
     (tmp_path / "more/saw/x/bad.wav").write_text("no sound")
     own = open_data(data, AUDIO, splits=["train"])
-    with pytest.raises(UserError, match="both have a machine fan id a"):
+    with refused("both have a machine fan id a"):
         with_others(own, data, AUDIO, tmp_path)
     both = with_others(own, tmp_path / "more", AUDIO, tmp_path)
     rows = both.train.read([8, 0])
@@ -128,7 +126,7 @@ def test_train_with_simulated_machines_and_score_ones_own(tmp_path, monkeypatch)
     for k in range(6):
         write_sound(tmp_path / f"own/drill/A/{k}.wav", noise(k, 1.0))
     write_sound(tmp_path / "own/test/drill/A/anomaly/x.wav", noise(9, 1.0))
-    with pytest.raises(UserError, match="--with simulated"):
+    with refused("--with simulated"):
         train(tmp_path / "own", tmp_path / "run", TINY)
     monkeypatch.setattr("osscl_min.data.synth.IDS", {"fan": ("00", "02"), "valve": ("00",)})
     tiny_run = tiny({"epochs": 1})
@@ -156,12 +154,11 @@ def test_a_clip_of_a_long_file_is_read_alone(data, tmp_path, monkeypatch):
     assert len(reader) == 3 + 120 == len(read) and max(read) < 1.1 * 16_000
 
 
-def test_inspect_and_pack_tell_how_much_is_used(data, tmp_path):
+def test_inspect_and_pack_tell_how_much_is_used(data, tmp_path, osscl):
     used = "train: 3 clips of 1 s from 3 recordings, 3 of 8 s used"
     assert used in inspection.remarks(inspection.inspect(data, FIRST))
     used = used.replace("3 clips", "7 clips").replace("3 of", "7 of")
-    completed = osscl("inspect", data, "--seconds", 1)
-    assert completed.returncode == 0 and used in completed.stdout
-    completed = osscl("pack", data, tmp_path / "store", "--seconds", 1)
-    assert completed.returncode == 0 and used in completed.stdout
+    for command in (("inspect", data), ("pack", data, tmp_path / "store")):
+        status, out, _ = osscl(*command, "--seconds", 1)
+        assert status == 0 and used in out
     assert inspection.inspect(tmp_path / "store", AUDIO) == inspection.inspect(data, AUDIO)

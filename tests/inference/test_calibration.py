@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from conftest import refused
 
 from osscl_min.inference.calibration import Calibration, recordings_needed
-from osscl_min.runtime.files import UserError
 
 FAN = ("fan", "00")
 
@@ -83,7 +83,7 @@ def test_what_so_many_recordings_resolve():
     )
     assert fans(np.zeros(19), 0.05).threshold(FAN).value == 0.0  # zero is a threshold
     for rate in (0, 1, -1, 2, math.nan):
-        with pytest.raises(UserError, match="between 0 and 1"):
+        with refused("between 0 and 1"):
             fans([1.0], rate)
 
 

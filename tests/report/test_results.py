@@ -6,10 +6,11 @@ from functools import partial
 from urllib.parse import unquote
 
 import pytest
+from conftest import refused
 
 from osscl_min.report import results
 from osscl_min.report.update import DOCUMENTS, PICTURES, cost_table, fill, keep, thresholds
-from osscl_min.runtime.files import ROOT, UserError, read_json
+from osscl_min.runtime.files import ROOT, read_json
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_run_is_kept(run, tmp_path):
     paper = {path.name for path in (tmp_path / "paper").iterdir()}
     assert paper == {"kept_results.tex", "kept_machines.tex", "kept_thresholds.tex"}
     (run / "evaluation" / "evaluation.json").unlink()
-    with pytest.raises(UserError, match="evaluation.json is missing"):
+    with refused("evaluation.json is missing"):
         keep(run, tmp_path / "again")
 
 
@@ -77,7 +78,7 @@ def test_documents_are_filled_from_files(tmp_path):
     document.write_text(text)
     assert fill(document) == text
     document.write_text("<!-- generated from results/none.md by: nothing -->\n<!-- end -->\n")
-    with pytest.raises(UserError, match="results/none.md does not exist"):
+    with refused("results/none.md does not exist"):
         fill(document)
 
 

@@ -5,9 +5,10 @@ import os
 import stat
 
 import pytest
+from conftest import refused
 
 from osscl_min.runtime import files
-from osscl_min.runtime.files import UserError, printable, replacing
+from osscl_min.runtime.files import printable, replacing
 
 
 def test_a_block_that_fails_leaves_the_old_file_and_its_own_error(tmp_path):
@@ -42,9 +43,9 @@ def test_replacing_says_what_cannot_be_written(tmp_path):
         "x" * 300: "File name too long",
     }
     for name, reason in places.items():
-        with pytest.raises(UserError, match=f"cannot write .*: {reason}"), replacing(tmp_path / name):
+        with refused(f"cannot write .*: {reason}"), replacing(tmp_path / name):
             pass
-    with pytest.raises(UserError, match="cannot write .*full: No space left"), replacing(tmp_path / "full"):
+    with refused("cannot write .*full: No space left"), replacing(tmp_path / "full"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
@@ -52,7 +53,7 @@ def test_replacing_says_what_cannot_be_written(tmp_path):
 def test_a_folder_is_locked_for_one(tmp_path):
     for _ in range(2):
         with files.locked(tmp_path / "run", "training"):
-            with pytest.raises(UserError, match="another process is training here"):
+            with refused("another process is training here"):
                 files.locked(tmp_path / "run", "training").__enter__()
 
 
@@ -79,7 +80,7 @@ def test_names_from_outside_stay_in_their_folder_and_apart():
 def test_csv_mistakes_have_a_place(tmp_path, content, message):
     if content is not None:
         (tmp_path / "table.csv").write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with refused(message):
         files.read_csv(tmp_path / "table.csv", ["file", "score"])
 
 
@@ -90,7 +91,7 @@ def test_csv_comes_back_and_hostile_json_is_one_line(tmp_path):
     assert files.read_csv(path) == [{"file": "x, y.wav", "score": repr(0.1 + 0.2)}]
     for content, message in (("[" * 100_000, "JSON file"), ("[1]", "JSON object")):
         path.write_text(content)
-        with pytest.raises(UserError, match=f"not a readable {message}"):
+        with refused(f"not a readable {message}"):
             files.read_json(path)
 
 
@@ -99,9 +100,9 @@ def test_outputs_never_replace_what_is_precious(tmp_path):
     (tmp_path / "hidden.csv").write_bytes(b"RIFF....WAVE")
     os.mkfifo(tmp_path / "pipe.csv")
     for name in (*"in.csv hidden.csv pipe.csv new.wav new.pt .".split(), "x" * 300 + ".csv"):
-        with pytest.raises(UserError, match="cannot write"):
+        with refused("cannot write"):
             files.check_output(tmp_path / name, [str(tmp_path / "in.csv")])
-    with pytest.raises(UserError, match="must end in .png"):
+    with refused("must end in .png"):
         files.check_output(tmp_path / "new.csv", [], [".png"])
     files.check_output(tmp_path / "new.csv", ["nothing"])
 
