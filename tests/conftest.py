@@ -171,6 +171,12 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     return run
 
 
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """A copy of `tiny_run` without its sounds, to be changed."""
+    return shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.wav"))
+
+
 @pytest.fixture(scope="session")
 def reported(tiny_run, tmp_path_factory):
     """A copy of `tiny_run` with its report: figures, LaTeX tables, executed notebooks, pages."""

@@ -1,6 +1,5 @@
 """One loader of checkpoints: nothing but checkpoints of this network pass, and every refusal says why."""
 
-
 import pytest
 import torch
 from conftest import refused

@@ -1,6 +1,5 @@
 """The command line and reproduce.sh, as a user types them."""
 
-import json
 import os
 import pickle
 import shutil
@@ -28,13 +27,6 @@ def test_version(osscl):
 def test_the_preset_gives_the_defaults(preset, seconds):
     text = " ".join(help_text("train", "--preset", preset).split())
     assert f"(default: {seconds})" in text and f"(default: {preset})" in text
-
-
-def test_metrics_of_a_folder(osscl, tmp_path):
-    (tmp_path / "fan_anomaly_score_id_00.csv").write_text("normal_id_00_0.wav,0.1\nanomaly_id_00_0.wav,0.9\n")
-    status, out, error = osscl("metrics", tmp_path, "--out", tmp_path / "out", "--bootstrap", 0)
-    assert (status, error) == (0, "") and "| fan          | 100.00" in out
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["average"]["mauc"] == 1.0
 
 
 MISTAKES = {  # arguments, the only line on standard error

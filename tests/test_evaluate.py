@@ -82,23 +82,6 @@ def test_the_files_of_an_evaluation(tiny_run):
     assert np.load(folder / "embeddings.npz")["embeddings"].shape == (48, 128)
 
 
-def test_names_from_outside_do_not_leave_the_folder(tiny_run, tmp_path):
-    machines = (("x/../../../escaped", "../7"), ("pump", "00"))
-    save(tmp_path / "two.pt", machines)
-    rows = [
-        f"{path},{machine_type},{machine_id},test,0"
-        for (machine_type, machine_id), path in zip(machines, (tiny_run / "data/pump/test").iterdir())  # noqa: B905
-    ]
-    (tmp_path / "in").mkdir()
-    manifest = tmp_path / "in" / "manifest.csv"
-    manifest.write_text("path,machine_type,machine_id,split,anomaly\n" + "\n".join(rows))
-    out = tmp_path / "a" / "b" / "out"
-    evaluate(tmp_path / "two.pt", manifest, out, config=PLAIN)
-    assert not list(tmp_path.rglob("escaped*"))
-    (odd,) = out.glob("anomaly_score_x_*.csv")
-    assert odd.read_text().count(",") == 1 and "_id__" in odd.name
-
-
 def test_test_clips_alone_are_scored_and_unlabelled_ones_are_not_measured(tiny_run, data, tmp_path):
     best, out = tiny_run / "best.pt", tmp_path / "out"
     for train in data.glob("*/train"):
@@ -127,17 +110,12 @@ def test_machines_never_trained_on_are_told(tiny_run, trained, tmp_path):
         evaluate(save(tmp_path / "drill.pt", (("drill", "00"),)), data, tmp_path / "out")
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_authors_checkpoints_score_like_ours(whole, tmp_path):
+def test_the_authors_checkpoints_score_like_ours(tmp_path):
     torch.manual_seed(0)
     model = OSSCL()
     theirs = {name: value for name, (_, value) in _live_entries(model).items()}
-    if whole:
-        theirs |= {
-            "TFgramNet.fc1.weight": torch.zeros(2, 2),
-            "mobilefacenet.fc_out.weight": torch.zeros(2, 2),
-        }
-        theirs |= {"TFgramNet.pre_bn0.num_batches_tracked": torch.tensor(3)}
+    theirs |= {f"{name}.weight": torch.zeros(2, 2) for name in ("TFgramNet.fc1", "mobilefacenet.fc_out")}
+    theirs |= {"TFgramNet.pre_bn0.num_batches_tracked": torch.tensor(3)}
     torch.save(theirs, tmp_path / "authors.pth")
     checkpoint.save(tmp_path / "ours.pt", {"ema": model.state_dict(), "epoch": 0}, Config(), BENCHMARK, False)
     config = SynthConfig(seconds=10.0, ids_per_type=1, train_clips=1, test_normal=1, test_anomaly=1)

@@ -148,6 +148,7 @@ for kind, spoil in TABLES.items():
 case("decimal comma", "metrics given", {SCORE_FILE: SCORES.replace(".1\n", ",1\n")}, "line 1")
 case("nan", "metrics given", {SCORE_FILE: SCORES.replace("0.9", "nan")}, "nan")
 case("byte order mark", "metrics given", {SCORE_FILE: "\ufeff" + SCORES}, "100.00", status=(0,))
+case("out", "metrics scores --out new --bootstrap 0", says="100.00", status=(0,))
 case("no clip", "metrics scores --labels truth.csv", {"truth.csv": TRUTH}, "1 ", status=(0,))
 
 # --- checkpoints
@@ -269,6 +270,7 @@ SOUND = "data/fan/test/normal_id_00_00000000.wav"
 for option, end in (("--csv", "csv"), ("--json", "json"), ("--plot", "png"), ("--explain", "png")):
     command = f"{SCORE} {option}"
     case("an input", f"{command} {SOUND} | {command} best.pt | {command} /proc/none/x.{end}")
+    case("precious", f"{command} new.wav | {command} new.pt | {command} .")
     for kind, content in (("folder", Path.mkdir), ("pipe", os.mkfifo), ("disguised", wav)):
         case(kind, f"{command} x.{end}", {f"x.{end}": content})
 case("a link", f"score best.pt {SOUND.replace('00.wav', '01.wav')} --csv {SOUND}")

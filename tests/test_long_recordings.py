@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny
 
 from osscl_min import checkpoint
-from osscl_min.config import AudioConfig, EvaluateConfig, ModelConfig, TrainConfig
+from osscl_min.config import AudioConfig, EvaluateConfig, ModelConfig
 from osscl_min.data.reader import open_data
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate, score_clips
@@ -32,17 +32,6 @@ def run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("long") / "run"
     train(folder, out, CONFIG, device="cpu")
     return out
-
-
-def test_windows_of_one_recording_stay_on_one_side():
-    recordings = np.repeat(np.arange(30), np.random.default_rng(0).integers(1, 9, 30))
-    split = TrainConfig(validation_fraction=0.2, seed=1)
-    training, held_out = split_validation(recordings, np.zeros_like(recordings), (), split)
-    assert len(held_out) == 6
-    together = np.concatenate(held_out)
-    assert sorted([*training, *together]) == list(range(len(recordings)))
-    assert not set(recordings[training]) & set(recordings[together])
-    assert all(len(set(recordings[clips])) == 1 and (np.diff(clips) == 1).all() for clips in held_out)
 
 
 def test_each_recording_calibrates_once(folder, run):

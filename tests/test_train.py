@@ -147,11 +147,14 @@ def split(recordings, labels=None, borrowed=(), **settings):
     return split_validation(np.asarray(recordings), labels, borrowed, TrainConfig(**settings))
 
 
-def test_validation_split():
-    training, held_out = split(np.arange(200), seed=3)
+def test_whole_recordings_are_held_out():
+    recordings = np.repeat(np.arange(200), np.random.default_rng(0).integers(1, 9, 200))
+    training, held_out = split(recordings, seed=3)
     together = np.concatenate(held_out)
-    assert len(held_out) == 10 and sorted([*training, *together]) == list(range(200))
-    assert not np.array_equal(np.concatenate(split(np.arange(200), seed=4)[1]), together)
+    assert len(held_out) == 10 and sorted([*training, *together]) == list(range(len(recordings)))
+    assert not set(recordings[training]) & set(recordings[together])
+    assert all(len(set(recordings[clips])) == 1 and (np.diff(clips) == 1).all() for clips in held_out)
+    assert not np.array_equal(np.concatenate(split(recordings, seed=4)[1]), together)
     assert [len(part) for part in split(np.arange(4), validation_fraction=0.01)] == [3, 1]
 
 
@@ -178,6 +181,7 @@ def test_the_last_recordings_of_each_machine_are_held_out(own, borrowed, held_ou
     assert len(split([0, 1, 2, 3], np.arange(4), hold_out="last")[1]) == 1  # where each machine has one
 
 
+@pytest.mark.slow
 def test_training_teaches(tmp_path):
     """A short training on simulated machines beats the untrained network by far; without it this fails."""
     types = SynthConfig(train_clips=14, test_normal=8, test_anomaly=8)

@@ -8,7 +8,7 @@ import soundfile
 from conftest import noise, refused, write_sound
 
 from osscl_min.config import AudioConfig
-from osscl_min.data.clips import label_table, scan
+from osscl_min.data.clips import scan
 from osscl_min.data.layouts import LAYOUTS, recognise
 from osscl_min.data.reader import open_data
 
@@ -87,17 +87,6 @@ def test_what_a_name_means(tmp_path, layout, name):
     assert " ".join(map(str, labels)).rstrip() == MEANING[layout][name]
     waits = clip.anomaly is None and layout != "plain"
     assert clip.subset == ("evaluation" if waits else "development")
-
-
-def test_plain_folders_together(tmp_path):
-    make(tmp_path, *MEANING["plain"], "press/P-7/anomaly/y.wav")
-    (tmp_path / "readme.txt").write_text("about the machines")
-    dataset = scan(tmp_path)
-    assert (dataset.layout, len(dataset.clips)) == ("plain", len(MEANING["plain"]))
-    assert dataset.problems.keys() == {"press/P-7/anomaly/y.wav"}
-    assert "anomalous clip in train" in dataset.problems["press/P-7/anomaly/y.wav"]
-    machines = (("grinder", "line 1"), ("grinder", "line 2"), ("press", "P-7"))
-    assert label_table(dataset.split("train")) == machines
 
 
 def test_dcase_2021_truth_and_files_beside_the_clips(tmp_path):

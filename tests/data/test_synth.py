@@ -1,5 +1,6 @@
 """The simulated machines: files, reproducibility, levels, physics, and whether the faults can be learned."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -9,9 +10,7 @@ import pytest
 import soundfile
 from conftest import contents, put, refused
 from scipy import signal
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.preprocessing import StandardScaler
 
 from osscl_min.data.synth import ANOMALIES, IDS, SynthConfig, clip_generator, machine_clip
 from osscl_min.data.synth import write_dataset as write
@@ -147,34 +146,16 @@ def test_snr_is_as_stated():
 # Physics
 
 
+@functools.cache
+def normal_features(machine_type):
+    return np.array([features(simulate(machine_type, IDS[machine_type][0], k)) for k in range(24)])
+
+
 @pytest.mark.parametrize(("machine_type", "fault"), [(t, k) for t, kinds in ANOMALIES.items() for k in kinds])
 def test_each_fault_changes_the_spectrum_or_its_variation(machine_type, fault):
     """A faulty clip lies farther from the normal ones than they lie from each other."""
-    machine_id = IDS[machine_type][0]
-    normal = np.array([features(simulate(machine_type, machine_id, k)) for k in range(24)])
-    faulty = np.array([features(simulate(machine_type, machine_id, k, fault)) for k in range(6)])
+    normal = normal_features(machine_type)
+    faulty = [features(simulate(machine_type, IDS[machine_type][0], k, fault)) for k in range(6)]
     centre, spread = normal[:16].mean(0), normal[:16].std(0)
     distance = [np.sqrt(np.mean(((x - centre) / spread) ** 2, axis=1)) for x in (normal[16:], faulty)]
     assert np.median(distance[1]) > 1.3 * np.median(distance[0])
-
-
-def test_faults_can_be_learned_by_an_identity_classifier():
-    """Trained on the identities of normal clips alone, the cross-entropy of its own id ranks faulty clips."""
-    machines = [(machine_type, machine_id) for machine_type in IDS for machine_id in IDS[machine_type][:3]]
-    train = [
-        features(machine_clip(*machine, clip_generator(0, *machine, "train", "normal", k), SynthConfig()))
-        for machine in machines
-        for k in range(12)
-    ]
-    train_labels = np.repeat(["".join(machine) for machine in machines], 12)
-    tested = ((t, t + i, fault is not None, features(wave)) for t, i, fault, wave in examples(3))
-    types, test_labels, faulty, test = map(np.array, zip(*tested, strict=True))
-    scaler = StandardScaler().fit(train)
-    classifier = LogisticRegression(C=0.01, max_iter=200).fit(scaler.transform(train), train_labels)
-    log_p = classifier.predict_log_proba(scaler.transform(test))
-    own = np.searchsorted(classifier.classes_, test_labels)
-    assert np.mean(log_p.argmax(1)[~faulty] == own[~faulty]) > 0.9
-    score = -log_p[np.arange(len(own)), own]
-    auc = {t: roc_auc_score(faulty[types == t], score[types == t]) for t in ANOMALIES}
-    assert np.mean(list(auc.values())) > 0.8, auc
-    assert min(auc.values()) > 0.6, auc

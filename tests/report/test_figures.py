@@ -21,12 +21,6 @@ from osscl_min.train import read_log
 EVERY = ["overview", "maps", "training", "scores", "machines", "roc", "embeddings", "high_frequency"]
 
 
-@pytest.fixture
-def copy(tiny_run, tmp_path):
-    """The run without its data, to be changed."""
-    return shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("data"))
-
-
 def lines(ax):
     return {line.get_label(): line for line in ax.lines}
 

@@ -3,7 +3,6 @@
 import re
 import shutil
 
-import nbformat
 import numpy as np
 import pytest
 import scipy.stats
@@ -14,11 +13,6 @@ from osscl_min.report import pages, results
 from osscl_min.runtime.files import read_json, write_json
 
 TYPES = "fan pump slider ToyCar ToyConveyor valve".split()
-
-
-@pytest.fixture
-def copy(tiny_run, tmp_path):
-    return shutil.copytree(tiny_run, tmp_path / "run")
 
 
 def change(path, function):
@@ -91,13 +85,6 @@ def test_notebooks_run_where_what_they_need_is_there(copy, monkeypatch):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         pages.write(copy)
         assert executed == names
-
-
-def test_links_out_of_the_pages_become_text(tmp_path):
-    cell = nbformat.v4.new_markdown_cell("[next](02_training.ipynb) and [kernels](../kernels/README.md)")
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.ipynb")
-    text = pages._page(tmp_path / "a.ipynb")
-    assert '<a href="02_training.html">next</a> and kernels' in text
 
 
 def test_results_table(copy):

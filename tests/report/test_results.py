@@ -1,7 +1,6 @@
 """From a run to results/ and into the documents."""
 
 import re
-import shutil
 from functools import partial
 from urllib.parse import unquote
 
@@ -14,10 +13,9 @@ from osscl_min.runtime.files import ROOT, read_json
 
 
 @pytest.fixture
-def run(tiny_run, tmp_path):
-    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.wav"))
-    (run / "timing.csv").write_text("step,seconds\ntraining,70\nreport,5\n")
-    return run
+def run(copy):
+    (copy / "timing.csv").write_text("step,seconds\ntraining,70\nreport,5\n")
+    return copy
 
 
 def test_a_run_is_kept(run, tmp_path):
