@@ -1,6 +1,5 @@
 """Evaluation: scores that do not tie, batches that change nothing, files that others can read."""
 
-import csv
 import json
 import shutil
 from dataclasses import replace
@@ -22,6 +21,7 @@ from osscl_min.features import ZeroPhaseFilter
 from osscl_min.losses import anomaly_score
 from osscl_min.metrics import evaluate_scores, read_scores
 from osscl_min.model import OSSCL
+from osscl_min.runtime.files import read_csv
 
 PLAIN = EvaluateConfig(score="exact", bootstrap=0)
 
@@ -76,8 +76,7 @@ def test_the_files_of_an_evaluation(tiny_run):
     for key in ("ids", "types"):
         without = [{k: v for k, v in entry.items() if k != "interval"} for entry in metrics[key]]
         assert without == again[key]
-    with open(folder / "scores.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(folder / "scores.csv")
     assert len(rows) == 48 and {row["anomaly"] for row in rows} == {"0", "1"}
     assert np.load(folder / "embeddings.npz")["embeddings"].shape == (48, 128)
 

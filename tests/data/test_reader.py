@@ -11,8 +11,7 @@ from test_store import same
 
 from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
-from osscl_min.data import audio as module
-from osscl_min.data import inspection
+from osscl_min.data import audio, inspection
 from osscl_min.data.audio import decode, window_starts
 from osscl_min.data.reader import open_data, with_others
 from osscl_min.data.store import pack
@@ -141,17 +140,20 @@ def test_train_with_simulated_machines_and_score_ones_own(tmp_path, monkeypatch)
     assert result["clips"] == 1 and result["machines"] == 1 and result["not_scored"] == ""
 
 
-def test_a_clip_of_a_long_file_is_read_alone(data, tmp_path, monkeypatch):
-    write_sound(tmp_path / "data/fan/c/x.wav", noise(1, 120.0))
-    read, blocks = [], module._blocks
+def test_a_long_file_is_never_read_whole(data, monkeypatch):
+    long = write_sound(data / "fan/c/x.wav", noise(1, 120.0))
+    sizes, read = [], soundfile.SoundFile.read
 
-    def counted(file, frames, dtype):
-        read.append(frames)
-        return blocks(file, frames, dtype)
+    def counted(file, frames=-1, **options):
+        sizes.append(frames)
+        return read(file, frames, **options)
 
-    monkeypatch.setattr(module, "_blocks", counted)
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
     reader = open_data(data, AUDIO, splits=["train"]).train
-    assert len(reader) == 3 + 120 == len(read) and max(read) < 1.1 * 16_000
+    assert len(reader) == 3 + 120 == len(sizes) and 0 < max(sizes) < 1.1 * 16_000
+    sizes.clear()
+    assert audio.measure(long)["seconds"] == 120
+    assert sum(sizes) == 120 * 16_000 and max(sizes) <= audio.BLOCK < 120 * 16_000
 
 
 def test_inspect_and_pack_tell_how_much_is_used(data, tmp_path, osscl):

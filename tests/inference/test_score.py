@@ -1,6 +1,5 @@
 """Scoring files of one's own: the scores are evaluate's, and nothing is lost, guessed or kept in memory."""
 
-import csv
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from conftest import contents, refused, write_sound
 
 from osscl_min.inference.recordings import Scorer
 from osscl_min.inference.score import score
+from osscl_min.runtime.files import read_csv
 
 
 @pytest.fixture
@@ -66,10 +66,9 @@ def test_scores_are_those_of_evaluate(tiny_run, command, tmp_path):
     arguments = ["-", *folders, last, "--csv", tmp_path / "s.csv"]
     status, out, _ = command(*arguments, names=[files[0], "", *files[1:]])
     assert status == 0 and "files scored: 48" in out
-    with open(tmp_path / "s.csv", newline="") as file:
-        rows = {tuple(Path(row["file"]).parts[-3::2]): row for row in csv.DictReader(file)}
-    with open(tiny_run / "evaluation/scores.csv", newline="") as file:
-        expected = {(row["machine_type"], row["file"]): row for row in csv.DictReader(file)}
+    rows = {tuple(Path(row["file"]).parts[-3::2]): row for row in read_csv(tmp_path / "s.csv")}
+    evaluated = read_csv(tiny_run / "evaluation/scores.csv")
+    expected = {(row["machine_type"], row["file"]): row for row in evaluated}
     assert len(expected) == 48 and rows.keys() == expected.keys()
     for key, row in rows.items():
         assert row["machine_id"] == expected[key]["machine_id"]
