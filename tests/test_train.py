@@ -17,6 +17,7 @@ from osscl_min.data.clips import BENCHMARK
 from osscl_min.data.reader import open_data
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate, score_clips
+from osscl_min.neighbours import FORMS
 from osscl_min.train import split_validation
 
 
@@ -87,7 +88,7 @@ def test_the_clips_that_choose_the_epoch_do_not_calibrate(data, tmp_path):
     scores = score_clips(best, reader, positions=np.concatenate(held_out)).scores
     assert len(scores) == 7 and scores[:4].mean() == pytest.approx(min(losses), rel=1e-4)
     np.testing.assert_allclose(best.calibration["scores"], scores[4:], rtol=1e-4)
-    assert all(len(best.held_out(form)[0]) == 3 for form in checkpoint.SCORES)
+    assert all(len(best.calibration[form]) == 3 for form in FORMS)
     one = replace(config, train=replace(config.train, epochs=1, validation_fraction=0.01))
     assert checkpoint.load(train.train(data, tmp_path / "one", one)).held_out() == ([], [])
 
