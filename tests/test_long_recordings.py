@@ -16,7 +16,8 @@ from osscl_min.train import split_validation, train
 
 AUDIO = AudioConfig(seconds=1.0, clip_step=1.0)
 CONFIG = replace(
-    tiny({"epochs": 2, "validation_fraction": 0.3}, model=ModelConfig(audio=AUDIO)), preset="small"
+    tiny({"epochs": 2, "validation_fraction": 0.3}, model=ModelConfig(audio=AUDIO, inputs=("log_mel",))),
+    preset="small",
 )
 
 
