@@ -48,7 +48,7 @@ def test_mimii_channel_zero_is_the_default_and_another_can_be_chosen(tmp_path):
     assert "2 files with several channels, channel 0 taken" in data.report()
     third = open_data(root, AUDIO, splits=["train"], channel=3)
     np.testing.assert_array_equal(third.train.read([0])[0], eight[:, 3])
-    with refused("no channel 8"):
+    with pytest.raises(UserError, match="no channel 8"):
         open_data(root, AUDIO, splits=["train"], channel=8, strict=True)
 
 

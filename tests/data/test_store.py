@@ -62,7 +62,7 @@ def test_a_store_is_its_folder(data, tmp_path):
     assert "16 decoded, 0 kept" in text and "3 files not used" in text
     same(data, tmp_path / "store")
     assert sorted(state(tmp_path / "store")) == ["index.jsonl", "test.int16", "train.int16"]
-    with refused("stopped because of --strict"):
+    with pytest.raises(UserError, match="stopped because of --strict"):
         open_data(tmp_path / "store", AUDIO, strict=True)
     header, dataset, lines = read_store(tmp_path / "store")
     assert len(lines) == 16 and header["layout"] == "DCASE 2020" and not header["synthetic"]
