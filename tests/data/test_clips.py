@@ -13,6 +13,7 @@ from osscl_min.data.audio import decode
 from osscl_min.data.clips import BENCHMARK, Clip, label_table, scan
 from osscl_min.data.layouts import read_truth
 from osscl_min.data.reader import FolderReader, open_data
+from osscl_min.runtime.files import UserError
 
 AUDIO = AudioConfig(seconds=2.0)
 

@@ -11,6 +11,7 @@ from osscl_min.config import AudioConfig
 from osscl_min.data.clips import scan
 from osscl_min.data.layouts import LAYOUTS, recognise
 from osscl_min.data.reader import open_data
+from osscl_min.runtime.files import UserError
 
 AUDIO = AudioConfig(seconds=2.0)
 

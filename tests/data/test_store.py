@@ -15,7 +15,7 @@ from osscl_min.config import AudioConfig
 from osscl_min.data import store as module
 from osscl_min.data.reader import FolderReader, StoreReader, open_data
 from osscl_min.data.store import pack, read_store
-from osscl_min.runtime.files import locked
+from osscl_min.runtime.files import UserError, locked
 
 AUDIO = AudioConfig(seconds=1.0)
 
