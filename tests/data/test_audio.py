@@ -45,7 +45,7 @@ def test_16_bits_are_read_exactly_whatever_the_encoding(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [4_000, 11_025, 16_000, 44_100, 47_999, 48_000, 96_000])
-@pytest.mark.parametrize(("seconds", "channels", "starts"), [(1.5, 1, [0]), (7.3, 8, [0, 1.5, 6])])
+@pytest.mark.parametrize(("seconds", "channels", "starts"), [(1.5, 1, [0]), (7.3, 2, [0, 1.5, 6])])
 def test_the_part_that_is_read_equals_that_of_the_whole_file(tmp_path, rate, seconds, channels, starts):
     for suffix, channel, start in itertools.product(("wav", "flac"), (None, channels - 1), starts):
         path = write_sound(tmp_path / f"a.{suffix}", noise(rate, seconds, rate, channels), rate)
@@ -58,8 +58,8 @@ def test_the_part_that_is_read_equals_that_of_the_whole_file(tmp_path, rate, sec
     with refused("empty"):
         decode(path, AUDIO, start=8)
     if channels > 1:
-        with refused("no channel 8, only 0 to 7"):
-            decode(path, AUDIO, 8)
+        with refused("no channel 2, only 0 to 1"):
+            decode(path, AUDIO, 2)
 
 
 def half_a_flac(path, seconds):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, noise, refused, tiny, write_sound
+from conftest import LOG_MEL, TINY, noise, refused, tiny, write_sound
 from test_store import same
 
 from osscl_min import checkpoint
@@ -128,7 +128,7 @@ def test_train_with_simulated_machines_and_score_ones_own(tmp_path, monkeypatch)
     with refused("--with simulated"):
         train(tmp_path / "own", tmp_path / "run", TINY)
     monkeypatch.setattr("osscl_min.data.synth.IDS", {"fan": ("00", "02"), "valve": ("00",)})
-    tiny_run = tiny({"epochs": 1})
+    tiny_run = tiny({"epochs": 1}, model=LOG_MEL)
     best = train(tmp_path / "own", tmp_path / "run", tiny_run, others="simulated", device="cpu")
     names = [" ".join(machine) for machine in checkpoint.load(best).classes]
     assert names == ["drill A", "simulated fan 00", "simulated fan 02", "simulated valve 00"]
