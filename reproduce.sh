@@ -138,7 +138,7 @@ done
 if [ -e "$run/evaluation/metrics.json" ]; then
   say "high-frequency ablation"
   cutoffs=()
-  [ "$preset" = paper ] || cutoffs=(--cutoffs 1000 3000 5000 7000)
+  [ "$preset" = paper ] || cutoffs=(--cutoffs 1000 3000 6000)
   made "$run/high_frequency/high_frequency.json" "$run/best.pt" ||
     osscl ablate high-frequency --checkpoint "$run/best.pt" "${common[@]}" --out "$run/high_frequency" \
       ${cutoffs[@]+"${cutoffs[@]}"}

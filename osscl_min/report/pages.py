@@ -93,13 +93,11 @@ def ipython() -> Iterator[Callable[[Path, Path, Path | None], str]]:
 
     def execute(source: Path, run: Path, data: Path | None) -> str:
         notebook = nbformat.read(source, as_version=4)
-        # passive: or else the threads of PyTorch and of t-SNE keep each other from working
-        settings = {"OSSCL_RUN": str(run), "OMP_WAIT_POLICY": "passive"}
-        settings |= {"OSSCL_DATA": str(data)} if data else {}
+        folders = {"OSSCL_RUN": str(run)} | ({"OSSCL_DATA": str(data)} if data else {})
         where = {"metadata": {"path": str(source.parent)}}
         client = NotebookClient(notebook, kernel, timeout=None, startup_timeout=300, resources=where)
         try:  # the kernel's own remarks on standard error are noise here; a failing cell is reported
-            client.execute(env=os.environ | settings, stderr=subprocess.DEVNULL)
+            client.execute(env=os.environ | folders, stderr=subprocess.DEVNULL)
         except CellExecutionError as error:
             raise UserError(f"{source.name} stopped with {error.ename}: {error.evalue}") from error
         client.kc.execute("%reset -f", silent=True)
