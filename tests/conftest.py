@@ -43,8 +43,14 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The slow tests of kernels try every case and take about an hour: they run where they are asked for."""
+    """The slow tests of kernels try every case and take about an hour: they run where they are asked for.
+
+    Of several processes, one runs the tests of a file, and all that read the executed notebooks.
+    """
     for item in items:
+        item.add_marker(
+            pytest.mark.xdist_group("report" if "reported" in item.fixturenames else item.path.name)
+        )
         if item.path.parent.name in ("kernels", "cpu") and item.get_closest_marker("slow"):
             item.add_marker("exhaustive")
 

@@ -69,7 +69,7 @@ def ranges(*extras):
 def test_jupyter_and_pytest_are_extras():
     assert set(ranges()) == set(RUNTIME)
     assert set(ranges("notebooks")) == {*RUNTIME, "jupyter"}
-    assert set(ranges("notebooks", "test")) == {*RUNTIME, "jupyter", "pytest"}
+    assert set(ranges("notebooks", "test")) == {*RUNTIME, "jupyter", "pytest", "pytest-xdist"}
     assert str(ranges()["triton"].marker) == 'platform_system == "Linux"'
 
 
