@@ -8,7 +8,7 @@ usage() {
   cat <<'EOF'
 Train and evaluate OS-SCL, an anomalous sound detector that learns from normal machine sounds.
 
-  bash reproduce.sh                                 simulated machines, ten minutes on two CPU cores
+  bash reproduce.sh                                 simulated machines, minutes on two CPU cores
   bash reproduce.sh --test                          the tests; -- passes arguments to pytest:
   bash reproduce.sh --test -- tests/kernels         the kernels' correctness tests alone
   bash reproduce.sh --experiments [--data DIR]      the experiments: simulated machines, 4 epochs, one seed;
@@ -56,13 +56,12 @@ case "$seed" in *[!0-9]*) fail "--seed takes a whole number, not $seed" ;; esac
 cd "$root"
 
 # --- environment ---------------------------------------------------------------------------------------------
-
 supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 pins() { sed -n 's/^ *- \([a-z-]*==.*\)$/\1/p' environment.yml; }
 
 python=$root/.venv/bin/python
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c "
-import torch, numpy, scipy, soundfile, matplotlib, sklearn, nbconvert, ipykernel, pytest, tqdm, tyro, pooch
+import torch, numpy, scipy, soundfile, matplotlib, sklearn, nbconvert, ipykernel, pytest, xdist, tqdm, tyro, pooch
 $supported" >/dev/null 2>&1; then
   python=$(command -v python)
 elif [ ! -f .venv/pins ] || [ "$(pins)" != "$(cat .venv/pins)" ] || [ ! -x "$python" ]; then
@@ -80,7 +79,8 @@ fi
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 osscl() { "$python" -m osscl_min "$@"; }
 
-[ "$story" != test ] || exec "$python" -m pytest --durations=20 ${pytest_arguments[@]+"${pytest_arguments[@]}"}
+[ "$story" != test ] || OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$python" -m pytest --numprocesses auto \
+  --dist loadgroup --durations=20 ${pytest_arguments[@]+"${pytest_arguments[@]}"} # a process per core
 
 # --- the story -----------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ done
 if [ -e "$run/evaluation/metrics.json" ]; then
   say "high-frequency ablation"
   cutoffs=()
-  [ "$preset" = paper ] || cutoffs=(--cutoffs 1000 3000 5000 7000)
+  [ "$preset" = paper ] || cutoffs=(--cutoffs 1000 3000 6000)
   made "$run/high_frequency/high_frequency.json" "$run/best.pt" ||
     osscl ablate high-frequency --checkpoint "$run/best.pt" "${common[@]}" --out "$run/high_frequency" \
       ${cutoffs[@]+"${cutoffs[@]}"}

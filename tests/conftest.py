@@ -51,8 +51,14 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The slow tests of kernels try every case and take about an hour: they run where they are asked for."""
+    """The slow tests of kernels try every case and take about an hour: they run where they are asked for.
+
+    Of several processes, one runs the tests of a file, and all that read the executed notebooks.
+    """
     for item in items:
+        item.add_marker(
+            pytest.mark.xdist_group("report" if "reported" in item.fixturenames else item.path.name)
+        )
         if item.path.parent.name in ("kernels", "cpu") and item.get_closest_marker("slow"):
             item.add_marker("exhaustive")
 
@@ -173,8 +179,8 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def copy(tiny_run, tmp_path):
-    """A copy of `tiny_run` without its sounds, to be changed."""
-    return shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("*.wav"))
+    """A copy of `tiny_run` without its data, to be changed."""
+    return shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("data"))
 
 
 @pytest.fixture(scope="session")

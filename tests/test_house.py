@@ -68,7 +68,7 @@ def ranges(*extras):
 def test_jupyter_and_pytest_are_extras_and_pins_lie_within_the_ranges():
     assert set(ranges()) == set(RUNTIME) and set(ranges("notebooks")) == {*RUNTIME, "jupyter"}
     admitted = ranges("notebooks", "test")
-    assert set(admitted) == {*RUNTIME, "jupyter", "pytest"}
+    assert set(admitted) == {*RUNTIME, "jupyter", "pytest", "pytest-xdist"}
     assert str(admitted["triton"].marker) == 'platform_system == "Linux"'
     lines = (ROOT / "environment.yml").read_text().splitlines()
     pinned = [Requirement(line.strip()[2:]) for line in lines if "==" in line]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,10 @@ class Layer:
         self.y = self.dz = self.output = self.extra = None  # frees memory
         return [weight, dgamma, dbeta, self.sums[2]][: len(self.parameters)]
 
+    def normalised(self) -> Tensor:
+        """z, the output before the activation."""
+        return self.y * self.affine["scale"] + self.affine["shift"]
+
     def _packed(self, chain: Chain, matrix: Tensor) -> Tensor:
         return native.pack(matrix, chain.dtype) if self.kind == "product" else matrix.float().contiguous()
 
@@ -142,39 +146,23 @@ class Layer:
 
     def _sizes(self) -> dict[str, int]:
         taps, inputs, outputs = (1, *self.matrix.shape)[-3:]
-        (height, width), (out_height, out_width) = self.size, self.out_size
-        return {
-            "rows": height * width,
-            "inputs": inputs if self.kind == "product" else outputs,
-            "outputs": outputs,
-            "taps": taps,
-            "dilation": self.conv.dilation[0],
-            "height": height,
-            "width": width,
-            "out_height": out_height,
-            "out_width": out_width,
-            "stride": self.stride,
-        }
+        inputs = inputs if self.kind == "product" else outputs
+        values = math.prod(self.size), inputs, outputs, taps, self.conv.dilation[0]
+        return dict(zip(native.LAYER_SIZES, (*values, *self.size, *self.out_size, self.stride), strict=True))
 
 
 class Patches:
     """Input of a chain below a 3 x 3 convolution over an image: maps (B, C, H, W), a row per patch."""
 
     def __init__(self, maps: Tensor, stride: int):
-        self.parameters, self.stride = [maps], stride
-
-    def patches(self, padded: Tensor) -> Tensor:
-        """A view (B, rows of patches, patches, C, 3, 3) of padded maps."""
-        return padded.unfold(2, 3, self.stride).unfold(3, 3, self.stride).permute(0, 2, 3, 1, 4, 5)
+        self.parameters, self.unfolding = [maps], {"kernel_size": 3, "padding": 1, "stride": stride}
 
     def start(self, chain: Chain) -> None:
         """Prepare to be read."""
-        self.padded = F.pad(self.parameters[0].detach().float(), (1, 1, 1, 1))
-        patches = self.patches(self.padded)
-        self.values = patches.shape[3:].numel()
-        width = self.values + -self.values % native.CHANNELS
-        self.x = torch.zeros(chain.clips, patches.shape[1:3].numel(), width, dtype=chain.dtype)
-        self.x[..., : self.values].view(patches.shape).copy_(patches)
+        rows = F.unfold(self.parameters[0].detach().float(), **self.unfolding).transpose(1, 2)
+        self.values = rows.shape[2]
+        padded = F.pad(rows, (0, -self.values % native.CHANNELS))
+        self.x = padded.to(chain.dtype, memory_format=torch.contiguous_format)
 
     def fields(self) -> dict[str, Tensor]:
         """Fields of a step that reads the patches."""
@@ -188,11 +176,8 @@ class Patches:
         """Take the gradient; that of a pixel is the sum over its places in the patches."""
         self.gradients = [None]
         if d is not None:
-            patches = self.patches(self.padded.zero_())
-            d = d[..., : self.values].view(patches.shape)
-            for row, column in product(range(3), range(3)):
-                patches[..., row, column] += d[..., row, column]
-            self.gradients = [self.padded[:, :, 1:-1, 1:-1]]
+            rows, size = d[..., : self.values].float(), self.parameters[0].shape[2:]
+            self.gradients = [F.fold(rows.transpose(1, 2), size, **self.unfolding)]
 
 
 class Chain:
@@ -234,7 +219,7 @@ class _Train(torch.autograd.Function):
                 layer.forward(chain, below)
             if layer.pool:
                 return layer.output.float()
-            z = layer.y * layer.affine["scale"] + layer.affine["shift"]
+            z = layer.normalised()
             return torch.where(z > 0, z, z * layer.affine["slope"])
 
     @staticmethod
@@ -248,7 +233,7 @@ class _Train(torch.autograd.Function):
             if layer.pool:
                 layer.receive(chain, gradient.to(chain.dtype).contiguous())
             else:
-                z = layer.y * layer.affine["scale"] + layer.affine["shift"]
+                z = layer.normalised()
                 dz = torch.where(z > 0, gradient, gradient * layer.affine["slope"])
                 products = dz * (layer.y - layer.mean), dz, (gradient * z).where(z <= 0, 0.0)
                 sums = torch.stack([x.sum((0, 1), dtype=torch.float64) for x in products])

@@ -18,31 +18,29 @@ import torch
 
 SOURCE = pathlib.Path(__file__).with_name("layers.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
-FOR_THIS_CPU = (  # the first that compiles
+FOR_THIS_CPU = (
     ("-march=native", "-mprefer-vector-width=512"),
     ("-mcpu=native",),
     (),
-)
+)  # the first that compiles
 CHANNELS = 32  # channel counts must be multiples of this
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+LAYER_SIZES = "rows inputs outputs taps dilation height width out_height out_width stride".split()
+POINTERS = (
+    "x below scale shift slope other wave first_weight weight kept y centre sums dz centre_scale "
+    "centre_shift mean extra d weight_gradient start end"
+).split()
 
 
 class Step(ctypes.Structure):
     """The struct of the same name in `layers.cpp`; fields that are not given are zero or null."""
 
-    SIZES = (
-        "clips parts threads rows inputs outputs taps dilation "
-        "height width out_height out_width stride samples"
-    ).split()
-    POINTERS = (
-        "x below scale shift slope other wave first_weight weight kept y centre sums dz centre_scale "
-        "centre_shift mean extra d weight_gradient start end"
-    ).split()
-    _fields_ = (
-        [(name, ctypes.c_int64) for name in SIZES]
-        + [(name, ctypes.c_void_p) for name in POINTERS]
-        + [("windows", ctypes.c_int64)]
-    )
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("clips", "parts", "threads", *LAYER_SIZES, "samples")),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("windows", ctypes.c_int64),
+    ]
 
     def __init__(self, **values: torch.Tensor | int | None):
         self.tensors = [v for v in values.values() if isinstance(v, torch.Tensor)]  # keeps their memory alive

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -49,13 +51,14 @@ def write(run: Path | str, data: Path | str | None = None) -> Path:
     save_all(drawn, run / "figures")
     for name, text in tables.items():
         write_text(run / "paper" / f"{name}.tex", text)
-    for source in tqdm(sources, "notebooks", unit="notebook", disable=None, leave=False):
-        executed = run / "notebooks" / source.name
-        made_from = (source, run / "best.pt", run / "evaluation" / "evaluation.json")
-        newest = max(part.stat().st_mtime for part in made_from)
-        if not executed.is_file() or executed.stat().st_mtime < newest:
-            write_text(executed, _execute(source, run, data))
-        write_text(run / "report" / f"{source.stem}.html", _page(executed))
+    results_of = (run / "best.pt", run / "evaluation" / "evaluation.json")
+    with ipython() as execute:
+        for source in tqdm(sources, "notebooks", unit="notebook", disable=None, leave=False):
+            executed = run / "notebooks" / source.name
+            newest = max(part.stat().st_mtime for part in (source, *results_of))
+            if not executed.is_file() or executed.stat().st_mtime < newest:
+                write_text(executed, execute(source, run, data))
+            write_text(run / "report" / f"{source.stem}.html", _page(executed))
     return run / "report" / "report.html"
 
 
@@ -74,21 +77,37 @@ def _notebooks(run: Path, data: Path | None) -> list[Path]:
     return [source for source in sources if all(have[need] for need in NEEDS.get(source.stem, ()))]
 
 
-def _execute(source: Path, run: Path, data: Path | None) -> str:
-    """Run a notebook on a run and its data; the executed notebook as JSON."""
+@contextmanager
+def ipython() -> Iterator[Callable[[Path, Path, Path | None], str]]:
+    """Gives a function that runs a notebook on a run and its data and returns it, executed, as JSON.
+
+    One kernel runs all notebooks, its variables removed after each, so that only the first waits for imports.
+    """
     import nbformat
+    from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
+    from nbclient.util import run_sync
 
-    notebook = nbformat.read(source, as_version=4)
-    folders = {"OSSCL_RUN": str(run)} | ({"OSSCL_DATA": str(data)} if data else {})
-    where = {"metadata": {"path": str(source.parent)}}
-    client = NotebookClient(notebook, timeout=None, startup_timeout=300, resources=where)
-    try:  # the kernel's own remarks on standard error are noise here; a failing cell is reported
-        client.execute(env=os.environ | folders, stderr=subprocess.DEVNULL)
-    except CellExecutionError as error:
-        raise UserError(f"{source.name} stopped with {error.ename}: {error.evalue}") from error
-    return nbformat.writes(notebook)
+    kernel = AsyncKernelManager(kernel_name="python3")
+
+    def execute(source: Path, run: Path, data: Path | None) -> str:
+        notebook = nbformat.read(source, as_version=4)
+        folders = {"OSSCL_RUN": str(run)} | ({"OSSCL_DATA": str(data)} if data else {})
+        where = {"metadata": {"path": str(source.parent)}}
+        client = NotebookClient(notebook, kernel, timeout=None, startup_timeout=300, resources=where)
+        try:  # the kernel's own remarks on standard error are noise here; a failing cell is reported
+            client.execute(env=os.environ | folders, stderr=subprocess.DEVNULL)
+        except CellExecutionError as error:
+            raise UserError(f"{source.name} stopped with {error.ename}: {error.evalue}") from error
+        client.kc.execute("%reset -f", silent=True)
+        return nbformat.writes(notebook)
+
+    try:
+        yield execute
+    finally:
+        if kernel.has_kernel:
+            run_sync(kernel.shutdown_kernel)(now=True)
 
 
 def _page(executed: Path) -> str:

@@ -86,4 +86,5 @@ def save_all(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     for name, figure in figures.items():
         for ending in ("png", "pdf"):
             save(figure, folder / f"{name}.{ending}")
+            figure.set_layout_engine("none")  # computed once: it takes as long as drawing
     return [folder / f"{name}.png" for name in figures]
