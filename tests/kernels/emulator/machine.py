@@ -68,11 +68,11 @@ class Kernel:
 
     # Translation
 
-    def _register(self, name: str, value: np.ndarray) -> int:
-        """Index of a register that begins as `value`."""
+    def _register(self, name: str, value: int, t: type) -> int:
+        """Index of a register that begins with these bits."""
         if name not in self.index:
             self.index[name] = len(self.initial)
-            self.initial.append(value)
+            self.initial.append(bits(value, t))
         return self.index[name]
 
     def _variable(self, name: str, t: type | None = None) -> int:
@@ -80,15 +80,15 @@ class Kernel:
         declared = TYPES.get(self.entry.banks.get(name.rstrip("0123456789")))
         if not declared or t and np.dtype(t).itemsize != np.dtype(declared).itemsize:
             raise EmulationError(f"not emulated: {name} read as {t}")
-        return self._register(name, bits(0 if declared is np.bool_ else POISON, declared))
+        return self._register(name, 0 if declared is np.bool_ else POISON, declared)
 
     def _operand(self, text: str, t: type) -> tuple[int, np.dtype]:
         """Index and type of what an instruction reads."""
         if match := NUMBER.fullmatch(text):
             value = int(match[1], 16) if match[1] else int(match[2], 0)
-            at = self._register(f"{text} {t.__name__}", bits(value, t))
+            at = self._register(f"{text} {t.__name__}", value, t)
         elif text in SPECIAL or text in self.entry.parameters:  # 0 unless the machine knows
-            at = self._register(text, bits(0, t))
+            at = self._register(text, 0, t)
         else:
             at = self._variable(text, t)
         return at, np.dtype(t)
