@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib
 import itertools
 import multiprocessing
@@ -23,7 +24,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,9 +35,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import triton  # noqa: E402
 from osscl_kernels import LAYERS, backend, frames  # noqa: E402
-from triton.backends.compiler import BaseBackend, GPUTarget  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 
 MODULES = ("supcon", "tfgram_infer", "tfgram_train")
 # Shared memory per program, bytes (CUDA C++ programming guide, table of technical specifications).
@@ -62,87 +64,69 @@ class Case:
         shape = " ".join(f"{k}={v}" for k, v in self.constants.items() if isinstance(v, int))
         return f"{self.module} {self.kernel} {self.precision} {shape} warps={self.options['num_warps']}"
 
-    def comparable(self) -> Case:
-        """The case without what leaves the machine code alike: the dilation, an unused precision."""
-        constants = {key: value for key, value in self.constants.items() if key != "DILATION"}
-        return replace(self, precision="", constants=constants, attributes={})
-
-
-class Recorder:
-    """Takes the place of a jitted function: notes how it is launched, and computes nothing."""
-
-    def __init__(self, function, module: str, precision: str, cases: list[Case]):
-        self.function, self.module, self.precision, self.cases = function, module, precision, cases
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *arguments, **keywords):
-        """Add this launch to the cases."""
-        function = self.function
-        bind = create_function_from_signature(function.signature, function.params, BaseBackend)
-        values, kinds, options = bind(*arguments, **keywords)
-        signature = {name: kind for name, (kind, _) in zip(values, kinds, strict=True)}
-        constants = {name: value for name, value in values.items() if signature[name] == "constexpr"}
-        attributes = {
-            (i,): BaseBackend.parse_attr(known) for i, (_, known) in enumerate(kinds) if known == "D"
-        }
-        case = Case(self.module, function.__name__, self.precision, signature, constants, attributes, options)
-        if case.comparable() not in [other.comparable() for other in self.cases]:
-            self.cases.append(case)
-
 
 def module(part: str):
     """A module of kernels; the package's own name may be a function."""
     return importlib.import_module(f"osscl_kernels.{part}")
 
 
-def launch(
-    part: str, precision: str, size: int = 64, device: str = "cpu", clips: int = 2
-) -> Callable[[], Any]:
-    """A call of a module's host functions, forward and backward: `size` rows for SupCon, else clips.
+def launch(part: str, precision: str, rows: int = 64, clips: int = 2, device: str = "cpu") -> Callable:
+    """A call of a module's host functions, forward and backward.
 
     40,000 samples have the pool windows of the paper's clips.
     """
-    host = module(part)
-    if part == "supcon":
-        z = torch.zeros(size, 128, device=device)
-        labels = torch.zeros(size, dtype=torch.int64, device=device)
-        rest = (0, size, True, 0.02, 0.07, precision)
+    host, zeros = module(part), functools.partial(torch.zeros, device=device)
+    wave, weights = zeros(clips, 40_000), [zeros(x.outputs, x.inputs, x.kernel) for x in LAYERS]
+    vectors = [zeros(x.outputs) for x in LAYERS]
+    if part == "tfgram_infer":
+        folded = [w.permute(2, 1, 0) for w in weights]
+        waves = [wave, wave.to(torch.int16)] if precision == "bf16" else [wave]
+        return lambda: [host._infer(x, folded, vectors, frames(x.shape[1]), precision) for x in waves]
+    z, labels = zeros(rows, 128), zeros(rows, dtype=torch.int64)
+    rest = (0, rows, True, 0.02, 0.07, precision)
 
-        def call():
-            loss, lse, count = host._forward(z, labels, *rest)
-            host._backward(loss, z, labels, lse, count, *rest)
+    def supcon():
+        loss, lse, count = host._forward(z, labels, *rest)
+        host._backward(loss, z, labels, lse, count, *rest)
 
-        return call
-    wave = torch.zeros(clips, 40_000, device=device)
-    weights = [torch.zeros(x.outputs, x.inputs, x.kernel, device=device) for x in LAYERS]
-    vectors = [torch.zeros(len(w), device=device) for w in weights]
-    if part == "tfgram_train":
+    def train():
+        out, _, _, saved = host.forward(wave, weights, vectors, vectors, 1e-5, 512, precision)
+        host._backward(out, wave, weights, saved, 512, precision)
 
-        def call():
-            out, _, _, saved = host.forward(wave, weights, vectors, vectors, 1e-5, 512, precision)
-            host._backward(out, wave, weights, saved, 512, precision)
-
-        return call
-    folded = [w.permute(2, 1, 0) for w in weights]
-    waves = [wave, wave.to(torch.int16)] if precision == "bf16" else [wave]
-    return lambda: [host._infer(x, folded, vectors, frames(x.shape[1]), precision) for x in waves]
+    return supcon if part == "supcon" else train
 
 
 def record(capability: int) -> list[Case]:
     """Every configuration that the package launches on an architecture, for the paper's clips."""
-    cases: list[Case] = []
-    with mock.patch.object(backend, "capability", lambda _: capability), torch.no_grad():
+    cases: dict[str, Case] = {}
+
+    def note(*, fn, compile, **_) -> bool:
+        """Take a launch down; True, so that Triton neither compiles nor runs it."""
+        names = [parameter.name for parameter in fn.jit_function.params]
+        constants = {names[i]: value for (i,), value in compile["constants"].items()}
+        options = {key: compile[key] for key in ("num_warps", "num_stages")}
+        case = Case(part, fn.name, precision, compile["signature"], constants, compile["configs"][0], options)
+        # The dilation and an unused precision leave the machine code alike.
+        alike = {key: value for key, value in constants.items() if key != "DILATION"}
+        cases.setdefault(repr((part, fn.name, compile["signature"], alike, options)), case)
+        return True
+
+    gpu = SimpleNamespace(
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
+    with (
+        mock.patch.object(driver, "_active", gpu),
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
+        mock.patch.object(backend, "capability", lambda _: capability),
+        torch.no_grad(),
+    ):
         for part in MODULES:
-            host = module(part)
-            kernels = {k: v for k, v in vars(host).items() if isinstance(v, triton.JITFunction)}
             sizes = {row["size"] for row in backend.tile_rows() if part in row["kernel"]} or {0}
-            for precision, size in itertools.product(host.PRECISIONS[1:], sorted(sizes)):
-                recorders = {k: Recorder(v, part, precision, cases) for k, v in kernels.items()}
-                with mock.patch.multiple(host, **recorders):
-                    launch(part, precision, size or 64)()
-    return cases
+            for precision, size in itertools.product(module(part).PRECISIONS[1:], sorted(sizes)):
+                launch(part, precision, size or 64)()
+    return list(cases.values())
 
 
 def compile_case(case: Case, capability: int):
@@ -172,28 +156,21 @@ def measure(compiled) -> dict:
     }
 
 
-def problems(case: Case, capability: int, row: dict) -> list[str]:
-    """What is wrong with a measured configuration, one short phrase each; empty where nothing is."""
-    faults = []
-    if row["stack"] or row["spills"]:
-        faults.append(f"spills (stack {row['stack']}, {row['spills']} instructions)")
-    if row["shared_bytes"] > SHARED_LIMIT[capability]:
-        faults.append(f"shared memory {row['shared_bytes']} > {SHARED_LIMIT[capability]}")
-    if case.constants.get("PRECISION", "ieee") != "ieee" and not row["tensor_core"]:
-        faults.append("no tensor-core instructions")
-    return faults
-
-
 def check(job: tuple[Case, int]) -> dict:
-    """One row of the table."""
+    """One row of the table; its problems are short phrases."""
     case, capability = job
-    start = time.perf_counter()
+    start, faults = time.perf_counter(), []
     row = {"name": case.name, "capability": capability, "triton": triton.__version__}
     try:
         row |= measure(compile_case(case, capability))
-        faults = problems(case, capability, row)
+        if row["stack"] or row["spills"]:
+            faults.append(f"spills (stack {row['stack']}, {row['spills']} instructions)")
+        if row["shared_bytes"] > SHARED_LIMIT[capability]:
+            faults.append(f"shared memory {row['shared_bytes']} > {SHARED_LIMIT[capability]}")
+        if case.constants.get("PRECISION", "ieee") != "ieee" and not row["tensor_core"]:
+            faults.append("no tensor-core instructions")
     except Exception as error:  # a kernel that does not compile is a row, and the others still get theirs
-        faults = [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+        faults.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return row | {"seconds": round(time.perf_counter() - start, 1), "problems": "; ".join(faults)}
 
 

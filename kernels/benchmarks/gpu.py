@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import itertools
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "kernels" / "benchmarks")]
@@ -36,96 +37,83 @@ COLUMNS = (
     "commit date note"
 ).split()
 ROWS = (64, 256, 1024, 4096, 16384, 65536, 262144)
-Case = tuple[dict, Callable[[], Callable]]  # the row's first columns; what makes the call to be timed
+Problem = tuple[dict[str, Callable], Callable[[Callable], Callable]]  # providers; a provider's timed call
 
 
-def variants(row: dict, functions: dict[str, Callable], make: Callable, dry: bool) -> Iterator[Case]:
-    """One case per provider: `make(function)` gives the call, compiled by torch if the name says so."""
-    for provider, function in functions.items():
-
-        def prepare(provider=provider, function=function):
-            if "compiled" in provider:  # dry, only traced; without the reset it would soon run eagerly
-                torch.compiler.reset()
-                function = torch.compile(function, dynamic=False, backend="eager" if dry else "inductor")
-            return make(function)
-
-        if "graph" not in provider or not dry:
-            yield row | {"provider": provider}, prepare
-
-
-def supcon_cases(n: int, device: str, dry: bool) -> Iterator[Case]:
-    """Forward, and forward with backward; ours first."""
+def supcon(n: int, passing: str, precision: str, device: str) -> Problem:
+    """The loss of n rows, forward or with its backward pass."""
     g = torch.Generator().manual_seed(n)
     labels = torch.randint(41, (n,), generator=g).to(device)
-    features = torch.nn.functional.normalize(torch.randn(n, 128, generator=g), dim=1).to(device)
-    for precision, passing in itertools.product(("tf32x3", "bf16", "ieee"), ("forward", "both")):
-        z = features.bfloat16() if precision == "bf16" else features
+    z = torch.nn.functional.normalize(torch.randn(n, 128, generator=g), dim=1).to(device)
+    z = z.bfloat16() if precision == "bf16" else z
+    reference, backward = kernels.supcon_loss_ref, passing == "both"
 
-        def ours(z, y, backend="triton", precision=precision):
-            return kernels.supcon_loss(z, y, precision=precision, backend=backend)
+    def ours(z, y, backend="triton"):
+        return kernels.supcon_loss(z, y, precision=precision, backend=backend)
 
-        def make(function, z=z, backward=passing == "both"):
-            x = z.clone().requires_grad_(backward)
-            if not backward:
-                return lambda: function(x, labels)
-            return lambda: torch.autograd.grad(function(x, labels), x)[0]
+    def make(function):
+        x = z.clone().requires_grad_(backward)
+        if not backward:
+            return lambda: function(x, labels)
+        return lambda: torch.autograd.grad(function(x, labels), x)[0]
 
-        functions = {"kernels": ours}
-        if precision != "tf32x3":  # PyTorch has one float32
-            functions["chunked"] = lambda z, y, ours=ours: ours(z, y, "torch")
-            if n <= 65536:
-                functions |= {"dense": kernels.supcon_loss_ref, "dense, compiled": kernels.supcon_loss_ref}
-        if n == 64:
-            functions |= {"kernels, graph": ours, "dense, graph": kernels.supcon_loss_ref}
-        row = {"kernel": "supcon", "pass": passing, "precision": precision, "size": n}
-        yield from variants(row, functions, make, dry)
+    functions = {"kernels": ours}
+    if precision != "tf32x3":  # PyTorch has one float32
+        functions["chunked"] = lambda z, y: ours(z, y, "torch")
+        if n <= 65536:
+            functions |= {"dense": reference, "dense, compiled": reference}
+    if n == 64:
+        functions |= {"kernels, graph": ours, "dense, graph": reference}
+    return functions, make
 
 
-def tfgram_cases(device: str, dry: bool) -> Iterator[Case]:
-    """TFgram of a batch, inference and training: the kernels, and modules eager, compiled, graphed."""
-    clips, samples = (1, 60) if dry else (64, 160_000)
+def tfgram(clips: int, passing: str, precision: str, device: str) -> Problem:
+    """TFgram of a batch: the kernels, and modules eager, compiled, graphed."""
+    samples = 60 if device == "cpu" else 160_000
     g = torch.Generator().manual_seed(0)
-    wave = (torch.randn(clips, samples, generator=g) * 0.1).to(device)
+
+    def normal(*shape, scale):
+        return (scale * torch.randn(shape, generator=g)).to(device)
+
+    wave = normal(clips, samples, scale=0.1)
     weights = [
-        (torch.randn(x.outputs, x.inputs, x.kernel, generator=g) / (x.inputs * x.kernel) ** 0.5).to(device)
-        for x in kernels.LAYERS
+        normal(x.outputs, x.inputs, x.kernel, scale=(x.inputs * x.kernel) ** -0.5) for x in kernels.LAYERS
     ]
     ones, zeros = ([f(len(w), device=device) for w in weights] for f in (torch.ones, torch.zeros))
-    folded = kernels.Folded(tuple(w.permute(2, 1, 0).contiguous() for w in weights), tuple(zeros))
-    leaves = [[t.clone().requires_grad_() for t in group] for group in (weights, ones, zeros)]
-    gradient = torch.randn(clips, 128, kernels.frames(samples), generator=g).to(device)
-    for passing, precision in itertools.product(
-        ("inference", "training"), ("bf16",) if dry else ("bf16", "tf32")
-    ):
-        half, options = precision == "bf16", {"precision": precision, "backend": "triton"}
-        if passing == "inference":
-            dtype = torch.bfloat16 if half else torch.float32
-            x, parameters = wave.to(dtype), folded.to(dtype)
-            ours, theirs = lambda x, f, o=options: kernels.tfgram_infer(x, f, **o), kernels.tfgram_infer_ref
+    half, options = precision == "bf16", {"precision": precision, "backend": "triton"}
+    if passing == "inference":
+        dtype = torch.bfloat16 if half else torch.float32
+        folded = kernels.Folded(tuple(w.permute(2, 1, 0).contiguous() for w in weights), tuple(zeros))
+        ours, theirs = functools.partial(kernels.tfgram_infer, **options), kernels.tfgram_infer_ref
+        x, parameters = wave.to(dtype), folded.to(dtype)
 
-            def make(function, x=x, parameters=parameters):
-                return lambda: function(x, parameters)
-        else:
-            ours = lambda x, *groups, o=options: kernels.tfgram_train(x, *groups, **o)  # noqa: E731
-            theirs = torch.autocast(device, torch.bfloat16, enabled=half)(kernels.tfgram_train_ref)
+        def make(function):
+            return lambda: function(x, parameters)
+    else:
+        ours = functools.partial(kernels.tfgram_train, **options)
+        theirs = torch.autocast(device, torch.bfloat16, enabled=half)(kernels.tfgram_train_ref)
+        leaves = [[t.requires_grad_() for t in group] for group in (weights, ones, zeros)]
+        gradient = normal(clips, 128, kernels.frames(samples), scale=1.0)
 
-            def make(function):
-                def train():
-                    out = function(wave, *leaves)[0]
-                    return torch.autograd.grad(out, sum(leaves, []), gradient.to(out.dtype))
+        def make(function):
+            def train():
+                out = function(wave, *leaves)[0]
+                return torch.autograd.grad(out, sum(leaves, []), gradient.to(out.dtype))
 
-                return train
+            return train
 
-        functions = {"kernels": ours, "modules": theirs, "modules, compiled": theirs}
-        functions |= {"kernels, graph": ours, "modules, graph": theirs}
-        row = {"kernel": "tfgram", "pass": passing, "precision": precision, "size": clips}
-        yield from variants(row, functions, make, dry)
+    functions = {"kernels": ours, "modules": theirs, "modules, compiled": theirs}
+    return functions | {"kernels, graph": ours, "modules, graph": theirs}, make
 
 
-def measure(make: Callable[[], Callable], device: str, graph: bool) -> dict:
+def measure(provider: str, function: Callable, make: Callable, device: str) -> dict:
     """Median and quantiles in milliseconds, and the memory that a call takes beyond its inputs."""
+    if "compiled" in provider:  # dry, only traced; without the reset it would soon run eagerly
+        torch.compiler.reset()
+        compiler = "eager" if device == "cpu" else "inductor"
+        function = torch.compile(function, dynamic=False, backend=compiler)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        call = make()
+        call = make(function)
         start = time.perf_counter()
         call()
         if device == "cpu":
@@ -136,7 +124,7 @@ def measure(make: Callable[[], Callable], device: str, graph: bool) -> dict:
         call()
         torch.cuda.synchronize()
         extra = (torch.cuda.max_memory_allocated() - before) / 1e6
-        timer = testing.do_bench_cudagraph if graph else testing.do_bench
+        timer = testing.do_bench_cudagraph if "graph" in provider else testing.do_bench
         times = timer(call, rep=100, quantiles=[0.5, 0.2, 0.8])
         torch.cuda.empty_cache()
     return dict(zip(("median_ms", "q20_ms", "q80_ms"), times, strict=True)) | {"extra_mb": extra}
@@ -159,28 +147,34 @@ def main() -> int:
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
+    sizes, precisions = ((17,), ("bf16",)) if dry else (ROWS, ("bf16", "tf32"))
+    cases = list(itertools.product([tfgram], [1 if dry else 64], precisions, ("inference", "training")))
+    cases += itertools.product([supcon], sizes, ("tf32x3", "bf16", "ieee"), ("forward", "both"))
     failures = 0
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
         writer.writeheader()
-        sizes = (17,) if dry else ROWS
-        supcon = itertools.chain.from_iterable(supcon_cases(n, device, dry) for n in sizes)
-        for row, make in itertools.chain(tfgram_cases(device, dry), supcon):
-            kernel, passing, precision, size = (row[k] for k in ("kernel", "pass", "precision", "size"))
-            if row["provider"] == "kernels":
-                row["predicted_ms"] = predict.milliseconds(kernel, passing, precision, size)
-            try:
-                if time.monotonic() > end:
-                    raise TimeoutError("not run: the time was spent")
-                row |= measure(make, device, "graph" in row["provider"])
-            except Exception as error:  # running out of memory is a result, too
-                row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-                failures += row["provider"].startswith("kernels")
-            row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(row | base)
-            file.flush()
-            print("  ".join(str(row.get(column, "")) for column in (*COLUMNS[:10], "note")), flush=True)
+        for problem, size, precision, passing in cases:
+            kernel, (functions, make) = problem.__name__, problem(size, passing, precision, device)
+            for provider, function in functions.items():
+                if dry and "graph" in provider:
+                    continue
+                row = {"kernel": kernel, "provider": provider, "pass": passing, "precision": precision}
+                row |= {"size": size}
+                if provider == "kernels":
+                    row["predicted_ms"] = predict.milliseconds(kernel, passing, precision, size)
+                try:
+                    if time.monotonic() > end:
+                        raise TimeoutError("not run: the time was spent")
+                    row |= measure(provider, function, make, device)
+                except Exception as error:  # running out of memory is a result, too
+                    row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+                    failures += provider.startswith("kernels")
+                row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                writer.writerow(row | base)
+                file.flush()
+                print("  ".join(str(row.get(column, "")) for column in (*COLUMNS[:10], "note")), flush=True)
     return 1 if failures else 0
 
 

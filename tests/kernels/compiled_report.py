@@ -74,7 +74,7 @@ def kib(launch: dict, kind: str) -> str:
 def measure(case: Case, architecture: int) -> tuple[dict, list[dict]]:
     """The case's error, and a record of each distinct launch."""
     start = time.perf_counter()
-    with emulated("osscl_kernels", architecture, count=True) as emulation:
+    with emulated(architecture, count=True) as emulation:
         errors = case.errors()
     name, (error, budget) = max(errors.items(), key=lambda item: item[1][0] / item[1][1])
     about = {"architecture": f"sm_{architecture}", "precision": case.precision}

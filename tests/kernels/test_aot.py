@@ -16,18 +16,19 @@ FAULTY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import aot
+from dataclasses import replace
 from unittest import mock
 
 case = next(c for c in aot.record(90) if c.kernel == "_backward_kernel" and c.precision == "bf16")
 good = aot.check((case, 90))
 assert not good["problems"] and good["tensor_core"] and good["registers"] > 100, good
-wide = aot.replace(case, constants=case.constants | {"BM": 256, "BN": 128})
+wide = replace(case, constants=case.constants | {"BM": 256, "BN": 128})
 assert "spills" in aot.check((wide, 90))["problems"]
-deep = aot.replace(case, options=case.options | {"num_stages": 8})
+deep = replace(case, options=case.options | {"num_stages": 8})
 assert "shared memory" in aot.check((deep, 86))["problems"]
 with mock.patch.object(aot, "TENSOR_CORE", aot.re.compile("absent")):
     assert aot.check((case, 90))["problems"] == "no tensor-core instructions"
-broken = aot.replace(case, constants=case.constants | {"BM": 3})
+broken = replace(case, constants=case.constants | {"BM": 3})
 assert aot.check((broken, 90))["problems"].split(":")[0].endswith("Error")
 """
 

@@ -39,7 +39,7 @@ def test_in_a_process_that_compiles(which):
 @pytest.mark.parametrize("architecture, case", [parameter(*pair) for pair in ALL])
 def test_error_against_float64(architecture, case):
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors hold NaN
-    gpu = contextlib.nullcontext() if DEVICE == "cuda" else emulated("osscl_kernels", architecture)
+    gpu = contextlib.nullcontext() if DEVICE == "cuda" else emulated(architecture)
     try:
         with gpu as emulation:
             errors = case.errors()
@@ -54,6 +54,6 @@ def test_error_against_float64(architecture, case):
 @only_compiled
 @pytest.mark.skipif(DEVICE == "cuda", reason="faults are planted in the emulator")
 def test_missing_barriers_are_seen():
-    with emulated("osscl_kernels", 90, edit=lambda ptx: re.sub(r"bar\.sync[^;\n]*;", "", ptx)) as emulation:
+    with emulated(90, edit=lambda ptx: re.sub(r"bar\.sync[^;\n]*;", "", ptx)) as emulation:
         Case("supcon", "bf16", (65, 100)).errors()
     assert any("without a barrier" in finding for finding in emulation.findings())

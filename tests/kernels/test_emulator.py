@@ -120,7 +120,7 @@ def carry_kernel(X, OUT, n, B: tl.constexpr, ALIASED: tl.constexpr):
 @pytest.fixture(params=ARCHITECTURES, ids="sm_{}".format)
 def gpu(request):
     """This module's kernels run on it; nothing may be wrong in the end."""
-    with emulated(__name__, request.param, count=True) as emulation:
+    with emulated(request.param, count=True) as emulation:
         yield emulation
         assert not emulation.findings()
 
@@ -252,7 +252,7 @@ FAULTS = {
     "fault, capability", [(name, c) for name, (_, where) in FAULTS.items() for c in where]
 )
 def test_planted_faults_are_seen(fault, capability):
-    with emulated(__name__, capability, edit=FAULTS[fault][0]) as emulation:
+    with emulated(capability, edit=FAULTS[fault][0]) as emulation:
         wrong = (
             not multiply("bfloat16", "tf32", size=(70, 96, 160)) < 1e-6
         )  # aligned rows: copied asynchronously
@@ -267,14 +267,14 @@ def test_planted_faults_are_seen(fault, capability):
 @compiled
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_one_missing_barrier_is_seen(capability):
-    with emulated(__name__, capability, edit=without(r"bar\.sync", 1)) as emulation:
+    with emulated(capability, edit=without(r"bar\.sync", 1)) as emulation:
         transpose_kernel[(1,)](normal(64, 64), nan(64, 64), B=64)
     assert any("without a barrier" in finding for finding in emulation.findings())
 
 
 @compiled
 def test_accesses_out_of_bounds_raise():
-    with emulated(__name__, 90):
+    with emulated(90):
         with pytest.raises(EmulationError, match="out of bounds.*ld.global|ld.global"):
             add_kernel[(1,)](normal(100), normal(100), nan(100), 101, B=256)
         inside = normal(300)[100:200]  # the storage goes on, the tensor does not

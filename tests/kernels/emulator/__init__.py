@@ -5,8 +5,7 @@ bounds raise, races between barriers are reported, asynchronous copies and wgmma
 tensor cores read and round operands as the hardware does. Not emulated: what ptxas does below PTX, and time.
 """
 
-from .launch import Emulated, Emulation, Launch, emulated
-from .machine import Kernel
+from .launch import Emulation, Launch, emulated
 from .ptx import EmulationError
 
-__all__ = ["Emulated", "Emulation", "EmulationError", "Kernel", "Launch", "emulated"]
+__all__ = ["Emulation", "EmulationError", "Launch", "emulated"]

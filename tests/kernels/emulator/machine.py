@@ -1,8 +1,8 @@
 """A compiled kernel as numpy closures, and the machine that runs bundles of its programs in step.
 
-A register is an array (programs, threads); what is equal in all of them is kept as (1, 1). Programs that take
-different ways are split into two bundles. Threads of a program that do are run block by block under a mask
-until they meet again.
+A register is an array (programs, threads); what is equal in all of them is kept as (1, 1). It has whatever
+type it was last used as: of the bits, others are views. Programs that take different ways are split into two
+bundles; threads of a program that do are run block by block under a mask until they meet again.
 """
 
 from __future__ import annotations
@@ -10,348 +10,251 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass
 
 import numpy as np
 
-from .decode import TYPES, UNSIGNED, Operation, decode
+from .decode import TYPES, decode
 from .memory import GlobalMemory, SharedMemory
-from .numbers import BITS, u4
-from .ptx import JUMPS, EmulationError, Instruction, parse
+from .numbers import u4
+from .ptx import EmulationError, Instruction, Operation, parse
 from .work import Counts
 
 BUNDLE = 2048  # threads that run in step: enough that numpy's overhead does not dominate
-SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid")
 POISON = 0xFFBADBADBADBADBAD
-NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)U?")
-FLOAT = re.compile(r"0[fFdD]([0-9a-fA-F]{8,16})")
+SPECIAL = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "global_smem")
+JUMPS = ("bra", "ret", "exit")
+NUMBER = re.compile(r"0[fd]([0-9a-fA-F]+)|(-?\d+|0x[0-9a-fA-F]+)U?")
+HALF_WORDS = re.compile(r"\b(ld|st)\.shared\S*16\b")
 
 
 class Split(Exception):
-    """Programs of a bundle go different ways; `ways` tells which take the jump."""
-
-    def __init__(self, ways: np.ndarray):
-        self.ways = ways
+    """Programs of a bundle go different ways: its argument tells which go one of them."""
 
 
 @dataclass(slots=True)
 class Step:
-    """One closure of a block. `guard` is a register or -1, `collective` the instruction if it is so."""
+    """A translated instruction; `targets` and `guard` (-1 if there is none) are indices of registers."""
 
+    instruction: Instruction
+    operation: Operation
     run: Callable
     targets: list[int]
-    guard: int = -1
-    negated: bool = False
-    collective: Instruction | None = None
+    guard: int
+
+    def uses(self, names) -> bool:
+        """Whether it reads or writes any of these registers, not as the accumulator of a product."""
+        touched = {name for name, _ in self.operation.sources}.union(self.operation.targets)
+        return self.instruction.mnemonic != "wgmma" and not touched.isdisjoint(names)
 
 
 @dataclass
 class Block:
     """Straight-line code; `jump` is (guard, negated, block) or None."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[Step]
     jump: tuple[int, bool, int] | None = None
-    opcodes: Counter = field(default_factory=Counter)
 
 
 class Kernel:
     """A kernel translated from PTX, with its warps and bytes of shared memory per program."""
 
     def __init__(self, ptx: str, warps: int, shared_bytes: int):
-        self.entry = parse(ptx)
-        self.threads, self.shared_bytes = 32 * warps, shared_bytes
-        self.index: dict[str, int] = {}  # of registers, constants and converted operands
-        self.types: list[type] = []
-        self.initial: list[np.ndarray | None] = []
-        self.grain = 4  # smallest access to shared memory
-        self.given: dict[str, type] = {}  # types that instructions give their targets
-        self.accumulators: set[str] = set()  # of wgmma
-        blocks = [[self._decoded(i) for i in instructions] for instructions in self.entry.blocks]
-        self.blocks = [self._block(operations) for operations in blocks]
+        self.entry, self.threads, self.shared_bytes = parse(ptx), 32 * warps, shared_bytes
+        self.grain = 2 if HALF_WORDS.search(ptx) else 4  # smallest access to shared memory
+        self.index: dict[str, int] = {}  # of registers, and of constants as a type
+        self.initial: list[np.ndarray] = []
+        self.blocks = [self._block(instructions) for instructions in self.entry.blocks]
 
     # Translation
 
-    def _decoded(self, instruction: Instruction) -> Operation | Instruction:
-        """The operation; moves and jumps wait until the types of all registers are known."""
-        shared = any(m.startswith("shared") for m in instruction.modifiers)
-        if shared and instruction.mnemonic in ("ld", "st"):
-            self.grain = min(self.grain, BITS[TYPES[instruction.modifiers[-1]]] // 8)
-        if instruction.mnemonic in (*JUMPS, "mov"):
-            return instruction
-        operation = decode(instruction, self.type_of)
-        for name, t in operation.targets:
-            self.given.setdefault(name, t)
-        if instruction.opcode.startswith("wgmma.mma"):
-            self.accumulators.update(name for name, _ in operation.targets)
-        return operation
-
-    def type_of(self, name: str) -> type:
-        """The type that a register is kept in: its first instruction's if that fills the declared width."""
-        declared = TYPES[self.entry.banks.get(name.rstrip("0123456789"), "b32")]
-        t = self.given.get(name, declared)
-        return t if BITS[t] == BITS[declared] else UNSIGNED.get(declared, declared)
-
-    def register(self, name: str, t: type | None = None, value: np.ndarray | None = None) -> int:
-        """Index of a register, which begins as `value`, or poisoned."""
+    def _register(self, name: str, value: int, t: type) -> int:
+        """Index of a register that begins with these bits."""
         if name not in self.index:
-            if t is None:
-                t = self.type_of(name)
-                value = bits(0 if t is np.bool_ else POISON, t)
-            self.index[name] = len(self.types)
-            self.types.append(t)
-            self.initial.append(value)
+            self.index[name] = len(self.initial)
+            self.initial.append(bits(value, t))
         return self.index[name]
 
-    def _operand(self, text: str, t: type, i: Instruction, views: dict, steps: list[Step]) -> int:
-        """The register that holds an operand as type `t`; adds a step that converts it where needed."""
-        if text in self.entry.parameters:
-            return self.register(f"[{text}] {t.__name__}", t)
-        if (number := FLOAT.fullmatch(text)) or NUMBER.fullmatch(text):
-            value = int(number[1], 16) if number else int(text.rstrip("U"), 0)
-            return self.register(f"{text} {t.__name__}", t, bits(value, t))
-        if text == "global_smem":
-            return self.register(f"{text} {t.__name__}", t, bits(0, t))
-        at = self.register(text.lstrip("!"), *((u4,) if text.startswith(SPECIAL) else ()))
-        kept = self.types[at]
-        if text.startswith("!"):
-            convert = np.logical_not
-        elif kept is t:
-            return at
-        elif BITS[t] > BITS[kept] or np.bool_ in (kept, t):
-            raise EmulationError(f"register {text} of {kept.__name__} read as {t.__name__}")
-        elif BITS[t] == BITS[kept]:
-            convert = lambda x: x.view(t)  # noqa: E731
-        else:
-            whole, part = UNSIGNED.get(kept, kept), UNSIGNED.get(t, t)
-            convert = lambda x: x.view(whole).astype(part).view(t)  # noqa: E731
-        known = views.setdefault(at, {})
-        name = f"{text} as {t.__name__}"
-        if name not in known:
-            known[name] = self.register(name, t)
-            steps.append(Step(self._watched(_closure(convert, [known[name]], [at], False), [text], i), []))
-        return known[name]
+    def _variable(self, name: str, t: type | None = None) -> int:
+        """Index of one of the program's registers, which begins poisoned and may be read as `t`."""
+        declared = TYPES.get(self.entry.banks.get(name.rstrip("0123456789")))
+        if not declared or t and np.dtype(t).itemsize != np.dtype(declared).itemsize:
+            raise EmulationError(f"not emulated: {name} read as {t}")
+        return self._register(name, 0 if declared is np.bool_ else POISON, declared)
 
-    def _block(self, operations: list[Operation | Instruction]) -> Block:
-        block, views = Block(), {}
-        for operation in operations:
-            i = operation if isinstance(operation, Instruction) else operation.instruction
-            block.opcodes[i.opcode] += 1
-            guard = self.register(i.guard) if i.guard else -1
-            if i.mnemonic in JUMPS:
-                jumps = i.mnemonic == "bra"
-                to = self.entry.labels[i.operands[0]] if jumps else len(self.entry.blocks)
+    def _operand(self, text: str, t: type) -> tuple[int, np.dtype]:
+        """Index and type of what an instruction reads."""
+        if match := NUMBER.fullmatch(text):
+            value = int(match[1], 16) if match[1] else int(match[2], 0)
+            at = self._register(f"{text} {t.__name__}", value, t)
+        elif text in SPECIAL or text in self.entry.parameters:  # 0 unless the machine knows
+            at = self._register(text, 0, t)
+        else:
+            at = self._variable(text, t)
+        return at, np.dtype(t)
+
+    def _step(self, i: Instruction) -> Step:
+        operation = decode(i)
+        sources = [self._operand(text, t) for text, t in operation.sources]
+        targets = [self._variable(name) for name in operation.targets]
+        guard = self._variable(i.guard) if i.guard else -1
+        return Step(i, operation, _closure(operation, sources, targets), targets, guard)
+
+    def _block(self, instructions: list[Instruction]) -> Block:
+        block = Block([])
+        for i in instructions:
+            if i.mnemonic not in JUMPS:
+                block.steps.append(self._step(i))
+            else:
+                guard = self._variable(i.guard) if i.guard else -1
+                to = self.entry.labels[i.operands[0]] if i.operands else len(self.entry.blocks)
                 block.jump = (guard, i.negated, to)
-                continue
-            operation = decode(i, self.type_of) if operation is i else operation
-            sources = [self._operand(text, t, i, views, block.steps) for text, t in operation.sources]
-            targets = [self.register(name) for name, _ in operation.targets]
-            run = _closure(self._fitted(operation), targets, sources, operation.on_machine)
-            run = self._watched(run, [name for name, _ in operation.sources + operation.targets], i)
-            block.steps.append(Step(run, targets, guard, i.negated, i if operation.collective else None))
-            for target in targets:
-                views.pop(target, None)
-            if i.mnemonic == "wgmma":  # a wait writes registers that are not its targets
-                views.clear()
         return block
 
-    def _watched(self, run: Callable, names: list[str], instruction: Instruction) -> Callable:
-        """Look out for accumulators of a running wgmma: then ptxas waits for every single one."""
-        names = self.accumulators.intersection(names)
-        if not names or instruction.mnemonic == "wgmma":
-            return run
+    def launch(self, memory: GlobalMemory, parameters: list, grid: tuple[int, ...], count: bool) -> Counts:
+        """Run all programs of a grid; `parameters` are integers and floats in the order of the entry's.
 
-        def watched(m, registers):
-            if m.flying and names.intersection(m.flying):
-                m.findings[f"note: wgmma used before its wait, ptxas serialises: {instruction}"] += 1
-                m.commit_products()
-                m.wait_products(0)
-            run(m, registers)
-
-        return watched
-
-    def _fitted(self, operation: Operation) -> Callable:
-        """The operation's function with results in the types that their registers are kept in."""
-        compute, kept = operation.compute, [self.type_of(name) for name, _ in operation.targets]
-        if kept == [t for _, t in operation.targets]:
-            return compute
-
-        def fit(x, t):
-            return x.view(t) if 8 * x.itemsize == BITS[t] else x.astype(t)
-
-        if len(kept) == 1:
-            return lambda *sources: fit(compute(*sources), kept[0])
-        return lambda *sources: [fit(x, t) for x, t in zip(compute(*sources), kept, strict=True)]
-
-    # Execution
-
-    def launch(
-        self, memory: GlobalMemory, parameters: list, grid: tuple[int, ...], count: bool
-    ) -> tuple[Counter, Counts]:
-        """Run all programs of a grid; returns findings and counts.
-
-        `parameters` are integers and floats in the order of the entry's. Races are looked for in the first
-        bundle of programs: the others run the same code.
+        Races are looked for in the first bundle of programs: the others run the same code.
         """
-        grid = (*grid, 1, 1)[:3]
-        programs = np.array([p[::-1] for p in product(*map(range, grid[::-1]))])
+        programs = np.indices(grid[::-1]).reshape(len(grid), -1)[::-1].T
         size = max(BUNDLE // self.threads, 1)
         bundles = [programs[first : first + size] for first in range(0, len(programs), size)]
-        findings, counts = Counter(), Counts(len(self.blocks))
+        counts = Counts()
         while bundles:
             bundle = bundles.pop(0)
             before = memory.bytes.copy() if len(bundle) > 1 else None
-            machine = Machine(self, memory, bundle, grid, parameters, not counts.programs, count)
+            machine = Machine(self, memory, bundle, parameters, not counts.programs, count)
             try:
                 with np.errstate(all="ignore"):
-                    self._run(machine)
+                    machine.run()
+                counts.add(machine.counts)
             except Split as split:  # forget it, and run those that stay together
                 memory.bytes[:] = before
-                bundles[:0] = [bundle[split.ways], bundle[~split.ways]]
-                continue
-            findings.update(machine.findings)
-            counts.add(machine.counts)
-        return findings, counts
+                (ways,) = split.args
+                bundles[:0] = [bundle[ways], bundle[~ways]]
+        return counts
 
-    def _run(self, m: Machine) -> None:
-        at, registers = 0, m.registers
-        while at < len(self.blocks):
-            block = self.blocks[at]
-            m.counts.blocks[at] += len(m.programs)
-            for step in block.steps:
-                if step.guard < 0:
-                    step.run(m, registers)
-                else:
-                    m.run_where(registers[step.guard] ^ step.negated, step)
-            at, taken = at + 1, m.taken(block)
-            if taken.all():
-                at = block.jump[2]
-            elif taken.any():
-                ways = taken.any(1)
-                if len(ways) > 1 and (ways == taken.all(1)).all():
-                    raise Split(ways)
-                at = self._run_apart(m, np.where(m.full(taken), block.jump[2], at))
-        m.finish()
 
-    def _run_apart(self, m: Machine, at: np.ndarray) -> int:
-        """Run threads that went different ways until they meet; returns the block where they do."""
-        while True:
-            first = int(at.min())
-            mask = at == first
-            if mask.all():
-                return first
-            block = self.blocks[first]
-            m.counts.blocks[first] += int(mask.any(1).sum())
-            for step in block.steps:
-                if step.collective:
-                    raise EmulationError(f"run by a part of the threads: {step.collective}")
-                guard = True if step.guard < 0 else m.registers[step.guard] ^ step.negated
-                m.run_where(mask & guard, step)
-            following = np.where(m.taken(block), block.jump[2] if block.jump else 0, first + 1)
-            at = np.where(mask, following, at)
+class InFlight:
+    """Asynchronous work: it is committed in groups, and a wait leaves a number of them pending."""
+
+    def __init__(self) -> None:
+        self.open: list[Callable] = []
+        self.groups: list[list[Callable]] = []
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, pending: int) -> None:
+        while len(self.groups) > pending:
+            for arrive in self.groups.pop(0):
+                arrive()
 
 
 class Machine:
     """Registers, memories and everything in flight of a bundle of programs."""
 
-    def __init__(self, kernel: Kernel, memory: GlobalMemory, programs, grid, parameters, checks, count):
-        self.kernel, self.memory, self.programs, self.count = kernel, memory, programs, count
-        self.findings, self.counts = Counter(), Counts(len(kernel.blocks))
-        self.counts.programs = len(programs)
+    def __init__(self, kernel: Kernel, memory: GlobalMemory, programs, parameters, checks, count):
+        self.kernel, self.programs, self.count = kernel, programs, count
+        self.counts = Counts(len(programs))
+        self.findings = self.counts.findings
         self.shared = SharedMemory(len(programs), kernel.shared_bytes, kernel.grain, checks, self.findings)
+        self.spaces = {"global": memory, "shared": self.shared}
         self.shape = (len(programs), kernel.threads)
         self.active = self.everyone = np.ones(self.shape, bool)  # threads that run the present step
-        self.copies, self.copy_groups = [], []
-        self.products, self.product_groups, self.flying = [], [], {}
+        self.copies, self.products = InFlight(), InFlight()
+        self.accumulators = Counter()  # registers of the products in flight
         thread = np.arange(kernel.threads, dtype=u4)[None]
-        self.warps = np.broadcast_to(thread.astype(int) // 32, self.shape)
-        values = {"%laneid": thread % u4(32), "%warpid": thread // u4(32)}
-        for i, axis in enumerate("xyz"):
-            values[f"%tid.{axis}"] = thread if i == 0 else bits(0, u4)
-            values[f"%ntid.{axis}"] = bits(kernel.threads if i == 0 else 1, u4)
-            values[f"%ctaid.{axis}"] = programs[:, i : i + 1].astype(u4)
-            values[f"%nctaid.{axis}"] = bits(grid[i], u4)
-        given = dict(zip(kernel.entry.parameters, parameters, strict=True))
+        self.warps = self.full(thread.astype(int) // 32)
         self.registers = list(kernel.initial)
-        for name, at in kernel.index.items():
-            if name in values:
-                self.registers[at] = values[name]
-            elif name.startswith("["):
-                value = given[name[1:].partition("]")[0]]
-                value = int(np.float32(value).view(u4)) if isinstance(value, float) else value
-                self.registers[at] = bits(value, kernel.types[at])
+        values = dict(zip(SPECIAL, (thread, *programs.astype(u4).T[:, :, None]), strict=False))
+        values |= zip(kernel.entry.parameters, parameters, strict=True)
+        for name in values.keys() & kernel.index.keys():
+            at = kernel.index[name]
+            self.registers[at] = bits(values[name], self.registers[at].dtype.type)
 
     def full(self, x: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(x, self.shape)
+        """Values of all threads."""
+        return x if x.shape == self.shape else np.broadcast_to(x, self.shape)
 
-    def taken(self, block: Block) -> np.ndarray:
-        """Which threads take the block's jump."""
-        if block.jump is None:
-            return np.zeros((1, 1), bool)
-        guard, negated, _ = block.jump
-        return np.ones((1, 1), bool) if guard < 0 else self.registers[guard] ^ negated
+    def picked(self, x: np.ndarray) -> np.ndarray:
+        """Values of the active threads, one after another."""
+        return self.full(x).reshape(-1) if self.active is self.everyone else self.full(x)[self.active]
 
-    def run_where(self, active: np.ndarray, step: Step) -> None:
-        """Run a step for some threads; the others keep their registers."""
-        registers = self.registers
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """The inverse of `picked`; zero for the other threads."""
+        if self.active is self.everyone:
+            return values.reshape(self.shape)
+        out = np.zeros(self.shape, values.dtype)
+        out[self.active] = values
+        return out
+
+    def run(self) -> None:
+        """Run until all threads have returned; `at` is the block that each is at."""
+        blocks, at = self.kernel.blocks, np.zeros((1, 1), int)
+        while (first := int(at.min())) < len(blocks):
+            block, here = blocks[first], at == first
+            together = here.all()
+            self.counts.blocks[first] += len(self.programs) if together else self.full(here).any(1).sum()
+            for step in block.steps:
+                self.execute(step, None if together else here)
+            following = first + 1
+            if block.jump:
+                guard, negated, to = block.jump
+                taken = guard < 0 or self.registers[guard] ^ negated
+                following = np.where(taken, to, following)
+            at = np.where(here, following, at)
+            if (at == at[0, 0]).all():
+                at = at[:1, :1]
+            elif len(at) > 1 and (at == at[:, :1]).all():
+                raise Split(at[:, 0] == at[0, 0])
+        if self.products.open or any(self.products.groups):
+            self.findings["wgmma never waited for"] += 1
+        if self.copies.open:
+            self.findings["cp.async never committed"] += 1
+
+    def execute(self, step: Step, here: np.ndarray | None) -> None:
+        """Run a step for those threads that are here; the others keep their registers."""
+        if self.accumulators and step.uses(self.accumulators):
+            self.findings[f"note: wgmma used before its wait, ptxas serialises: {step.instruction}"] += 1
+            self.products.commit()
+            self.products.wait(0)
+        registers, guard = self.registers, step.guard
+        if guard < 0 and here is None:
+            step.run(self, registers)
+            return
+        active = here if guard < 0 else registers[guard] ^ step.instruction.negated
+        if here is not None:
+            active = active & here
         if active.all():
             step.run(self, registers)
         elif active.any():
+            if step.operation.collective:
+                raise EmulationError(f"run by a part of the threads: {step.instruction}")
             old = [registers[t] for t in step.targets]
             self.active = self.full(active)
             step.run(self, registers)
             self.active = self.everyone
             for target, before in zip(step.targets, old, strict=True):
-                registers[target] = np.where(active, registers[target], before)
-
-    def commit_copies(self) -> None:
-        self.copy_groups.append(self.copies)
-        self.copies = []
-
-    def wait_copies(self, pending: int) -> None:
-        while len(self.copy_groups) > pending:
-            for at, warps, data in self.copy_groups.pop(0):
-                self.shared.land(at, warps, data)
-
-    def commit_products(self) -> None:
-        self.product_groups.append(self.products)
-        self.products = []
-
-    def wait_products(self, pending: int) -> None:
-        while len(self.product_groups) > pending:
-            for p in self.product_groups.pop(0):
-                p.run(self, p)
-                p.before = None
-                for grains in p.held:
-                    self.shared.release(grains)
-                for name, value in zip(p.accumulator, p.result, strict=True):
-                    if self.flying[name] is p:
-                        at = self.kernel.register(name)
-                        self.registers[at] = value.view(self.kernel.types[at])
-                        del self.flying[name]
-
-    def finish(self) -> None:
-        if self.products or any(self.product_groups):
-            self.findings["wgmma never waited for"] += 1
-        if self.copies:
-            self.findings["cp.async never committed"] += 1
+                new = registers[target]
+                registers[target] = np.where(active, new, before.view(new.dtype))
 
 
-def _closure(function: Callable, targets: list[int], sources: list[int], on_machine: bool) -> Callable:
-    """A function of (machine, registers) that stores in the targets what `function` makes of the sources."""
-    single = targets[0] if len(targets) == 1 else -1
-    if single >= 0 and not on_machine and len(sources) == 2:  # by far the most frequent
-        a, b = sources
-
-        def run(m, registers):
-            registers[single] = function(registers[a], registers[b])
-
-        return run
+def _closure(operation: Operation, sources: list[tuple[int, np.dtype]], targets: list[int]) -> Callable:
+    """The operation as a function of (machine, registers), which stores its results in the targets."""
+    function, on_machine = operation.compute, operation.on_machine
+    single = targets[0] if len(targets) == 1 and not on_machine else None
 
     def run(m, registers):
-        values = [registers[i] for i in sources]
-        results = function(m, *values) if on_machine else function(*values)
-        if single >= 0:
+        values = [m] if on_machine else []
+        for at, dtype in sources:
+            x = registers[at]
+            if x.dtype is not dtype:
+                x = registers[at] = x.view(dtype)
+            values.append(x)
+        results = function(*values)
+        if single is not None:
             registers[single] = results
         elif targets:
             for target, x in zip(targets, results, strict=True):
@@ -360,8 +263,13 @@ def _closure(function: Callable, targets: list[int], sources: list[int], on_mach
     return run
 
 
-def bits(value: int, t: type) -> np.ndarray:
-    """A (1, 1) array of type `t` with these bits."""
+def bits(value, t: type) -> np.ndarray:
+    """A (1, 1) array of type `t` with these bits, or of a float; arrays are taken as they are."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, float):
+        value = int(np.float32(value).view(u4))
     if t is np.bool_:
         return np.full((1, 1), bool(value))
-    return np.full((1, 1), int(value) & ((1 << BITS[t]) - 1), UNSIGNED.get(t, t)).view(t)
+    size = np.dtype(t).itemsize
+    return np.full((1, 1), value % 2 ** (8 * size), f"u{size}").view(t)

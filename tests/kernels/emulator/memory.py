@@ -1,6 +1,6 @@
 """Global and shared memory: what is read and written, what must not be, and what it costs.
 
-`m` is the machine; addresses are arrays (programs, threads), of which the active threads' count.
+`m` is the machine; addresses are registers, of which the active threads' count.
 """
 
 from __future__ import annotations
@@ -8,41 +8,50 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import torch
 
 from .numbers import u1, u2, u4, u8
 from .ptx import EmulationError
 
 BASE = 0x7F0000000000  # address of the first byte of global memory
 GAP = 2048  # bytes between tensors that nobody may touch
-SEVERAL = -2  # in place of a warp's number
-VIEWS = {1: u1, 2: u2, 4: u4, 8: u8}
+SEVERAL = 63  # in place of a warp's number
+STAMPS = 64  # per epoch, one for each warp
+VIEWS = {2: u2, 4: u4, 8: u8}
 
 
 class GlobalMemory:
-    """A flat copy of tensors' storages, with gaps between them."""
+    """A flat copy of tensors' storages, with gaps between them; only the tensors may be accessed."""
 
-    def __init__(self, storages: list[np.ndarray], addresses: list[int]):
-        """`storages` are bytes; each keeps its host address modulo 16."""
-        self.starts, top = [], GAP
-        for storage, host in zip(storages, addresses, strict=True):
-            self.starts.append(-(-top // 256) * 256 + host % 16)
-            top = self.starts[-1] + len(storage) + GAP
+    def __init__(self, tensors: list[torch.Tensor]):
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+        self.copied, starts, top = [], {}, GAP
+        for host, storage in storages.items():  # each keeps its address modulo 16
+            starts[host] = -(-top // 256) * 256 + host % 16
+            top = starts[host] + len(storage) + GAP
         self.bytes = np.zeros(-(-top // 256) * 256, u1)
-        self.allowed = np.zeros(len(self.bytes), bool)
-        for storage, start in zip(storages, self.starts, strict=True):
-            self.bytes[start : start + len(storage)] = storage
         self.views = {size: self.bytes.view(t) for size, t in VIEWS.items()}
+        self.allowed = np.zeros(len(self.bytes), bool)
+        for host, storage in storages.items():
+            original = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            copy = self.bytes[starts[host] :][: len(original)]
+            copy[:] = original
+            self.copied.append((original, copy))
+        self.addresses = []
+        for x in tensors:
+            start = starts[x.untyped_storage().data_ptr()] + x.storage_offset() * x.element_size()
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            self.allowed[start : start + (1 + last) * x.element_size() * bool(x.numel())] = True
+            self.addresses.append(BASE + start)
 
-    def allow(self, storage: int, first: int, length: int) -> int:
-        """Permit access to a span of a storage; returns its address."""
-        start = self.starts[storage] + first
-        self.allowed[start : start + length] = True
-        return BASE + start
+    def copy_back(self) -> None:
+        for original, copy in self.copied:
+            original[:] = copy
 
     def reach(self, m, addresses, size, instruction, write=False) -> np.ndarray:
         """Offsets of the active threads' addresses into `bytes`."""
         everywhere = (addresses - u8(BASE)).view(np.int64)
-        at = everywhere[m.active]
+        at = m.picked(everywhere)
         if at.size:
             if at.min() < 0 or at.max() + size > len(self.bytes):
                 raise EmulationError(f"global access outside every tensor: {instruction}")
@@ -51,71 +60,78 @@ class GlobalMemory:
             if (at & (size - 1)).any():
                 raise EmulationError(f"global access is not aligned: {instruction}")
         if m.count:
-            m.counts.global_access(np.where(m.active, everywhere, -1), size, instruction, write)
+            m.counts.global_access(np.where(m.active, everywhere, -1), size, write)
         return at
 
 
 class SharedMemory:
     """Shared memory of several programs side by side, poisoned until it is written.
 
-    Where `checks` is set, each grain of bytes remembers who wrote and read it since the last barrier, whether
-    an asynchronous copy will land in it, a wgmma reads it, or a fence is missing. Epochs number the intervals
-    between barriers; a grain is the smallest access of the kernel.
+    Where `checks` is set, each grain of bytes (the kernel's smallest access) remembers which warp wrote and
+    which read it last and between which barriers, both as one stamp, how many asynchronous copies will land
+    in it, how many wgmma read it, and whether a fence is missing.
     """
 
     def __init__(self, programs: int, size: int, grain: int, checks: bool, findings: Counter):
         self.size = max(-(-size // 16) * 16, 16)
-        self.grain, self.checks, self.findings, self.epoch = grain, checks, findings, 1
+        self.grain, self.checks, self.findings, self.now = grain, checks, findings, STAMPS
         self.bytes = np.full(programs * self.size, 0xFF, u1)
         self.views = {size: self.bytes.view(t) for size, t in VIEWS.items()}
         self.base = (np.arange(programs) * self.size)[:, None]
-        for name in ("written", "writer", "was_read", "reader", "landing", "held", "unfenced"):
+        for name in ("writer", "reader", "landing", "held", "unfenced"):
             setattr(self, name, np.zeros(len(self.bytes) // grain if checks else 0, np.int32))
 
     def reach(self, m, addresses, size, instruction, write=False, lands=False) -> np.ndarray:
         """Offsets of the active threads' addresses into `bytes`; `lands`: written by a copy, later."""
         inside = (addresses <= u4(self.size - size)) & (addresses & u4(size - 1) == 0)
-        if not inside[m.active].all():
+        if not (inside | ~m.active).all():
             raise EmulationError(f"shared access out of bounds or not aligned: {instruction}")
-        everywhere = addresses.view(np.int32).astype(np.int64) + self.base
-        at = everywhere[m.active]
+        everywhere = addresses.astype(np.int64) + self.base
+        at = m.picked(everywhere)
         if m.count:
-            m.counts.shared_access(np.where(m.active, everywhere, -1), size, instruction)
+            m.counts.shared_access(np.where(m.active, everywhere, -1), size)
         if self.checks and len(at):
-            grains, warps = self.grains(at, m.warps[m.active], size)
+            g, stamps = self._grains(at, m.picked(m.warps), size)
             if write:
-                self._check_write(grains, warps, lands, instruction)
+                self._check_write(g, stamps, lands, instruction)
             else:
-                self._check_read(grains, warps, instruction)
+                self._check_read(g, stamps, instruction)
         return at
 
-    def grains(self, at, warps, size) -> tuple[np.ndarray, np.ndarray]:
-        """The grains of accesses, and the warp of each."""
-        number = max(size // self.grain, 1)
-        return (at[:, None] // self.grain + np.arange(number)).reshape(-1), np.repeat(warps, number)
+    def barrier(self) -> None:
+        self.now += STAMPS
+
+    def _grains(self, at, warps, size) -> tuple[np.ndarray, np.ndarray]:
+        """The grains of accesses, and the stamp of each."""
+        grains = at[:, None] // self.grain + np.arange(max(size // self.grain, 1))
+        return grains.reshape(-1), np.repeat(self.now + warps, grains.shape[1])
+
+    def _conflict(self, who, stamps) -> np.ndarray:
+        """Where another warp was there since the last barrier."""
+        return (who >= self.now) & (who != stamps)
 
     def _report(self, instruction, **wrong) -> None:
         for kind, places in wrong.items():
             if places.any():
                 self.findings[f"{kind.replace('_', ' ')}: {instruction}"] += 1
 
-    def _check_read(self, g, w, instruction) -> None:
+    def _check_read(self, g, stamps, instruction) -> None:
         self._report(
             instruction,
-            read_of_shared_memory_that_was_never_written=self.written[g] == 0,
-            race_read_of_a_write_without_a_barrier=(self.written[g] == self.epoch) & (self.writer[g] != w),
+            read_of_shared_memory_that_was_never_written=self.writer[g] == 0,
+            race_read_of_a_write_without_a_barrier=self._conflict(self.writer[g], stamps),
             race_read_of_a_copy_that_was_not_waited_for=self.landing[g] > 0,
         )
-        again = (self.was_read[g] == self.epoch) & (self.reader[g] != w)
-        self.reader[g] = np.where(again, SEVERAL, w)
-        self.reader[g] = np.where(self.reader[g] != w, SEVERAL, w)
-        self.was_read[g] = self.epoch
+        several = self._conflict(self.reader[g], stamps)
+        self.reader[g] = stamps
+        several |= self.reader[g] != stamps
+        self.reader[g[several]] = self.now + SEVERAL
 
-    def _check_write(self, g, w, lands, instruction) -> None:
+    def _check_write(self, g, stamps, lands, instruction) -> None:
         self._report(
             instruction,
-            race_two_writes_without_a_barrier=(self.written[g] == self.epoch) & (self.writer[g] != w),
-            race_write_after_read_without_a_barrier=(self.was_read[g] == self.epoch) & (self.reader[g] != w),
+            race_two_writes_without_a_barrier=self._conflict(self.writer[g], stamps),
+            race_write_after_read_without_a_barrier=self._conflict(self.reader[g], stamps),
             race_write_over_an_operand_of_a_running_wgmma=self.held[g] > 0,
             race_write_where_a_copy_will_land=self.landing[g] > 0,
         )
@@ -123,28 +139,24 @@ class SharedMemory:
         if lands:
             self.landing[g] += 1
         else:
-            self._wrote(g, w)
-
-    def _wrote(self, g, w) -> None:
-        self.writer[g] = w
-        self.written[g] = self.epoch
+            self.writer[g] = stamps
 
     def land(self, at, warps, data) -> None:
         """An asynchronous copy arrives."""
         size = data.shape[1]
         self.bytes[at[:, None] + np.arange(size)] = data
         if self.checks:
-            g, w = self.grains(at, warps, size)
+            g, stamps = self._grains(at, warps, size)
             self.landing[g] -= 1
-            self._wrote(g, w)
+            self.writer[g] = stamps
 
     def hold(self, at, instruction) -> np.ndarray:
         """A wgmma begins to read; `release` ends it."""
         g = np.unique(at // self.grain)
         self._report(
             instruction,
-            wgmma_reads_shared_memory_that_was_never_written=self.written[g] == 0,
-            race_wgmma_reads_what_was_written_since_the_last_barrier=self.written[g] == self.epoch,
+            wgmma_reads_shared_memory_that_was_never_written=self.writer[g] == 0,
+            race_wgmma_reads_what_was_written_since_the_last_barrier=self.writer[g] >= self.now,
             wgmma_reads_what_was_written_without_a_proxy_fence=self.unfenced[g] > 0,
         )
         self.held[g] += 1
@@ -152,5 +164,4 @@ class SharedMemory:
 
     def release(self, g) -> None:
         self.held[g] -= 1
-        self.was_read[g] = self.epoch
-        self.reader[g] = SEVERAL
+        self.reader[g] = self.now + SEVERAL

@@ -5,14 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
-i1, i2, i4, i8 = np.int8, np.int16, np.int32, np.int64
+i2, i4, i8 = np.int16, np.int32, np.int64
 f4, f8 = np.float32, np.float64
-BITS = {t: 8 * np.dtype(t).itemsize for t in (u1, u2, u4, u8, i1, i2, i4, i8, f4, f8, np.bool_)}
-ROUNDINGS = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-COMPARISONS = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-    "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
 
 
 def from_bf16(bits):
@@ -55,90 +49,57 @@ def flush(x):
 
 def fma(a, b, c):
     """One rounding, except for rare double roundings of the float64 sum."""
-    return (a.astype(f8) * b + c).astype(a.dtype)
+    return (a.astype(f8) * b + c).astype(f4)
 
 
 def exp2(x):
     return flush(np.exp2(x.astype(f8)).astype(f4))
 
 
-def log2(x):
-    return np.log2(x.astype(f8)).astype(f4)
-
-
 def divide(a, b):
-    """Integer division as C does it: towards zero; by zero all bits are set."""
-    safe = np.where(b != 0, b, b.dtype.type(1))
-    quotient = a // safe
-    inexact = (a != quotient * safe) & ((a < 0) != (safe < 0))
-    return np.where(b != 0, quotient + inexact, ~a.dtype.type(0)).astype(a.dtype)
-
-
-def remainder(a, b):
-    return a - divide(a, b) * b
+    """Integer division as C does it: towards zero."""
+    return (a - np.fmod(a, b)) // b
 
 
 def multiply_high(a, b):
     """The upper half of products."""
-    half = {4: 16, 8: 32}[a.itemsize]
-    t, low = a.dtype.type, a.dtype.type((1 << half) - 1)
-    ah, al, bh, bl = a >> t(half), a & low, b >> t(half), b & low  # signed types keep the sign above
-    carried = (al.view(f"u{a.itemsize}") * bl.view(f"u{a.itemsize}") >> half).astype(t)
-    middle = ah * bl + carried
-    return ah * bh + (middle >> t(half)) + ((al * bh + (middle & low)) >> t(half))
+    product = a.astype(object) * b.astype(object)
+    return (product >> 8 * a.itemsize).astype(a.dtype)
 
 
 def shift_left(a, count):
-    bits, t = BITS[a.dtype.type], a.dtype.type
-    return np.where(count < bits, a << (count % u4(bits)).astype(t), t(0))
+    """Counts past the width shift everything out."""
+    return a << np.minimum(count, u4(8 * a.itemsize)).astype(a.dtype)
 
 
 def shift_right(a, count):
-    """Arithmetic for signed types; counts past the width shift everything out."""
-    bits, t = BITS[a.dtype.type], a.dtype.type
-    shifted = a >> np.minimum(count, u4(bits - 1)).astype(t)
-    return shifted if a.dtype.kind == "i" else np.where(count < bits, shifted, t(0))
+    """Arithmetic for signed types."""
+    return a >> np.minimum(count, u4(8 * a.itemsize)).astype(a.dtype)
 
 
 def bit_field(a, position, length):
-    """bfe, for fields inside the register: signed types repeat the highest bit."""
-    bits = u4(BITS[a.dtype.type])
-    up = shift_left(a, bits - position - length)
-    return np.where(length > 0, shift_right(up, bits - length), a.dtype.type(0))
+    """bfe of a field inside the register: signed types repeat its highest bit."""
+    unused = u4(8 * a.itemsize) - length
+    return shift_right(shift_left(a, unused - position), unused)
 
 
 def permute(a, b, selector):
+    """Bytes of (a, b) that the digits of the selector name; from 8 on, their highest bit repeated."""
     both, out = a.astype(u8) | (b.astype(u8) << u8(32)), u4(0)
-    for i in range(4):
-        choice = (selector >> u4(4 * i)) & u4(15)
-        byte = ((both >> ((choice & u4(7)).astype(u8) * u8(8))) & u8(255)).astype(u4)
-        sign = np.where(byte & u4(128), u4(255), u4(0))
-        out = out | (np.where(choice & u4(8), sign, byte) << u4(8 * i))
+    for place in map(u4, (0, 4, 8, 12)):
+        digit = selector >> place
+        byte = (both >> ((digit & u4(7)) * u4(8)).astype(u8)).astype(u4) & u4(255)
+        byte = np.where(digit & u4(8), (byte >> u4(7)) * u4(255), byte)
+        out = out | byte << place * u4(2)
     return out
 
 
-def to_integer(target, rounding):
-    """Rounded, clamped to the target's range, NaN to 0."""
-    low, high = np.iinfo(target).min, np.iinfo(target).max
-
-    def convert(x):
-        x = ROUNDINGS[rounding](x.astype(f8))
-        inside = np.where(np.isnan(x), 0, np.clip(x, low, np.nextafter(float(high), 0)))
-        return np.where(x >= high, target(high), inside.astype(target))
-
-    return convert
+def to_int32(x):
+    """Cut off, clamped to the target's range, NaN to 0."""
+    limits = np.iinfo(i4)
+    return np.clip(np.nan_to_num(x.astype(f8)), limits.min, limits.max).astype(i4)
 
 
-def comparison(name, floating):
-    """setp: false for NaN, unless the name ends in u."""
-    if not floating or name in COMPARISONS and name != "ne":
-        return COMPARISONS[name]
-
-    def unordered(a, b):
-        return np.isnan(a) | np.isnan(b)
-
-    if name in ("nan", "num"):
-        return unordered if name == "nan" else lambda a, b: ~unordered(a, b)
-    if name == "ne":
-        return lambda a, b: (a != b) & ~unordered(a, b)
-    return lambda a, b: COMPARISONS[name[:-1]](a, b) | unordered(a, b)
+def both_numbers(a, b):
+    """setp.num: neither is NaN."""
+    return (a == a) & (b == b)

@@ -1,24 +1,24 @@
-"""Reading PTX: an entry's parameters, register declarations and basic blocks."""
+"""Reading PTX: an entry's parameters, register banks and basic blocks."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-ENTRY = re.compile(r"\.visible \.entry (\S+?)\((.*?)\)[^{]*\{", re.S)
-LABEL = re.compile(r"([$\w]+):(?!:)\s*")
-GUARD = re.compile(r"@(!?)(%\w+)\s+")
-PLACE = re.compile(r"([\w.]+\.py:\d+)")
+ENTRY = re.compile(r"\.visible \.entry \S+?\((.*?)\)[^{]*\{", re.S)
+STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*);")
+OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+")
+PLACE = re.compile(r"[\w.]+\.py:\d+")
 ADDRESS = re.compile(r"\[\s*([^+\s\]]+)\s*(?:\+\s*(-?\d+))?\s*\]")
-IGNORED = (".reg", ".pragma", ".shared")
-JUMPS = ("bra", "ret", "exit")
+IGNORED = (".reg", ".pragma", ".file")
 
 
 class EmulationError(Exception):
     """The program does what a GPU must not, or uses an instruction that is not emulated."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Instruction:
     """One instruction; `place` is the line of the Python source that it comes from."""
 
@@ -27,8 +27,6 @@ class Instruction:
     guard: str
     negated: bool
     place: str
-    mnemonic: str = ""
-    modifiers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.mnemonic, *self.modifiers = self.opcode.split(".")
@@ -37,7 +35,21 @@ class Instruction:
         return f"{self.place} | {self.opcode} {', '.join(self.operands)}"[:160]
 
 
-@dataclass(slots=True)
+@dataclass
+class Operation:
+    """A decoded instruction: `compute` maps its sources, taken as these types, to its targets' values.
+
+    With `on_machine` it takes the machine first, and returns a list. All threads must run a `collective` one.
+    """
+
+    compute: Callable
+    sources: list[tuple[str, type]] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
+    on_machine: bool = False
+    collective: bool = False
+
+
+@dataclass
 class Entry:
     """A kernel: parameter names, the type of each register bank, basic blocks and the block of each label."""
 
@@ -47,15 +59,9 @@ class Entry:
     labels: dict[str, int] = field(default_factory=dict)
 
 
-def split(text: str) -> list[str]:
-    """Operands: split at commas outside braces and brackets."""
-    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text)
-    return [part.strip() for part in parts if part.strip()]
-
-
 def vector(operand: str) -> list[str]:
-    """The elements of {a, b}; a single operand is a vector of one, p|q one of two."""
-    return [x.strip() for x in operand.strip("{} ").replace("|", ",").split(",")]
+    """The elements of {a, b}; a single operand is a vector of one."""
+    return re.findall(r"[^\s{},]+", operand)
 
 
 def address(operand: str) -> tuple[str, int]:
@@ -65,50 +71,29 @@ def address(operand: str) -> tuple[str, int]:
 
 
 def parse(ptx: str) -> Entry:
-    """Parse a module with one entry."""
-    match = ENTRY.search(ptx)
+    """Parse a module with one entry, as LLVM prints it: a statement or a label on each line."""
+    header = ENTRY.search(ptx)
     entry = Entry(
-        [line.split()[-1] for line in match[2].split(",") if line.strip()],
-        {base: kind for kind, base in re.findall(r"\.reg \.(\w+)\s+(%\w+)<\d+>", ptx)},
+        [line.split()[-1] for line in header[1].split(",") if line.strip()],
+        {bank: kind for kind, bank in re.findall(r"\.reg \.(\w+)\s+(%\w+)<", ptx)},
     )
-    jumped_to = set(re.findall(r"\bbra(?:\.uni)?\s+([$\w]+)", ptx))
-    place, statement = "", ""
-    for line in re.sub(r"/\*.*?\*/", "", ptx[match.end() :], flags=re.S).splitlines():
-        code, _, note = line.partition("//")
-        code = code.strip()
-        if code.startswith(".loc"):
-            place = " < ".join(PLACE.findall(note)) or ":".join(code.split()[1:3])
-            continue
-        if code.startswith((".section", ".file")):
+    place, jumped_to = "", set(re.findall(r"\bbra\S*\s+([$\w]+)", ptx))
+    for line in ptx[header.end() :].splitlines():
+        code, _, note = map(str.strip, line.partition("//"))
+        if code.startswith(".section"):
             break
-        statement = f"{statement} {code}".strip()
-        while statement:
-            if statement[0] in "{}":
-                statement = statement[1:].strip()
-            elif label := LABEL.match(statement):
-                if label[1] in jumped_to:
-                    if entry.blocks[-1]:
-                        entry.blocks.append([])
-                    entry.labels[label[1]] = len(entry.blocks) - 1
-                statement = statement[label.end() :]
-            elif ";" in statement:
-                complete, _, statement = statement.partition(";")
-                statement = statement.strip()
-                _append(entry, complete.strip(), place)
-            else:
-                break
+        if code.startswith(".loc"):
+            place = " < ".join(PLACE.findall(note))
+        elif code.endswith(":"):
+            if code[:-1] in jumped_to:
+                entry.blocks.append([])
+                entry.labels[code[:-1]] = len(entry.blocks) - 1
+        elif match := STATEMENT.fullmatch(code):
+            negated, guard, opcode, operands = match.groups()
+            instruction = Instruction(opcode, OPERAND.findall(operands), guard or "", bool(negated), place)
+            entry.blocks[-1].append(instruction)
+            if opcode.startswith(("bra", "ret", "exit")):
+                entry.blocks.append([])
+        elif code.strip("{}") and not code.startswith(IGNORED):
+            raise EmulationError(f"not emulated: {code}")
     return entry
-
-
-def _append(entry: Entry, statement: str, place: str) -> None:
-    if statement.startswith(".local"):
-        raise EmulationError(f"local memory is not emulated: {statement}")
-    if not statement or statement.startswith(IGNORED):
-        return
-    guard = GUARD.match(statement)
-    opcode, *rest = statement[guard.end() if guard else 0 :].split(None, 1)
-    operands = split(rest[0]) if rest else []
-    instruction = Instruction(opcode, operands, guard[2] if guard else "", bool(guard and guard[1]), place)
-    entry.blocks[-1].append(instruction)
-    if instruction.mnemonic in JUMPS:
-        entry.blocks.append([])
