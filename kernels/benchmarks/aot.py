@@ -70,7 +70,7 @@ def module(part: str):
     return importlib.import_module(f"osscl_kernels.{part}")
 
 
-def launch(part: str, precision: str, rows: int = 64, clips: int = 2, device: str = "cpu") -> Callable:
+def launch(part: str, precision: str, rows: int = 64, *, clips: int = 2, device: str = "cpu") -> Callable:
     """A call of a module's host functions, forward and backward.
 
     40,000 samples have the pool windows of the paper's clips.

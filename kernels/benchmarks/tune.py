@@ -45,7 +45,7 @@ def milliseconds(kernel: str, precision: str, size: int, tile: dict) -> float:
         return dict(tile) if name == kernel else choose(name, *rest)
 
     with mock.patch.object(backend, "tile", chosen):
-        call = aot.launch(part, precision, size or 64, "cuda")
+        call = aot.launch(part, precision, size or 64, device="cuda")
         try:
             return backend.triton.testing.do_bench(call, warmup=5, rep=30)
         except Exception as error:

@@ -18,11 +18,8 @@ import torch
 
 SOURCE = pathlib.Path(__file__).with_name("layers.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
-FOR_THIS_CPU = (
-    ("-march=native", "-mprefer-vector-width=512"),
-    ("-mcpu=native",),
-    (),
-)  # the first that compiles
+# the first that compiles is taken
+FOR_THIS_CPU = ("-march=native", "-mprefer-vector-width=512"), ("-mcpu=native",), ()
 CHANNELS = 32  # channel counts must be multiples of this
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 

@@ -52,7 +52,7 @@ def write(run: Path | str, data: Path | str | None = None) -> Path:
     for name, text in tables.items():
         write_text(run / "paper" / f"{name}.tex", text)
     results_of = (run / "best.pt", run / "evaluation" / "evaluation.json")
-    with ipython() as execute:
+    with notebook_runner() as execute:
         for source in tqdm(sources, "notebooks", unit="notebook", disable=None, leave=False):
             executed = run / "notebooks" / source.name
             newest = max(part.stat().st_mtime for part in (source, *results_of))
@@ -78,10 +78,10 @@ def _notebooks(run: Path, data: Path | None) -> list[Path]:
 
 
 @contextmanager
-def ipython() -> Iterator[Callable[[Path, Path, Path | None], str]]:
-    """Gives a function that runs a notebook on a run and its data and returns it, executed, as JSON.
+def notebook_runner() -> Iterator[Callable[[Path, Path, Path | None], str]]:
+    """A function that executes a notebook on a run and its data and returns it as JSON.
 
-    One kernel runs all notebooks, its variables removed after each, so that only the first waits for imports.
+    One kernel executes them all, so that only the first waits for imports; each starts without variables.
     """
     import nbformat
     from jupyter_client import AsyncKernelManager
@@ -100,7 +100,7 @@ def ipython() -> Iterator[Callable[[Path, Path, Path | None], str]]:
             client.execute(env=os.environ | folders, stderr=subprocess.DEVNULL)
         except CellExecutionError as error:
             raise UserError(f"{source.name} stopped with {error.ename}: {error.evalue}") from error
-        client.kc.execute("%reset -f", silent=True)
+        run_sync(client.kc.execute)("%reset -f", silent=True, reply=True)
         return nbformat.writes(notebook)
 
     try:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from osscl_kernels import backend
@@ -38,6 +39,24 @@ def test_cases_after_the_time_are_rows_that_say_so(tmp_path):
     done, rows = dry_run(tmp_path / "gpu.csv", "--minutes", "0")
     assert done.returncode == 1
     assert len(rows) > 15 and all("not run: the time was spent" in row["note"] for row in rows)
+
+
+def test_tuning_times_the_host_function_that_launches_a_kernel(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tune = importlib.import_module("tune")
+    call = mock.create_autospec(tune.aot.launch)
+    monkeypatch.setattr(tune.aot, "launch", call)
+    monkeypatch.setattr(backend.triton.testing, "do_bench", lambda *_, **__: 0.5)
+    for kernel, part in (
+        ("supcon_forward", "supcon"),
+        ("tfgram_layer", "tfgram_infer"),
+        ("tfgram_conv", "tfgram_train"),
+    ):
+        assert tune.milliseconds(kernel, "bf16", 0, {"BM": 64}) == 0.5
+        call.assert_called_with(part, "bf16", 64, device="cuda")
+    monkeypatch.setattr(backend.triton.testing, "do_bench", mock.Mock(side_effect=RuntimeError))
+    assert tune.milliseconds("tfgram_layer", "bf16", 0, {"BM": 64}) == float("inf")
+    assert len(list(tune.neighbours({"BM": 64, "num_warps": 4}))) == 4
 
 
 def test_prediction_takes_the_busiest_unit(monkeypatch, tmp_path):

@@ -73,7 +73,7 @@ def test_a_run_that_cannot_be_reported_is_one_line_and_makes_nothing(copy, file,
 
 def test_notebooks_run_where_what_they_need_is_there(copy, monkeypatch):
     note = nullcontext(lambda source, *_: executed.append(source.stem) or "{}")
-    monkeypatch.setattr(pages, "ipython", lambda: note)
+    monkeypatch.setattr(pages, "notebook_runner", lambda: note)
     monkeypatch.setattr(pages, "_page", lambda executed: "")
     (copy / "data").mkdir()
     monkeypatch.setattr(pages.figures, "draw", lambda *_: {})
