@@ -83,7 +83,7 @@ def measure(case: Case, architecture: int) -> tuple[dict, list[dict]]:
     work = {}
     for launch in emulation.launches:
         key = label(launch, emulation.launches)
-        notes = {text.split(":")[1].strip() for text in launch.findings if text.startswith("note")}
+        notes = {text.split(":")[1].strip() for text in launch.counts.findings if text.startswith("note")}
         record = {"kernel": key, **about, "grid": "x".join(map(str, launch.grid))}
         work[key] = record | dict.fromkeys(COUNTS, 0.0) | launch.work() | {"notes": "; ".join(sorted(notes))}
     seconds = time.perf_counter() - start

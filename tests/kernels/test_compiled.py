@@ -57,3 +57,14 @@ def test_missing_barriers_are_seen():
     with emulated(90, edit=lambda ptx: re.sub(r"bar\.sync[^;\n]*;", "", ptx)) as emulation:
         Case("supcon", "bf16", (65, 100)).errors()
     assert any("without a barrier" in finding for finding in emulation.findings())
+
+
+@only_compiled
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU counts nothing")
+def test_report_of_errors_and_counted_work():
+    import compiled_report  # it turns the interpreter off
+
+    row, launches = compiled_report.measure(Case("supcon", "bf16", (65, 100)), 90)
+    assert row["error"] <= row["budget"] and row["findings"] == "none"
+    assert [launch["kernel"] for launch in launches] == ["_forward_kernel", "_backward_kernel"]
+    assert all(launch["tensor FLOP"] > 0 and launch["wavefronts"] > 0 for launch in launches)

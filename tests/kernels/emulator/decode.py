@@ -120,7 +120,8 @@ CONTROL = {
     "wgmma.commit_group": lambda m: m.products.commit(),
     "wgmma.wait_group": lambda m, pending: m.products.wait(pending),
     "fence.proxy.async": lambda m: m.shared.unfenced.fill(0),
-    "wgmma.fence": lambda m: None,
+    # threads of a warp run in step, and memory is always seen in order
+    **dict.fromkeys(("bar.warp", "fence", "membar", "griddepcontrol", "wgmma.fence"), lambda m, *_: None),
 }  # fmt: skip
 
 
