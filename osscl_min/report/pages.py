@@ -100,7 +100,7 @@ def notebook_runner() -> Iterator[Callable[[Path, Path, Path | None], str]]:
             client.execute(env=os.environ | folders, stderr=subprocess.DEVNULL)
         except CellExecutionError as error:
             raise UserError(f"{source.name} stopped with {error.ename}: {error.evalue}") from error
-        run_sync(client.kc.execute)("%reset -f", silent=True, reply=True)
+        run_sync(client.kc.execute_interactive)("%reset -f", silent=True)
         return nbformat.writes(notebook)
 
     try:

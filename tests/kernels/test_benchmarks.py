@@ -43,6 +43,7 @@ def test_cases_after_the_time_are_rows_that_say_so(tmp_path):
 
 def test_tuning_times_the_host_function_that_launches_a_kernel(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the import does so too, but not for others
     tune = importlib.import_module("tune")
     call = mock.create_autospec(tune.aot.launch)
     monkeypatch.setattr(tune.aot, "launch", call)

@@ -4,6 +4,7 @@ import re
 import shutil
 from contextlib import nullcontext
 
+import nbformat
 import numpy as np
 import pytest
 import scipy.stats
@@ -88,6 +89,16 @@ def test_notebooks_run_where_what_they_need_is_there(copy, monkeypatch):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         pages.write(copy)
         assert executed == names
+
+
+def test_a_notebook_does_not_see_the_variables_of_another(tmp_path):
+    for name, source in (("a", "x = 1"), ("b", "print('x' in globals())")):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    with pages.notebook_runner() as execute:
+        _, text = (execute(tmp_path / f"{name}.ipynb", tmp_path, None) for name in "ab")
+    (cell,) = nbformat.reads(text, as_version=4).cells
+    assert cell.outputs[0].text == "False\n" and cell.execution_count == 1
 
 
 def test_results_table(copy):
