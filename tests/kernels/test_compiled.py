@@ -16,7 +16,10 @@ from emulator import emulated  # noqa: E402
 
 ARCHITECTURES = (80, 90)
 # Of the ordinary suite: what a first run compiles is most of its time.
-SMALL = {(90, "supcon tf32x3"), (90, "supcon bf16"), (80, "supcon tf32x3"), (90, "tfgram_infer bf16")}
+SMALL = {
+    (90, "supcon tf32x3"), (90, "supcon bf16"), (80, "supcon tf32x3"), (90, "tfgram_infer bf16"),
+    (90, "tfgram_train bf16"),
+}  # fmt: skip
 if DEVICE == "cuda":
     ARCHITECTURES = (10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1],)
 ALL = [(architecture, case) for architecture in ARCHITECTURES for case in cases()]

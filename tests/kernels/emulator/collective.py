@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from .memory import VIEWS
-from .numbers import f4, f8, from_bf16, read_tf32, towards_zero, u1, u2, u4, u8
+from .numbers import f4, f8, from_bf16, i4, i8, read_tf32, towards_zero, u1, u2, u4, u8
 from .ptx import EmulationError, Instruction, Operation, address, vector
 
 SHUFFLES = {"bfly": np.bitwise_xor, "up": np.subtract, "idx": lambda lane, source: source}
@@ -31,6 +31,8 @@ def load(i: Instruction) -> Operation:
     targets, (base, offset) = vector(i.operands[0]), address(i.operands[1])
     space, size, t = _access(i)
     if space == "param":
+        if i.modifiers[-1] == "s32" and targets[0].startswith("%rd"):  # widened on its way
+            return Operation(lambda x: x.astype(i8), [(base, i4)], targets)
         return Operation(lambda x: x, [(base, t)], targets)
 
     def compute(m, addresses):
