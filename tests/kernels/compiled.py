@@ -25,17 +25,18 @@ only_compiled = pytest.mark.skipif(INTERPRETED, reason="run by test_in_a_process
 KERNELS = ("supcon", "tfgram_infer", "tfgram_train")
 # Sizes of a case; the first is the one of the ordinary suite.
 SIZES = {
-    "supcon": ((65, 100), (1, 128), (2, 8), (17, 128), (130, 200), (300, 128)),  # rows, features
+    "supcon": ((65, 100), (1, 128), (2, 8), (17, 128), (130, 120), (300, 128)),  # rows, features
     "tfgram_infer": ((2, 777, 160), (1, 16, 512), (3, 2777, 160), (9, 640, 512)),  # clips, samples, hop
     "tfgram_train": ((2, 331, 100), (2, 2000, 512), (3, 661, 100), (2, 200, 20)),
 }
 # Above twice the error of plain PyTorch in the same precision, of the largest entry (training: of the norm).
 FLOOR = {"supcon": 2e-6, "tfgram_infer": 1e-6, "tfgram_train": 2e-5}
 # What the hardware's products cost where plain PyTorch on a CPU has no such precision. SupCon's logits are
-# cosines times 50; tensor cores cut tf32 operands to 10 bits and take bf16 weights of 8.
+# cosines times 50; tensor cores cut tf32 operands to 10 bits, which a variance squares, and take bf16
+# weights of 8.
 ROUNDING = {
     ("supcon", "tf32"): 2**-8, ("supcon", "bf16"): 2**-8, ("tfgram_infer", "tf32"): 2**-8,
-    ("tfgram_train", "tf32"): 1e-3, ("tfgram_train", "bf16"): 1e-3,
+    ("tfgram_train", "tf32"): 2e-3, ("tfgram_train", "bf16"): 1e-3,
 }  # fmt: skip
 
 

@@ -22,6 +22,8 @@ COMPARISONS = {
 CONVERSIONS = {
     "rna.tf32.f32": (n.round_tf32, f4), "rzi.s32.f32": (n.to_int32, f4), "f32.bf16": (n.from_bf16, u2),
     "rn.bf16.f32": (n.to_bf16, f4), "rn.bf16x2.f32": (n.pack_bf16, f4, f4),
+    "s8.s32": (n.to_int8, i4), "s8.s64": (n.to_int8, i8), "s16.s8": (n.to_int8, i2),
+    "s32.s8": (lambda x: n.to_int8(x).astype(i4), i4),
 }  # fmt: skip
 
 # Pure instructions: rules (type, modifiers) -> (function, *types of its sources).

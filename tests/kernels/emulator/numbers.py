@@ -94,6 +94,11 @@ def permute(a, b, selector):
     return out
 
 
+def to_int8(x):
+    """The lowest byte, signed, as a register of 16 bits holds it."""
+    return x.astype(np.int8).astype(i2)
+
+
 def to_int32(x):
     """Cut off, clamped to the target's range, NaN to 0."""
     limits = np.iinfo(i4)
