@@ -37,7 +37,7 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "osscl_min", root / "osscl_min", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "kernels").symlink_to(ROOT / "kernels")
     settings = (root / "osscl_min" / "config.py").read_text()
-    short = settings.replace("epochs=12", "epochs=3").replace(
+    short = settings.replace("_SHORT, epochs=8", "_SHORT, epochs=3").replace(
         "seconds=2.0, clip_step=2.0", "seconds=1.0, clip_step=1.0"
     )
     (root / "osscl_min" / "config.py").write_text(short)
