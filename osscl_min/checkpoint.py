@@ -193,14 +193,19 @@ def _ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     if calibration is not None:
         labels, scores = calibration["labels"], calibration["scores"]
         known = all(0 <= label < len(classes) for label in labels.tolist())
-        if not known or labels.shape != scores.shape or not scores.isfinite().all():
+        alike = {value.shape for value in calibration.values()} == {(len(labels),)}
+        if not (known and alike and scores.isfinite().all()):
             raise ValueError("its calibration scores are not one finite number per clip of a known machine")
     neighbours = content.get("neighbours")
     if neighbours is not None:
         neighbours = Neighbours(**{name: value.numpy() for name, value in neighbours.items()})
         if not np.isin(neighbours.labels, np.arange(len(classes))).all():
             raise ValueError("its training clips are of unknown machines")
-    return Checkpoint(
+        clips, size = len(neighbours.labels), (config.model.embedding, config.model.audio.mels)
+        shapes = [getattr(neighbours, name).shape for name in ("recordings", "embeddings", "profiles")]
+        if shapes != [(clips,), (clips, size[0]), (clips, 3, size[1])]:
+            raise ValueError("its training clips do not fit its configuration")
+    trained = Checkpoint(
         path,
         model,
         config,
@@ -212,6 +217,11 @@ def _ours(path: Path, content: dict[str, Any]) -> Checkpoint:
         tuple(content.get("borrowed", ())),
         content.get("recognition"),
     )
+    # what scoring needs of them; what is missing is told here
+    _ = trained.remark, [classes[label] for label in trained.borrowed]
+    for form in FORMS if neighbours is not None else ():
+        trained.held_out(form)
+    return trained
 
 
 def _authors(path: Path, state: dict[str, Any]) -> Checkpoint:

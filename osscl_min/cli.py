@@ -224,7 +224,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         rows = library.read_scores(scores, labels)
         if remark := library.unmatched(rows, labels):
             print(remark, file=sys.stderr)
-        result = library.evaluate_scores(rows, bootstrap)
+        result = library.evaluate_scores(library.measured(rows), bootstrap)
         if out is not None:
             library.write_metrics(result, out)
         return markdown(library.table(result))

@@ -87,6 +87,7 @@ class Scored:
     scores: np.ndarray  # (n,) float64, higher = more anomalous
     predicted: np.ndarray  # (n,) int64, the class recognised, margin off
     embeddings: np.ndarray  # (n, D) float32, of unit length
+    windows: np.ndarray  # (n,) int64, of each recording
     seconds: float
     forms: dict[str, np.ndarray]  # the scores (n,) of every form that the checkpoint allows
 
@@ -104,8 +105,9 @@ class Scored:
 
     @property
     def identity_accuracy(self) -> float | None:
-        """Share of normal clips recognised as their own machine; None without normal clips."""
-        normal = np.array([clip.anomaly == 0 for clip in self.clips], bool)
+        """Share of the normal `measured` clips recognised as their own machine; None without any."""
+        chosen = set(measured(self.clips))
+        normal = np.array([clip.anomaly == 0 and clip in chosen for clip in self.clips], bool)
         return float((self.predicted == self.labels)[normal].mean()) if normal.any() else None
 
 
@@ -154,10 +156,9 @@ def score_clips(
             np.maximum.at(most, recordings, values)
         forms[name] = most[recordings[highest]]
     clips = [reader.clips[position] for position in positions[highest]]
-    seconds = time.perf_counter() - began
-    return Scored(
-        clips, labels[highest], forms[form], predicted[highest], embeddings[highest], seconds, forms
-    )
+    windows = np.bincount(recordings)[recordings[highest]]
+    kept = labels[highest], forms[form], predicted[highest], embeddings[highest], windows
+    return Scored(clips, *kept, time.perf_counter() - began, forms)
 
 
 def known_machines(trained: Checkpoint, reader: Reader) -> tuple[list[int], str]:
@@ -221,16 +222,15 @@ def evaluate(
     if not ranks.first:
         return {}
     rows = scored.rows
-    columns = ["file", "machine_type", "machine_id", "subset", "anomaly", "score", "recognised_as"]
+    columns = ["file", "machine_type", "machine_id", "subset", "anomaly", "score", "recognised_as", "windows"]
     others = [name for name in scored.forms if name != form]
+    more = scored.windows.tolist(), *(scored.forms[name].tolist() for name in others)
     write_csv(
         out / "scores.csv",
         [*columns, *others],
         [
             [*astuple(row)[:3], row.subset, row.anomaly, row.score, " ".join(trained.classes[label]), *values]
-            for row, label, *values in zip(
-                rows, scored.predicted, *(scored.forms[name].tolist() for name in others), strict=True
-            )
+            for row, label, *values in zip(rows, scored.predicted, *more, strict=True)
         ],
     )
     machines = sorted({(row.machine_type, row.machine_id) for row in rows})

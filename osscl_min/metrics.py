@@ -37,6 +37,7 @@ class Score:
     score: float
     anomaly: int | None
     subset: str = "development"  # or "evaluation": clips whose truth comes from eval_data_list.csv
+    windows: int = 1  # of the recording
 
 
 Labelled = TypeVar("Labelled")  # a Score or a data.clips.Clip
@@ -278,19 +279,25 @@ def read_scores(folder: Path | str, labels: Path | str | None = None) -> list[Sc
                 raise UserError(f"{place}: expected `file name,score`, {got}") from error
             stem = Path(name).stem
             known = {"normal_": 0, "anomaly_": 1}.get("".join(stem.partition("_")[:2]))
-            anomaly = truth.get((machine[0], stem)) if known is None else known
-            scores.append(Score(name, *machine, score, anomaly))
+            if known is None:
+                known, subset = truth.get((machine[0], stem)), "evaluation"
+            else:
+                subset = "development"
+            scores.append(Score(name, *machine, score, known, subset))
     if not scores:
         raise UserError(f"{folder}: no score file in it; expected anomaly_score_TYPE_id_XX.csv")
     return scores
 
 
 def unmatched(scores: Sequence[Score], labels: Path | str | None = None) -> str:
-    """A line on clips without a truth and on truths in `labels` without a clip; "" where all match."""
+    """A line on what is not measured: clips without a truth or of another set than the others (see
+    `measured`), and truths in `labels` without a clip; "" without any."""
     clips = {(score.machine_type, Path(score.file).stem) for score in scores}
     unknown = sum(score.anomaly is None for score in scores)
     extra = len(set(read_truth(labels)) - clips) if labels else 0
+    other = len(scores) - unknown - len(measured(scores))
     parts = [f"{unknown} of {len(scores)} clips have no known truth and are left out"] * bool(unknown)
+    parts += [f"{other} clips of the evaluation set are left out: give it a folder of its own"] * bool(other)
     parts += [f"{extra} rows of {labels} match no clip"] * bool(extra)
     return "; ".join(parts)
 

@@ -73,6 +73,21 @@ def split_validation(
     return training, [np.flatnonzero(recordings == recording) for recording in held_out]
 
 
+def held_out_roles(
+    held_out: Sequence[np.ndarray], labels: np.ndarray, borrowed: Sequence[int], keep: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the held-out clips, one recording after the other, choose the epoch, and which set thresholds.
+
+    `labels` are those of all clips; the other settings are as in `split_validation` and `TrainConfig.keep`.
+    """
+    own = ~np.isin(labels[np.concatenate(held_out)], borrowed)
+    if keep == "last":
+        return np.ones(len(own), bool), own
+    half = len(np.concatenate(held_out[: (len(held_out) + 1) // 2]))
+    choosing = np.arange(len(own)) < half
+    return choosing, own & ~choosing
+
+
 def shuffled(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch; it follows from seed and epoch alone."""
     return np.random.default_rng([seed, 1, epoch]).permutation(positions)
@@ -288,11 +303,7 @@ class Run:
             held_out = np.concatenate(self.held_out)
             labels, scores, predicted, *_ = self.score(trainer.ema, held_out)
             recordings = torch.from_numpy(self.reader.recordings[held_out])
-            choosing, calibrating = np.ones(len(held_out), bool), ~np.isin(labels, self.borrowed)
-            if train.keep == "best":  # recordings that choose the epoch cannot set thresholds too
-                half = self.held_out[: (len(self.held_out) + 1) // 2]
-                choosing = np.isin(held_out, np.concatenate(half))
-                calibrating &= ~choosing
+            choosing, calibrating = held_out_roles(self.held_out, self.labels, self.borrowed, train.keep)
             loss = scores[choosing].mean().item()
             if not math.isfinite(loss) or not trainer.is_finite():
                 self.fail(self.step - 1, f"the validation loss after it is {loss}")

@@ -1,6 +1,7 @@
 """Simulations of the statistics: `python tests/simulations.py` writes results/statistics.md.
 
-Coverage of the 95 % intervals of `metrics`, and how often `sweep.difference` calls a difference clear.
+Coverage of the 95 % intervals of `metrics`, how often `sweep.difference` calls a difference clear, and the
+false-alarm rates that thresholds keep.
 """
 
 import sys
@@ -12,10 +13,13 @@ from scipy.stats import norm
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from osscl_min.config import TrainConfig  # noqa: E402
 from osscl_min.experiments.sweep import difference  # noqa: E402
+from osscl_min.inference.calibration import Calibration, recordings_needed  # noqa: E402
 from osscl_min.metrics import MAX_FPR, Resampled, Score, average, resampled  # noqa: E402
 from osscl_min.runtime.files import write_text  # noqa: E402
 from osscl_min.runtime.tables import markdown  # noqa: E402
+from osscl_min.train import held_out_roles, split_validation  # noqa: E402
 
 TYPES = IDS = 4  # machine types, and ids of each
 
@@ -89,8 +93,57 @@ def stars(seeds, seed_sd, count, times=2000, gain=0.0, draws=40, seed=0):
     return 100 * np.mean(clear)
 
 
+FAN = ("fan", "00")
+
+
+def fans(scores, rate):
+    """Thresholds from recordings of one machine."""
+    return Calibration([FAN] * len(scores), scores, rate)
+
+
+def windows_of(random, recordings, windows, correlation):
+    """(recordings, windows) normal scores: a random effect per recording, lognormal as losses are."""
+    shared = random.standard_normal((recordings, 1)) * np.sqrt(correlation)
+    return np.exp(shared + random.standard_normal((recordings, windows)) * np.sqrt(1 - correlation))
+
+
+def false_alarms(lengths, windows, correlation, rate, sets=40, new=40):
+    """Mean share of false alarms over calibration sets with recordings of `lengths`, and its error."""
+    random, shares = np.random.default_rng(0), []
+    for _ in range(sets):
+        drawn = windows_of(random, len(lengths), max(lengths), correlation)
+        calibration = fans([own[:n] for own, n in zip(drawn, lengths, strict=True)], rate)
+        highest = windows_of(random, new, windows, correlation).max(axis=1)
+        shares.append((highest > calibration.threshold(FAN, windows).value).mean())
+    return np.mean(shares), np.std(shares) / np.sqrt(sets)
+
+
+def split_alarms(keep, rate, seeds=20, machines=18, clips=24, epochs=8):
+    """Share of false alarms among new normal clips, over seeds of the split of a training's clips, and its
+    error. The score of a clip has parts of its machine, of the clip, and of the epoch's network."""
+    shares, labels = [], np.repeat(np.arange(machines), clips)
+    for seed in range(seeds):
+        random = np.random.default_rng([seed, 5])
+        level = 0.5 * random.standard_normal(machines)
+
+        def drawn(level=level, random=random):
+            own, network = random.standard_normal(len(labels)), random.standard_normal((epochs, len(labels)))
+            return np.exp(level[labels] + 0.7 * own + 0.7 * network)
+
+        config = TrainConfig(seed=seed, validation_fraction=0.1, keep=keep)
+        _, held_out = split_validation(np.arange(len(labels)), labels, (), config)
+        choosing, calibrating = held_out_roles(held_out, labels, (), keep)
+        positions, scores = np.concatenate(held_out), drawn()
+        epoch = scores[:, positions[choosing]].mean(1).argmin() if keep == "best" else -1
+        own = positions[calibrating]
+        calibration = Calibration([("fan", str(label)) for label in labels[own]], scores[epoch, own], rate)
+        thresholds = np.array([calibration.threshold(("fan", str(label))).value for label in labels])
+        shares.append((drawn()[epoch] > thresholds).mean())
+    return np.mean(shares), np.std(shares) / np.sqrt(seeds)
+
+
 def main():
-    """Write both tables."""
+    """Write the tables."""
     level = [["seed sd (points)", "clips", "seeds", "stars, no difference", "stars, 10 points"]]
     for seed_sd in (0.015, 0.053):
         for count in (16, 400):
@@ -109,6 +162,22 @@ def main():
             held = coverage(normal, anomalous, auc, model, times)
             rows.append([model, f"{normal} + {anomalous}", f"{auc:g}", *(f"{held[n]:.0f}" for n in names)])
             print(rows[-1], flush=True)
+    kept = [["thresholds from", "windows", "correlation", "false alarms", "standard error"]]
+    for windows in (1, 10, 60):
+        for correlation in (0.0, 0.3, 0.6):
+            lengths = {"as many windows": [windows] * 39}
+            if windows > 1:
+                lengths["one window"] = [1] * (recordings_needed(0.05 / windows) + 5)
+            for name, each in lengths.items():
+                share, error = false_alarms(each, windows, correlation, 0.05, sets=400, new=100)
+                kept.append([f"{len(each)} recordings of {name}", str(windows), f"{correlation:g}"])
+                kept[-1] += [f"{100 * share:.1f} %", f"{100 * error:.1f} %"]
+                print(kept[-1], flush=True)
+    split = [
+        f"{100 * share:.1f} % (standard error {100 * error:.1f} %) where the {keep} epoch is kept"
+        for keep in ("best", "last")
+        for share, error in [split_alarms(keep, 0.05, seeds=200)]
+    ]
     text = (
         "How often a difference between two variants gets a star (its 95 % interval leaves out 0, see "
         "`sweep.difference`): 2,000 simulated comparisons per row of variants that both have AUC 0.75 (no "
@@ -118,7 +187,12 @@ def main():
         "How often the 95 % intervals of `metrics` hold the true value (%): 100, 100, 50 or 20 simulated "
         f"data sets per row, the fewer the more clips, of {TYPES} types with {IDS} ids each; *clips per id*: "
         "normal + anomalous. The scores are normal in both classes (binormal), or a share of the anomalies "
-        f"lies far away and the rest looks normal (mixture).\n\n{markdown(rows)}\n"
+        f"lies far away and the rest looks normal (mixture).\n\n{markdown(rows)}\n\n"
+        "False alarms per recording at thresholds for 5 %: 400 calibration sets per row and 100 new normal "
+        "recordings for each. *windows*: of the new recordings; *correlation*: of the windows of a recording."
+        f"\n\n{markdown(kept)}\n\n"
+        "False alarms among new normal clips, at thresholds for 5 % from the clips that a training holds "
+        f"out (18 machines of 24 clips, 200 seeds of the split): {' and '.join(split)}.\n"
     )
     write_text(ROOT / "results" / "statistics.md", text)
 

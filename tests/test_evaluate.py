@@ -94,7 +94,8 @@ def test_test_clips_alone_are_scored_and_unlabelled_ones_are_not_measured(tiny_r
     (data / "eval_data_list.csv").write_text(
         "fan\nid_00_00000000.wav,normal_id_00_00000000.wav,0\nid_00_00000001.wav,anomaly_id_00_00000000.wav,1\n"
     )
-    evaluate(best, data, out, config=PLAIN)
+    again = evaluate(best, data, out, config=PLAIN)
+    assert again["identity_accuracy"] == result["identity_accuracy"]  # the sets are not pooled
     apart = json.loads((out / "evaluation_set" / "metrics.json").read_text())
     assert [(entry["id"], entry["normal"], entry["anomaly"]) for entry in apart["ids"]] == [("00", 1, 1)]
 

@@ -1,5 +1,6 @@
 """Recordings longer than a clip: all their sound trains, their windows stay together, each counts once."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from osscl_min.data.reader import open_data
 from osscl_min.data.synth import SynthConfig, write_dataset
 from osscl_min.evaluate import evaluate, score_clips
 from osscl_min.inference.score import score
+from osscl_min.report.results import thresholds_table
 from osscl_min.train import split_validation, train
 
 AUDIO = AudioConfig(seconds=1.0, clip_step=1.0)
@@ -60,8 +62,12 @@ def test_evaluation_and_scoring_hear_the_whole_recording(folder, run, tmp_path):
     rows = (tmp_path / "evaluation" / "scores.csv").read_text().splitlines()
     columns = rows[0].split(",")
     by_file = {tuple(row.split(",")[:3]): row.split(",")[columns.index("score")] for row in rows[1:]}
-    assert len(by_file) == 12
-    _, summary = score(run / "best.pt", [str(folder / "fan" / "test")], device="cpu")
+    assert len(by_file) == 12 and {row.split(",")[columns.index("windows")] for row in rows[1:]} == {"4"}
+    _, summary = score(run / "best.pt", [str(folder / "fan" / "test")], device="cpu", rate=0.2)
+    shutil.copytree(tmp_path / "evaluation", run / "evaluation")
+    rows = thresholds_table(run, rates=(0.2,))
+    shutil.rmtree(run / "evaluation")
+    assert rows[1][:3] == ["20 %", "fan", summary.entries[0][3]["calibration"]]
     for _, _, recording, row in summary.entries:
         assert row["windows"] == 4
         name = recording.file.rsplit("/", 1)[1], row["machine_type"], row["machine_id"]

@@ -156,7 +156,10 @@ def test_reading_both_names_and_labels(tmp_path):
         (*fan, 1): 0.5, (*fan, 0): 0.25, (*pump, 0): 1, (*pump, 1): 2,
     }  # fmt: skip
     assert [s.anomaly for s in read_scores(tmp_path)][:2] == [None, None]
-    assert unmatched(rows, labels) == ""
+    subsets = {score.machine_type: score.subset for score in rows}
+    assert subsets == {"fan": "evaluation", "my_pump": "development"} and measured(rows) == rows[2:]
+    left_out = "2 clips of the evaluation set are left out: give it a folder of its own"
+    assert unmatched(rows, labels) == left_out and unmatched(rows[:2], labels) == ""
     assert unmatched(read_scores(tmp_path)) == "2 of 4 clips have no known truth and are left out"
     labels.write_text(labels.read_text() + "id_01_00000009.wav,normal_id_01_9.wav,0\n")
-    assert unmatched(rows, labels) == f"1 rows of {labels} match no clip"
+    assert unmatched(rows, labels) == f"{left_out}; 1 rows of {labels} match no clip"

@@ -145,14 +145,16 @@ def _work(task: Mapping[str, Any]) -> None:
 
 
 def read_clip_scores(evaluation: Path | str, column: str = "score") -> list[Score]:
-    """The clips of an evaluation's scores.csv, with the scores of a column."""
+    """The clips of an evaluation's scores.csv that metrics are made of, with the scores of a column."""
     columns = ("file", "machine_type", "machine_id", "subset", "anomaly", column)
-    return [_score(row, row[column]) for row in read_csv(Path(evaluation) / "scores.csv", columns)]
+    rows = read_csv(Path(evaluation) / "scores.csv", columns)
+    return measured([_score(row, row[column]) for row in rows])
 
 
 def _score(row: Mapping[str, str], score: str) -> Score:
     anomaly = int(row["anomaly"]) if row["anomaly"] else None
-    return Score(row["file"], row["machine_type"], row["machine_id"], float(score), anomaly, row["subset"])
+    machine, windows = (row["machine_type"], row["machine_id"]), int(row.get("windows", 1))
+    return Score(row["file"], *machine, float(score), anomaly, row["subset"], windows)
 
 
 def finished(runs: Sequence[Run], failed: Mapping[Run, str]) -> dict[str, list[Path]]:
@@ -171,15 +173,14 @@ def scores_of_forms(run: Path) -> dict[str, list[Score]]:
     """Every anomaly score that a finished run's evaluation holds, by its name."""
     evaluation = read_json(run / "evaluation" / "evaluation.json")
     columns = {form: "score" if form == evaluation["score"] else form for form in evaluation["forms"]}
-    folder = run / "evaluation"
-    return {form: measured(read_clip_scores(folder, column)) for form, column in columns.items()}
+    return {form: read_clip_scores(run / "evaluation", column) for form, column in columns.items()}
 
 
 def evaluated(run: Path) -> tuple[list[Score], Values]:
     """The scores of a finished run, and what its training took."""
     evaluation, log = read_json(run / "evaluation" / "evaluation.json"), read_log(run)
     accuracy = evaluation["identity_accuracy"]
-    return measured(read_clip_scores(run / "evaluation")), {
+    return read_clip_scores(run / "evaluation"), {
         "machine recognised (%)": None if accuracy is None else 100 * accuracy,
         "s per epoch": float(np.mean([entry["seconds"] for entry in log])),
         "kept epoch": evaluation["epoch"],

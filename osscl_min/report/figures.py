@@ -18,9 +18,10 @@ from osscl_min.config import AudioConfig
 from osscl_min.data.clips import Clip
 from osscl_min.data.reader import Reader, open_data
 from osscl_min.experiments.figures import draw_map, high_frequency
+from osscl_min.experiments.sweep import read_clip_scores
 from osscl_min.features import LogMel, mel_ticks, to_wave
 from osscl_min.metrics import MAX_FPR, auc
-from osscl_min.report.results import clip_scores, read_metrics
+from osscl_min.report.results import read_metrics
 from osscl_min.runtime import plotting as plot
 from osscl_min.runtime.files import UserError, read_csv, read_json
 from osscl_min.train import read_log
@@ -37,7 +38,7 @@ TRUTH = {0: ("normal", plot.BLUE), 1: ("anomalous", plot.VERMILLION)}
 def _scores(evaluation: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Machine type -> truth, score and machine id of the clips that metrics.json measures."""
     types = defaultdict(list)
-    for clip in clip_scores(evaluation):
+    for clip in read_clip_scores(evaluation):
         types[clip.machine_type].append((clip.anomaly, clip.score, clip.machine_id))
     return {
         name: tuple(map(np.array, zip(*types[name], strict=True))) for name in sorted(types, key=str.lower)

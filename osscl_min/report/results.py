@@ -13,7 +13,7 @@ import scipy.stats
 from osscl_min import checkpoint
 from osscl_min.experiments.sweep import read_clip_scores
 from osscl_min.inference.calibration import Calibration, Threshold
-from osscl_min.metrics import Score, measured, table
+from osscl_min.metrics import table
 from osscl_min.runtime.files import UserError, printable, read_json
 from osscl_min.runtime.tables import latex, percent
 
@@ -68,11 +68,6 @@ def read_metrics(evaluation: Path) -> dict[str, Any]:
 def averages(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The average metrics of a run's detector and of the untrained network; empty where there are none."""
     return tuple(read_metrics(run / name).get("average", {}) for name in ("evaluation", "untrained"))
-
-
-def clip_scores(evaluation: Path, column: str = "score") -> list[Score]:
-    """The scores of the clips that the metrics are made of, from a column of scores.csv."""
-    return measured(read_clip_scores(evaluation, column))
 
 
 def results_table(run: Path) -> Table:
@@ -137,19 +132,21 @@ def expectation(run: Path) -> str:
 def thresholds_table(run: Path, rates: Sequence[float] = (0.05, 0.1), score: str = "") -> Table:
     """False alarms and detections of each machine type at the false-alarm rates asked for.
 
-    Thresholds come from normal recordings that were held out of training; like the test recordings, each
-    counts with its highest window. `score` is by default the evaluation's own. Empty without such recordings.
+    Thresholds come from normal recordings that were held out of training. `score` is by default the
+    evaluation's own. Empty without such recordings.
     """
     own = read_json(run / "evaluation" / "evaluation.json").get("score", "exact")
     machines, scores = checkpoint.load(run / "best.pt").held_out(score or own)
-    clips = clip_scores(run / "evaluation", "score" if score in ("", own) else score)
+    clips = read_clip_scores(run / "evaluation", "score" if score in ("", own) else score)
     if not (machines and clips):
         return []
     types, truth = (np.array([getattr(clip, name) for clip in clips]) for name in ("machine_type", "anomaly"))
     rows = [["rate", "machine type", "threshold from", "false alarms", "expected by chance", "detected"]]
     for rate in rates:
-        calibration = Calibration(machines, [own.max() for own in scores], rate)
-        thresholds = np.array([calibration.threshold((clip.machine_type, clip.machine_id)) for clip in clips])
+        calibration = Calibration(machines, scores, rate)
+        thresholds = np.array(
+            [calibration.threshold((clip.machine_type, clip.machine_id), clip.windows) for clip in clips]
+        )
         resolved = all(threshold.rank for threshold in thresholds)
         alarms = np.array([resolved and c.score > t.value for c, t in zip(clips, thresholds, strict=True)])
         for name in [*sorted(set(types.tolist()), key=str.lower), "all"]:

@@ -5,41 +5,16 @@ import math
 import numpy as np
 import pytest
 from conftest import refused
+from simulations import false_alarms, fans, split_alarms, windows_of
 
 from osscl_min.inference.calibration import Calibration, recordings_needed
 
 FAN = ("fan", "00")
 
 
-def fans(scores, rate):
-    """Thresholds from recordings of one machine."""
-    return Calibration([FAN] * len(scores), scores, rate)
-
-
-def windows_of(random, recordings, windows, correlation):
-    """(recordings, windows) normal scores: a random effect per recording, lognormal as losses are."""
-    shared = random.standard_normal((recordings, 1)) * np.sqrt(correlation)
-    return np.exp(shared + random.standard_normal((recordings, windows)) * np.sqrt(1 - correlation))
-
-
-def false_alarms(lengths, windows, correlation, rate, sets=40, new=40):
-    """Mean share of false alarms over calibration sets with recordings of `lengths`, and its error."""
-    random = np.random.default_rng(0)
-    shares = []
-    for _ in range(sets):
-        drawn = windows_of(random, len(lengths), max(lengths), correlation)
-        threshold = fans([own[:n] for own, n in zip(drawn, lengths, strict=True)], rate).threshold(
-            FAN, windows
-        )
-        highest = windows_of(random, new, windows, correlation).max(axis=1)
-        shares.append((highest > threshold.value).mean())
-    return np.mean(shares), np.std(shares) / np.sqrt(sets)
-
-
-@pytest.mark.parametrize(
-    ("rate", "windows", "correlation"),
-    [(0.05, 1, 0.3), (0.05, 60, 0.6), (0.1, 1, 0.0), (0.1, 10, 0.0), (0.1, 60, 0.3)],
-)
+@pytest.mark.parametrize("windows", [1, 10, 60])
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("rate", [0.05, 0.1])
 def test_the_rate_holds_per_recording(rate, windows, correlation):
     """For calibration recordings as long, longer, shorter, of one window, and mixed."""
     few = recordings_needed(rate) + 12
@@ -56,6 +31,12 @@ def test_the_rate_holds_per_recording(rate, windows, correlation):
         if name in ("alike", "longer"):  # exact: no power is given away
             expected = math.floor((few + 1) * rate + 1e-9) / (few + 1)
             assert share == pytest.approx(expected, abs=4 * error)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_rate_holds_for_new_clips_over_seeds_of_the_split(keep):
+    share, error = split_alarms(keep, 0.05)
+    assert 0.02 < share <= 0.05 + 3.5 * error
 
 
 def test_windows_taken_for_recordings_would_break_the_rate():
