@@ -8,7 +8,7 @@ usage() {
   cat <<'EOF'
 Train and evaluate OS-SCL, an anomalous sound detector that learns from normal machine sounds.
 
-  bash reproduce.sh                                 simulated machines, seven minutes on two CPU cores
+  bash reproduce.sh                                 simulated machines, six minutes on two CPU cores
   bash reproduce.sh --test                          the tests; -- passes arguments to pytest:
   bash reproduce.sh --test -- tests/kernels         the kernels' correctness tests alone
   bash reproduce.sh --experiments [--data DIR]      the experiments: simulated machines, 4 epochs, one seed;

@@ -189,8 +189,8 @@ PRESETS: dict[str, Config] = {
     "quick": Config(
         preset="quick",
         model=ModelConfig(audio=AudioConfig(seconds=2.0, clip_step=2.0)),
-        train=replace(_SHORT, epochs=8),
-        evaluate=EvaluateConfig(batch_size=32, bootstrap=300),
+        train=replace(_SHORT, epochs=6, learning_rate=2e-3),
+        evaluate=EvaluateConfig(batch_size=8, bootstrap=300),
     ),
 }
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
@@ -48,17 +49,18 @@ def write(run: Path | str, data: Path | str | None = None) -> Path:
     except DAMAGE as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{printable(run)}: damaged; evaluate it again ({reason})") from error
-    save_all(drawn, run / "figures")
     for name, text in tables.items():
         write_text(run / "paper" / f"{name}.tex", text)
     results_of = (run / "best.pt", run / "evaluation" / "evaluation.json")
-    with notebook_runner() as execute:
+    with ThreadPoolExecutor(1) as pool, notebook_runner() as execute:
+        saved = pool.submit(save_all, drawn, run / "figures")  # beside the notebooks' own process
         for source in tqdm(sources, "notebooks", unit="notebook", disable=None, leave=False):
             executed = run / "notebooks" / source.name
             newest = max(part.stat().st_mtime for part in (source, *results_of))
             if not executed.is_file() or executed.stat().st_mtime < newest:
                 write_text(executed, execute(source, run, data))
             write_text(run / "report" / f"{source.stem}.html", _page(executed))
+        saved.result()
     return run / "report" / "report.html"
 
 
