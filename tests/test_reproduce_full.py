@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,9 +38,10 @@ def checkout(tmp_path):
     shutil.copytree(ROOT / "osscl_min", root / "osscl_min", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "kernels").symlink_to(ROOT / "kernels")
     settings = (root / "osscl_min" / "config.py").read_text()
-    short = settings.replace("_SHORT, epochs=8", "_SHORT, epochs=3").replace(
+    short = re.sub(r"_SHORT, epochs=\d+", "_SHORT, epochs=3", settings).replace(
         "seconds=2.0, clip_step=2.0", "seconds=1.0, clip_step=1.0"
     )
+    assert short.count("epochs=3,") == short.count("seconds=1.0, clip") == 1
     (root / "osscl_min" / "config.py").write_text(short)
     (root / "notebooks").mkdir()
     cell = nbformat.v4.new_code_cell("import os; os.environ['OSSCL_DATA']")
