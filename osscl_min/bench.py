@@ -27,7 +27,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from osscl_min.config import PRESETS, AudioConfig, Config
-from osscl_min.data.batches import load_batches
+from osscl_min.data.batches import load_batches, source_of, to_device
 from osscl_min.data.clips import label_table, scan
 from osscl_min.data.reader import FolderReader, Reader, open_data
 from osscl_min.data.store import pack
@@ -148,11 +148,12 @@ def plain_steps(config: Config, reader: Reader, labels: np.ndarray, device: torc
 def engine_steps(config: Config, reader: Reader, labels: np.ndarray, device: torch.device) -> Callable:
     """Trains on batches of positions as `train` does, reading and a GPU's CUDA graph included."""
     trainer, random = Trainer(config, device), np.random.default_rng(0)
+    source = source_of(reader, device, config.engine.resident)
 
     def run(batches: Iterable[np.ndarray]) -> None:
-        for samples, target in load_batches(reader, labels, batches, device):
-            lam = torch.tensor(float(random.beta(0.5, 0.5)), device=device)
-            partners = torch.from_numpy(random.permutation(len(target))).to(device)
+        for samples, target in load_batches(source, labels, batches, device):
+            lam = to_device(np.array(random.beta(0.5, 0.5), np.float32), device)
+            partners = to_device(random.permutation(len(target)), device)
             trainer.step(*trainer.front(samples), target, lam, partners)
 
     return run

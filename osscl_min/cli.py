@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 from osscl_min import __version__
 from osscl_min.config import PRESETS, AudioConfig, Config, EvaluateConfig
 from osscl_min.data.synth import SynthConfig
-from osscl_min.runtime.files import UserError, printable
+from osscl_min.runtime.files import UserError, check_output, printable
 from osscl_min.runtime.tables import markdown
 
 Experiment = Literal["components", "inputs", "training", "precision", "high-frequency-training",
@@ -84,6 +84,8 @@ def commands(preset: Config) -> dict[str, Callable]:
             step: Seconds between clips of a long recording; by default their length; 0: only the first clip.
         """
         folder(out)
+        if out is not None:
+            check_output(out / "inspect.csv", [data])
         inspection = load("data.inspection")
         audio = AudioConfig(seconds=seconds, clip_step=seconds if step is None else step)
         result = inspection.inspect(data, audio)

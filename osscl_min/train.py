@@ -416,6 +416,9 @@ class Run:
                 raise UserError(f"{folder} holds another run ({what}); choose another folder or remove it")
         if not resumes:
             if ranks.first:
+                for name in ("best.pt", "initial.pt") if not earlier else ():
+                    if (self.out / name).exists():
+                        raise UserError(f"{folder} holds {name} of another run; choose another folder")
                 write_json(settings, self.about)
                 self._write("initial.pt", 0)
             return

@@ -1,6 +1,8 @@
 """Configurations: presets, unknown keys, wrong types, ranges."""
 
 import json
+from dataclasses import is_dataclass
+from typing import get_type_hints
 
 import pytest
 from conftest import refused
@@ -69,6 +71,13 @@ def test_every_number_has_a_range(name, value):
     values = {section: {field: int(value) if value.lstrip("-").isdigit() else float(value)}}
     with refused(f"{field}(?!.*expected)"):
         from_dict({"model": values} if section == "audio" else values)
+
+
+def test_no_number_lacks_a_range():
+    for section in (AudioConfig, *(type(value) for value in vars(Config()).values()), type(Config().model)):
+        if is_dataclass(section):
+            hints = get_type_hints(section, include_extras=True)
+            assert not [name for name, hint in hints.items() if hint in (int, float)], section
 
 
 def test_pre_training_leaves_epochs_for_classification():

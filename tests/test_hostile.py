@@ -139,11 +139,12 @@ TABLES = {
     "html": lambda text: b"<html><body>404</body></html>\n",
     "empty": lambda text: b"",
     "folder": lambda text: Path.mkdir,
+    "pipe": lambda text: os.mkfifo,
 }
 for number, (kind, spoil) in enumerate(TABLES.items()):
     case(kind, "metrics given", {SCORE_FILE: spoil(SCORES)}, "given")
     case(kind, "metrics scores --labels truth.csv", {"truth.csv": spoil(TRUTH)}, "truth.csv")
-    status = (0, 2) if kind in ("empty", "folder") else (2,)
+    status = (0, 2) if kind in ("empty", "folder", "pipe") else (2,)
     case(f"truth {kind}", "inspect data", {"data/eval_data_list.csv": spoil(TRUTH)}, status=status)
     commands = "inspect m.csv", "pack m.csv new", "score best.pt m.csv", TRAIN.replace("a data", "a m.csv")
     case(kind, " | ".join(commands[number % 2 :: 2]), {"m.csv": spoil(MANIFEST)}, "m.csv")
@@ -262,6 +263,7 @@ RANGES = {
 }
 for command, options in RANGES.items():
     for option, *values in filter(None, map(str.split, options.replace("\n", "|").split("|"))):
+        values = [value for value in values if value != "cuda" or not torch.cuda.is_available()]
         case("range", "|".join(f"{command} {option}={value}" for value in values), status=(2, 3))
 case("no seeds", "ablate scores --data data --out new --seeds")
 case("one epoch", "ablate training --data data --out new --preset quick --train.epochs 1", status=(1, 2))
@@ -277,6 +279,9 @@ for option, end in (("--csv", "csv"), ("--json", "json"), ("--plot", "png"), ("-
     case("precious", f"{command} new.wav | {command} new.pt | {command} .")
     for kind, content in (("folder", Path.mkdir), ("pipe", os.mkfifo), ("disguised", wav)):
         case(kind, f"{command} x.{end}", {f"x.{end}": content})
+case("the manifest", "inspect inspect.csv --out .", {"inspect.csv": MANIFEST})
+for file in ("best.pt", "initial.pt"):
+    case("another run", TRAIN.replace("out new", "out new2"), {f"new2/{file}": b"weights"}, file)
 case("a link", f"score best.pt {SOUND.replace('00.wav', '01.wav')} --csv {SOUND}")
 for target in ("best.pt", "/proc/none/x", "/dev/null"):
     commands = (

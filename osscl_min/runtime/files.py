@@ -200,6 +200,8 @@ def write_json(path: Path | str, content: Any) -> None:
 
 def read_rows(path: Path | str) -> Iterator[tuple[str, list[str]]]:
     """The non-empty rows of a CSV file in UTF-8: "FILE, line N" for messages, and the stripped cells."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{printable(path)}: not a regular file")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)

@@ -149,6 +149,10 @@ def test_a_second_backward_pass_is_refused():
         output.backward()
 
 
+def homeless():
+    raise RuntimeError("no home folder")  # as where HOME is unset and the user has no entry
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -158,11 +162,14 @@ def test_a_second_backward_pass_is_refused():
         ({"CXX": "no-such-compiler"}, r"PyTorch's own \(.*no-such-compiler.*\)"),
         ({"OSSCL_KERNELS_BACKEND": "triton"}, r"PyTorch's own \(.*\)"),
         ({"XDG_CACHE_HOME": "/dev/null"}, r"PyTorch's own \(.*/dev/null.*\)"),
+        ({"XDG_CACHE_HOME": ""}, r"PyTorch's own \(no home folder\)"),
     ],
 )
 def test_it_says_why_nothing_is_compiled(change, line, monkeypatch):
     for name, value in change.items():
         monkeypatch.setenv(name, value)
+    if change.get("XDG_CACHE_HOME") == "":
+        monkeypatch.setattr(native.pathlib.Path, "home", homeless)
     monkeypatch.setattr(native, "FOR_THIS_CPU", ((),))
     native.load.cache_clear()
     try:

@@ -16,7 +16,7 @@ LINES = {"fp32": "float32 on cpu", "tf32": "a CPU has no TensorFloat-32", "bf16"
 
 
 @pytest.mark.parametrize("precision", LINES)
-def test_prepare_describes_what_runs_and_leaves_every_flag_readable(precision):
+def test_prepare_describes_what_runs_and_leaves_every_flag_readable(precision, monkeypatch):
     """Setting the newer fp32_precision makes PyTorch's own reads of the older flags fail."""
     matmul, cudnn, allowed = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "tf32"
     matmul.fp32_precision = cudnn.conv.fp32_precision = "ieee"
@@ -24,7 +24,10 @@ def test_prepare_describes_what_runs_and_leaves_every_flag_readable(precision):
     assert matmul.allow_tf32 == cudnn.allow_tf32 == allowed
     assert (matmul.fp32_precision == "tf32") == (cudnn.conv.fp32_precision == "tf32") == allowed
     assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert prepare(torch.device("cuda"), precision).endswith(" on a GPU") and cudnn.benchmark
     prepare(CPU)
+    assert not cudnn.benchmark
 
 
 def test_an_impossible_backend_is_one_line(monkeypatch):
