@@ -1,10 +1,12 @@
-"""Time the kernels on a GPU against what they replace.
+"""Test the kernels on a GPU, then time them against what they replace, and a training step.
 
     python kernels/benchmarks/gpu.py [--dry] [--minutes 8] [--out results/gpu.csv]
 
 Every case appends a row to the CSV file at once, so a run that is cut short keeps what it has; a case that
 fails or comes too late is a row that says so. `predicted_ms` comes from counted work (predict.py), never a
-clock. --dry takes small sizes through the same code on a CPU, the kernels in Triton's interpreter.
+clock. The training step is that of `osscl bench train`, whose table lies beside the CSV file; it needs the
+packages of osscl_min. --dry takes small sizes through the same code on a CPU, with the kernels in Triton's
+interpreter, and only lists the tests and the options of bench train.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "kernels" / "benchmarks")]
@@ -30,6 +32,7 @@ import osscl_kernels as kernels  # noqa: E402
 import predict  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 from triton import testing  # noqa: E402
 
 COLUMNS = (
@@ -61,7 +64,8 @@ def supcon(n: int, passing: str, precision: str, device: str) -> Problem:
     if precision != "tf32x3":  # PyTorch has one float32
         functions["chunked"] = lambda z, y: ours(z, y, "torch")
         if n <= 65536:
-            functions |= {"dense": reference, "dense, compiled": reference}
+            again = functools.partial(checkpoint, reference, use_reentrant=False)
+            functions |= {"dense": reference, "dense, compiled": reference, "dense, checkpointed": again}
     if n == 64:
         functions |= {"kernels, graph": ours, "dense, graph": reference}
     return functions, make
@@ -130,15 +134,46 @@ def measure(provider: str, function: Callable, make: Callable, device: str) -> d
     return dict(zip(("median_ms", "q20_ms", "q80_ms"), times, strict=True)) | {"extra_mb": extra}
 
 
+def command(arguments: str, seconds: float) -> dict:
+    """Wall time of a run of this interpreter; one that fails is an error with its last line."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": paths}, "capture_output": True, "text": True}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments.split()], timeout=seconds, **options)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
+    return {"median_ms": 1e3 * (time.perf_counter() - start)}
+
+
+def cases(dry: bool, seconds: float, out: pathlib.Path) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """Rows, and the call that measures each."""
+    tests = f"-m pytest -q tests/kernels{' --collect-only' * dry}"
+    yield {"kernel": "all", "provider": "kernels' tests"}, lambda: command(tests, seconds / 3)
+    device, sizes, precisions = ("cpu", (17,), ("bf16",)) if dry else ("cuda", ROWS, ("bf16", "tf32"))
+    problems = list(itertools.product([tfgram], [1 if dry else 64], precisions, ("inference", "training")))
+    problems += itertools.product([supcon], sizes, ("tf32x3", "bf16", "ieee"), ("forward", "both"))
+    for problem, size, precision, passing in problems:
+        kernel, (functions, make) = problem.__name__, problem(size, passing, precision, device)
+        for provider, function in functions.items():
+            if dry and "graph" in provider:
+                continue
+            row = {"kernel": kernel, "provider": provider, "pass": passing, "precision": precision}
+            if provider == "kernels":
+                row["predicted_ms"] = predict.milliseconds(kernel, passing, precision, size)
+            yield row | {"size": size}, functools.partial(measure, provider, function, make, device)
+    training = f"-m osscl_min bench {'--help' if dry else f'train --out {out.parent.resolve()}'}"
+    yield {"kernel": "all", "provider": "bench train"}, lambda: command(training, seconds / 3)
+
+
 def main() -> int:
-    """The command line; 1 where a case failed."""
+    """The command line; 1 where a case of the kernels failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dry", action="store_true", help="small sizes on the CPU, through the same code")
     parser.add_argument("--minutes", type=float, default=8.0, help="cases after that are not run")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "results" / "gpu.csv")
     arguments = parser.parse_args()
-    dry, end = arguments.dry, time.monotonic() + 60 * arguments.minutes
-    device = "cpu" if dry else "cuda"
+    dry, seconds = arguments.dry, 60 * arguments.minutes
+    end = time.monotonic() + seconds
     commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     base = {
         "device": "CPU, dry" if dry else torch.cuda.get_device_name(),
@@ -147,34 +182,23 @@ def main() -> int:
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
-    sizes, precisions = ((17,), ("bf16",)) if dry else (ROWS, ("bf16", "tf32"))
-    cases = list(itertools.product([tfgram], [1 if dry else 64], precisions, ("inference", "training")))
-    cases += itertools.product([supcon], sizes, ("tf32x3", "bf16", "ieee"), ("forward", "both"))
     failures = 0
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
         writer.writeheader()
-        for problem, size, precision, passing in cases:
-            kernel, (functions, make) = problem.__name__, problem(size, passing, precision, device)
-            for provider, function in functions.items():
-                if dry and "graph" in provider:
-                    continue
-                row = {"kernel": kernel, "provider": provider, "pass": passing, "precision": precision}
-                row |= {"size": size}
-                if provider == "kernels":
-                    row["predicted_ms"] = predict.milliseconds(kernel, passing, precision, size)
-                try:
-                    if time.monotonic() > end:
-                        raise TimeoutError("not run: the time was spent")
-                    row |= measure(provider, function, make, device)
-                except Exception as error:  # running out of memory is a result, too
-                    row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-                    failures += provider.startswith("kernels")
-                row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-                writer.writerow(row | base)
-                file.flush()
-                print("  ".join(str(row.get(column, "")) for column in (*COLUMNS[:10], "note")), flush=True)
+        for row, measured in cases(dry, seconds, arguments.out):
+            try:
+                if time.monotonic() > end:
+                    raise TimeoutError("not run: the time was spent")
+                row |= measured()
+            except Exception as error:  # running out of memory is a result, too
+                row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+                failures += row["provider"].startswith("kernels")
+            row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(row | base)
+            file.flush()
+            print("  ".join(str(row.get(column, "")) for column in (*COLUMNS[:10], "note")), flush=True)
     return 1 if failures else 0
 
 

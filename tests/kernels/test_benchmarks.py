@@ -29,10 +29,11 @@ def test_gpu_dry(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert all(float(row["median_ms"]) > 0 and not row["note"] for row in rows)
     cases = {(row["kernel"], row["provider"], row["pass"]) for row in rows}
-    supcon, tfgram = ("kernels", "chunked", "dense", "dense, compiled"), ("modules", "modules, compiled")
-    assert cases == {("supcon", name, passing) for name in supcon for passing in ("forward", "both")} | {
-        ("tfgram", name, passing) for name in ("kernels", *tfgram) for passing in ("inference", "training")
-    }
+    supcon = ("kernels", "chunked", "dense", "dense, compiled", "dense, checkpointed")
+    tfgram = ("kernels", "modules", "modules, compiled")
+    expected = {("supcon", name, passing) for name in supcon for passing in ("forward", "both")}
+    expected |= {("tfgram", name, passing) for name in tfgram for passing in ("inference", "training")}
+    assert cases == expected | {("all", name, "") for name in ("kernels' tests", "bench train")}
 
 
 def test_cases_after_the_time_are_rows_that_say_so(tmp_path):
