@@ -281,7 +281,7 @@ for option, end in (("--csv", "csv"), ("--json", "json"), ("--plot", "png"), ("-
         case(kind, f"{command} x.{end}", {f"x.{end}": content})
 case("the manifest", "inspect inspect.csv --out .", {"inspect.csv": MANIFEST})
 for file in ("best.pt", "initial.pt"):
-    case("another run", TRAIN.replace("out new", "out new2"), {f"new2/{file}": b"weights"}, file)
+    case(f"another {file}", TRAIN.replace("out new", "out new2"), {f"new2/{file}": b"weights"}, file)
 case("a link", f"score best.pt {SOUND.replace('00.wav', '01.wav')} --csv {SOUND}")
 for target in ("best.pt", "/proc/none/x", "/dev/null"):
     commands = (
