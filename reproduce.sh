@@ -12,15 +12,15 @@ Train and evaluate OS-SCL, an anomalous sound detector that learns from normal m
   bash reproduce.sh --test                          the tests; -- passes arguments to pytest:
   bash reproduce.sh --test -- tests/kernels         the kernels' correctness tests alone
   bash reproduce.sh --experiments [--data DIR]      the experiments: simulated machines, 4 epochs, one seed;
-                                                    with --data preset small and two seeds, which takes hours
+                                                    with --data: preset small, two seeds; takes hours
   bash reproduce.sh --data DIR [--preset small]     your folder: TYPE/train/normal_id_00_00000000.wav, TYPE/test/...
   bash reproduce.sh --full [--data DIR]             the paper's experiment on DCASE 2020 Task 2; downloads the data
-                                                    into data/dcase2020 unless DIR has it, and packs it beside
+                                                    into data/dcase2020 unless DIR has it; packs it into data/
 
 Options
   --data DIR       data folder (wav or flac, in a layout that README.md names) or packed store
   --preset NAME    quick, small (a few hundred clips; the default with --data) or paper (the default with --full)
-  --seed N         seed of the training (default: the preset's)
+  --seed N         seed of the training (default: the preset's; with --experiments 0, or 0 and 1)
   --out DIR        folder of the run (default: runs/NAME); what it already holds is reused
   --device NAME    auto, cpu, cuda or cuda:N (default: auto)
 

@@ -2,6 +2,8 @@
 
 Settings take their defaults from a preset: small (the default) suits a few hundred clips of 10 s, quick suits
 the simulated machines, and paper is the published experiment on the whole DCASE 2020 benchmark.
+
+(paper), (code) and (ours) say where a setting comes from: the paper, its authors' code, or this package.
 """
 
 from __future__ import annotations
@@ -198,7 +200,7 @@ def commands(preset: Config) -> dict[str, Callable]:
             csv: Output file, one row per recording.
             json: Output file, with the scores over time of long recordings.
             plot: Picture of the most anomalous recording: scores over time and spectrogram.
-            explain: Picture of that recording's highest window: which frequencies and times raise the score.
+            explain: Picture of its highest window: which frequencies and times raise the score.
             batch_size: Windows per batch.
             score: Anomaly score that decides; auto is that of the checkpoint's preset.
         """
@@ -248,7 +250,9 @@ def commands(preset: Config) -> dict[str, Callable]:
         Finished runs are reused. A failed run does not stop the others; the exit status is then 1.
 
         Args:
-            name: The first five compare trainings, the next five analyse detectors; all omits precision.
+            name: The first five compare trainings: parts of the method, input maps, schemes, number formats,
+                filtered clips. The next five analyse detectors: test clips filtered, with mel bands replaced,
+                or in noise; anomaly scores; embeddings. all omits precision.
             checkpoint: A detector to analyse; by default one per seed, trained if needed.
             seeds: Train every variant once per seed.
             variants: Only these variants, besides the baseline.

@@ -34,7 +34,8 @@ class AudioConfig(Settings):
     mels: Count = 128  # mel bands, of Slaney's scale and norm (code)
     f_min: NonNegative = 0.0  # Hz, lower end of the mel bands (code)
     f_max: Positive = 8_000.0  # Hz, upper end of the mel bands, at most half the sample rate (code)
-    filter: Literal["none", "low-pass", "high-pass"] = "none"  # for every clip, in training and test (ours)
+    # filter of every clip, in training and test (ours)
+    filter: Literal["none", "low-pass", "high-pass"] = "none"
     cutoff: Positive = 4_000.0  # Hz, cut-off of that filter (ours)
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class ModelConfig(Settings):
     audio: AudioConfig = field(default_factory=AudioConfig)
     # maps that the encoder takes (paper)
     inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")
-    classes: Count = 41  # machines of DCASE 2020 Task 2 (code); training sets it to those of the data
+    classes: Count = 41  # number of machines; 41 in DCASE 2020 Task 2 (code); training takes it from the data
     embedding: Annotated[int, "[2, inf)"] = 128  # dimensions of the embedding (code)
     # feature perturbation head: with ReLU (basic) or LeakyReLU 0.01 (leaky, paper), or none (ours)
     head: Literal["basic", "leaky", "none"] = "basic"
@@ -98,17 +99,20 @@ class TrainConfig(Settings):
 
     epochs: Count = 300  # passes over the training clips (code)
     batch_size: Annotated[int, "[2, inf)"] = 64  # clips per step, of all processes together (code)
-    learning_rate: Positive = 1e-4  # at first; AdamW, default betas and eps, weight decay 0.01 (code)
-    final_learning_rate: NonNegative = 1e-5  # at the end of cosine annealing over the epochs (code)
-    # of the moving average (EMA) of every float entry of the network, updated after every step (code)
+    # learning rate of the first epoch; AdamW, default betas and eps, weight decay 0.01 (code)
+    learning_rate: Positive = 1e-4
+    # learning rate at the end of cosine annealing over the epochs (code)
+    final_learning_rate: NonNegative = 1e-5
+    # decay of the moving average (EMA) of every float entry of the network, updated after every step (code)
     ema_decay: Annotated[float, "[0, 1)"] = 0.9999
     # after the EMA's update, every float entry of the network is scaled by 1 - this (code); 0 turns this off
     student_decay: Annotated[float, "[0, 1)"] = 2e-6
-    # number of first epochs that train SupCon alone, of unmixed clips; the others train without it (ours)
+    # number of first epochs that train with SupCon alone, on unmixed clips; later ones omit it (ours)
     pretrain_epochs: Annotated[int, "[0, inf)"] = 0
     # share of the training clips to which white or pink noise is added, at 20 to -10 dB SNR (ours)
     noise: Annotated[float, "[0, 1]"] = 0.0
-    precision: Precision = "fp32"  # of the network (code); cosines, losses and statistics stay float32
+    # precision of the network (code); cosines, losses and statistics stay float32
+    precision: Precision = "fp32"
     validation_fraction: Annotated[float, "(0, 1)"] = 0.05  # share of the recordings to hold out (code)
     # which recordings are held out of training: any (random, code), or (last, ours) the last of each machine
     # by name, since neighbours in a folder are often alike: at least two but no more than two fifths of them,
@@ -130,7 +134,8 @@ class TrainConfig(Settings):
 class EngineConfig(Settings):
     """How a run is carried out; a run may resume under other values (all ours)."""
 
-    checkpoint_seconds: NonNegative = 300.0  # between checkpoints in an epoch; each epoch ends with one
+    # seconds between checkpoints within an epoch; each epoch ends with one
+    checkpoint_seconds: NonNegative = 300.0
     log_steps: Count = 20  # steps between two checks of the losses
     resident: Literal["auto", "yes", "no"] = "auto"  # keep all samples in GPU memory; auto: where they fit
     compile: bool = False  # torch.compile the network; on a CPU this takes minutes and gains little
@@ -142,7 +147,7 @@ class EvaluateConfig(Settings):
     """Scoring and its tables."""
 
     batch_size: Count = 16  # clips per batch (ours; the authors score one clip at a time)
-    precision: Precision = "fp32"  # of the network (code)
+    precision: Precision = "fp32"  # precision of the network (code)
     bootstrap: Annotated[int, "[0, 1000000]"] = 1000  # resamples for 95 % intervals (ours); 0 omits them
     # exact: cross-entropy (paper); upstream: the same in float32, with ties at 0 (code); nearest: distance
     # from the machine's training clips (ours); profile, gaussian: distances without the network (ours); auto:

@@ -128,8 +128,8 @@ class Bottleneck(nn.Module):
 class MobileFaceNet(nn.Module):
     """The encoder: (B, maps, mels, frames) -> (B, embedding).
 
-    The last depthwise kernel covers what four strides of two leave of a map, (8, 20) of 128 x 313, so a
-    trained encoder fits one clip length.
+    Four strides of two shrink a map 16-fold, 128 x 313 to (8, 20). The last depthwise kernel covers all of
+    that, so a trained encoder fits one clip length.
     """
 
     bottlenecks = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))  # expansion, channels, repeats, stride

@@ -5,9 +5,9 @@ Batch statistics stand between the layers, and only raw convolution outputs are 
 - BN + ReLU of the layer before are the kernel's prologue (zero padding comes after them), never stored.
 - The first layer's mean and variance follow from those of the 11 samples under it (w.mu and w^T cov w, in
   float64), so that the layer itself runs inside its neighbours' prologues.
-- Backward, with dz the gradient behind the ReLU: dgamma = sum dz xhat and dbeta = sum dz are summed where dz
-  is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first layer
-  needs only sum dz (x - mu) and the same covariance.
+- Backward, with dz the gradient of the ReLU's input: dgamma = sum dz xhat and dbeta = sum dz are summed where
+  dz is made; dy = gamma rstd (dz - dbeta / n - xhat dgamma / n) is the next kernel's prologue. The first
+  layer needs only sum dz (x - mu) and the same covariance.
 - There are no atomics: the same input gives the same bits.
 """
 

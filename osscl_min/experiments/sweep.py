@@ -273,13 +273,14 @@ def origin(result: Result) -> str:
 
 
 NOTE = (
-    "Percent; mean ± standard deviation over the seeds. A difference is that of AUC id-mean from the first "
-    "row or, for another variant, from the first variant's row of the same settings. Differences are paired "
+    "Percent; mean ± standard deviation over the seeds. Differences are in AUC id-mean: from the first "
+    "row or, for another variant, from the first variant under the same settings. Differences are paired "
     "by seed. Their 95 % intervals allow for other training seeds and other test clips: half width² = (t s / "
     "√n)² + (t' c)², where s is the standard deviation of the n paired differences, c² is the covariance of "
     "the seeds over resampled clips, and t and t' are quantiles of Student's distribution (t is 12.7 with "
     "two seeds, 4.3 with three, 2.8 with five). A single seed cannot be compared. A star marks an interval "
-    "that leaves out 0; where there is no difference, chance gives about one comparison in twenty a star."
+    "that leaves out 0; where there is no difference, chance gives at most about one comparison "
+    "in twenty a star (measured: results/statistics.md)."
 )
 BOUND = (
     "A drop is an upper bound on how much the detector relies on what was taken away: changed clips are also "
