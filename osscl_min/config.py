@@ -194,7 +194,7 @@ PRESETS: dict[str, Config] = {
     "quick": Config(
         preset="quick",
         model=ModelConfig(audio=AudioConfig(seconds=2.0, clip_step=2.0)),
-        train=replace(_SHORT, epochs=6, learning_rate=2e-3),
+        train=replace(_SHORT, epochs=6, learning_rate=2e-3, ema_decay=0.9),
         evaluate=EvaluateConfig(batch_size=8, bootstrap=300),
     ),
 }

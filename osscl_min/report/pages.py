@@ -117,7 +117,9 @@ def _page(executed: Path) -> str:
     from nbconvert import HTMLExporter
 
     plain = executed.stem == "report"  # code is noise on the first page
-    exporter = HTMLExporter(raw_template=TEMPLATE, exclude_input=plain, exclude_output_prompt=plain)
+    exporter = HTMLExporter(
+        raw_template=TEMPLATE, exclude_input=plain, exclude_input_prompt=plain, exclude_output_prompt=plain
+    )
     text = exporter.from_filename(str(executed))[0]
     text = re.sub(r'<a href="\.\./[^"]*">(.*?)</a>', r"\1", text)
     return re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', text)
