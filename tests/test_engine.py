@@ -178,7 +178,7 @@ def test_the_progress_line(data, tmp_path, monkeypatch):
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
     train.train(data, tmp_path, replace(TINY, train=replace(TINY.train, epochs=1)))
-    losses = r"total [\d.]+, cross_entropy [\d.]+, contrastive [\d.]+, lr 1.0e-03"
+    losses = r"total [\d.]+, cross_entropy [\d.]+, contrastive [\d.]+, lr 2.0e-03"
     assert re.search(rf"16/16 .*(clip/s|s/clip), epoch 1/1, {losses}", screen.getvalue())
 
 

@@ -56,7 +56,7 @@ def test_executes(reported, path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]  # no warnings
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    text = "".join(output.get("text", "") for output in outputs)
+    text = "".join(output.get("text") or output.data.get("text/markdown", "") for output in outputs)
     assert "simulated machines" in text or path.stem == "05_kernels"  # which has no data
 
 

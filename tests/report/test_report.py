@@ -38,7 +38,7 @@ def test_the_report_of_a_run(reported):
     metrics = read_json(reported / "evaluation" / "metrics.json")
     for entry in (*metrics["types"], metrics["average"]):
         assert f"{100 * entry['auc_id_mean']:.2f}" in text
-    assert results.headline(reported) in text and "Synthetic data" in text
+    assert results.headline(reported) in text and "no benchmark result" in text
     assert read_json(reported / "evaluation" / "evaluation.json")["provenance"]["time"] in text
     assert "published numbers do not apply" in text
     assert "input_area" not in page and "results_table(RUN)" not in page  # no code on the first page
