@@ -80,7 +80,7 @@ export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 osscl() { "$python" -m osscl_min "$@"; }
 
 [ "$story" != test ] || OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$python" -m pytest --numprocesses auto \
-  --dist loadgroup --durations=20 ${pytest_arguments[@]+"${pytest_arguments[@]}"} # a process per core
+  --no-loadscope-reorder --durations=20 ${pytest_arguments[@]+"${pytest_arguments[@]}"} # a process per core
 
 # --- the story -----------------------------------------------------------------------------------------------
 

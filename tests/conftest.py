@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
@@ -49,18 +50,22 @@ def pytest_addoption(parser):
     parser.addoption("--golden", action="store_true", help="write tests/golden/surface.txt anew")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The slow tests of kernels try every case and take about an hour: they run where they are asked for.
+class OneFileOneProcess(LoadFileScheduling):
+    """A process runs all tests of a file; the files that read the executed notebooks go to one process."""
 
-    Of several processes, one runs the tests of a file, and all that read the executed notebooks.
-    """
-    for item in items:
-        item.add_marker(
-            pytest.mark.xdist_group("report" if "reported" in item.fixturenames else item.path.name)
-        )
-        if item.path.parent.name in ("kernels", "cpu") and item.get_closest_marker("slow"):
-            item.add_marker("exhaustive")
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "report" if file.endswith(("test_report.py", "test_notebooks.py", "test_surface.py")) else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return OneFileOneProcess(config, log)
+
+
+def pytest_itemcollected(item):
+    """The slow tests of kernels try every case and take about an hour: they run where they are asked for."""
+    if item.path.parent.name in ("kernels", "cpu") and item.get_closest_marker("slow"):
+        item.add_marker("exhaustive")
 
 
 def pytest_report_header(config):
