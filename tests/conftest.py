@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from xdist.scheduler import LoadFileScheduling
 
+try:
+    from xdist.scheduler import LoadFileScheduling
+except ImportError:  # then there is one process
+    LoadFileScheduling = object
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
@@ -58,6 +61,7 @@ class OneFileOneProcess(LoadFileScheduling):
         return "report" if file.endswith(("test_report.py", "test_notebooks.py", "test_surface.py")) else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return OneFileOneProcess(config, log)
 
