@@ -53,6 +53,19 @@ def pytest_addoption(parser):
     parser.addoption("--golden", action="store_true", help="write tests/golden/surface.txt anew")
 
 
+SLOW_FIXTURES = {"swept", "reported"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Exhaustive tests and those that wait for a slow fixture are slow; files with slow tests begin first."""
+    for item in items:
+        if item.get_closest_marker("exhaustive") or not SLOW_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 class OneFileOneProcess(LoadFileScheduling):
     """A process runs all tests of a file; the files that read the executed notebooks go to one process."""
 
@@ -64,12 +77,6 @@ class OneFileOneProcess(LoadFileScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return OneFileOneProcess(config, log)
-
-
-def pytest_itemcollected(item):
-    """The slow tests of kernels try every case and take about an hour: they run where they are asked for."""
-    if item.path.parent.name in ("kernels", "cpu") and item.get_closest_marker("slow"):
-        item.add_marker("exhaustive")
 
 
 def pytest_report_header(config):

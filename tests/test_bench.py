@@ -51,7 +51,7 @@ SHORT = {"files": (3,), "minutes": (0.1,), "config": tiny({"epochs": 1})}
             {"seconds": 1.0, "batch_size": 2},
             ["part", "pass", "precision", "way"],
             "ms_per_clip",
-            marks=[pytest.mark.slow, pytest.mark.exhaustive],
+            marks=pytest.mark.exhaustive,
         ),
     ],
 )

@@ -106,7 +106,14 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize(("config", "number", "kept"), [(EVERY_STEP, 2, 1), (EVERY_STEP, 4, 3), (TINY, 6, 3)])
+@pytest.mark.parametrize(
+    ("config", "number", "kept"),
+    [
+        (EVERY_STEP, 2, 1),
+        pytest.param(EVERY_STEP, 4, 3, marks=pytest.mark.slow),
+        pytest.param(TINY, 6, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_it_goes_on_from_any_step_and_after_a_full_disk(
     data, uninterrupted, tmp_path, after_step, config, number, kept
 ):

@@ -82,16 +82,17 @@ def test_help(request):
     compare({"osscl": help_text(), **{f"osscl {name}": help_text(name) for name in COMMANDS}}, request)
 
 
-@pytest.mark.slow
-def test_files_of_a_run_and_its_analyses(reported, tmp_path, request):
+def test_files_of_a_run_and_its_analyses(reported, tmp_path, request, monkeypatch):
     from osscl_min.config import EvaluateConfig
     from osscl_min.data.inspection import inspect, write
-    from osscl_min.experiments.variants import examine
+    from osscl_min.experiments import analyses
 
+    monkeypatch.setattr(analyses, "BANDS", 2)
+    monkeypatch.setattr(analyses, "SNRS", (0.0,))
     quick = EvaluateConfig(batch_size=24, bootstrap=10)
     best, data = reported / "best.pt", reported / "data"
     for name in ("bands", "noise", "scores", "embeddings"):
-        examine(name, {"given": [best]}, data, tmp_path / name, quick, device="cpu")
+        analyses.examine(name, {"given": [best]}, data, tmp_path / name, quick, device="cpu")
     write(inspect(data), tmp_path / "inspect")
     compare({"a run": files(reported), "analyses and inspection": files(tmp_path)}, request)
 

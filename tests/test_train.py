@@ -78,6 +78,7 @@ def test_a_folder_with_another_run_is_refused(data, uninterrupted, tmp_path):
         train.train(more, uninterrupted, TINY)
 
 
+@pytest.mark.slow
 def test_the_clips_that_choose_the_epoch_do_not_calibrate(data, tmp_path):
     config = replace(TINY, train=replace(TINY.train, keep="best", validation_fraction=0.4))
     best = checkpoint.load(train.train(data, tmp_path, config))
@@ -109,6 +110,7 @@ def test_a_damaged_run_folder_is_named(data, uninterrupted, tmp_path, damage, me
         train.train(data, run, TINY)
 
 
+@pytest.mark.slow
 def test_the_preset_in_use_is_said_on_the_benchmarks_data(data, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train, "label_table", lambda clips, benchmark: BENCHMARK)
     monkeypatch.setattr(train, "peak_memory_mb", lambda: None)  # not every system tells
@@ -193,7 +195,7 @@ def test_training_teaches(tmp_path):
     config = replace(
         PRESETS["quick"],
         model=replace(PRESETS["quick"].model, inputs=("log_mel", "tgram")),
-        train=replace(PRESETS["quick"].train, batch_size=8, epochs=14, ema_decay=0.9),
+        train=replace(PRESETS["quick"].train, batch_size=8, epochs=8),
     )
     best = train.train(data, tmp_path / "run", config)
     trained = evaluate(best, data, tmp_path / "trained", config=config.evaluate)

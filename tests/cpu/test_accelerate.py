@@ -47,7 +47,7 @@ def error(value, exact, floor=0.0):
     [
         (("log_mel", "tgram", "tfgram"), torch.float32, 0.02),
         (("log_mel",), torch.float32, 0.02),
-        pytest.param(("tfgram", "log_mel"), torch.bfloat16, 0.05, marks=pytest.mark.slow),
+        pytest.param(("tfgram", "log_mel"), torch.bfloat16, 0.05, marks=pytest.mark.exhaustive),
     ],
 )
 def test_errors_are_those_of_pytorchs_own_layers(inputs, precision, floor):

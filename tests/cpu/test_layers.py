@@ -28,7 +28,7 @@ both_types = pytest.mark.parametrize("dtype", ROUNDING)
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(kind, marks=pytest.mark.slow if KINDS[kind][1] else ()) for kind in KINDS],
+    params=[pytest.param(kind, marks=pytest.mark.exhaustive if KINDS[kind][1] else ()) for kind in KINDS],
 )
 def layers(request, tmp_path_factory):
     """The library compiled for a kind of processor, in place of this one's."""

@@ -121,6 +121,7 @@ def test_other_machines_are_cut_alike(data, tmp_path):
     assert "more/train: 2 clips of 1 s from 1 recording, 2 of 2 s used" in both.report()
 
 
+@pytest.mark.slow
 def test_train_with_simulated_machines_and_score_ones_own(tmp_path, monkeypatch):
     for k in range(6):
         write_sound(tmp_path / f"own/drill/A/{k}.wav", noise(k, 1.0))

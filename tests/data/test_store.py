@@ -113,6 +113,7 @@ def test_verify_finds_what_size_and_time_hide(data, tmp_path):
     same(data, store)
 
 
+@pytest.mark.slow
 def test_kill_9_while_packing(data, tmp_path):
     for k in range(400):  # so that there is a middle
         first = data / "fan/train/normal_id_00_00000000.wav"

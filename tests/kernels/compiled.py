@@ -22,6 +22,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton chooses between its compiler and its interpreter when it is imported, for the whole process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 only_compiled = pytest.mark.skipif(INTERPRETED, reason="run by test_in_a_process_that_compiles")
+children = pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param("not exhaustive", marks=pytest.mark.slow),
+        pytest.param("exhaustive", marks=pytest.mark.exhaustive),
+    ],
+)
 KERNELS = ("supcon", "tfgram_infer", "tfgram_train")
 # Sizes of a case; the first is the one of the ordinary suite.
 SIZES = {

@@ -44,8 +44,8 @@ def run(tmp_path, *command):
 @pytest.mark.parametrize(
     "only, capabilities",
     [
-        ("front_kernel bf16", {"90"}),
-        pytest.param("", {"80", "86", "90", "100"}, marks=pytest.mark.slow),
+        pytest.param("front_kernel bf16", {"90"}, marks=pytest.mark.slow),
+        pytest.param("", {"80", "86", "90", "100"}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_configurations_compile_cleanly(only, capabilities, tmp_path):
@@ -57,5 +57,6 @@ def test_configurations_compile_cleanly(only, capabilities, tmp_path):
     assert all(int(row["registers"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_faults_are_seen(tmp_path):
     run(tmp_path, "-c", FAULTY, str(SCRIPT.parent))

@@ -93,6 +93,7 @@ def test_tiles_are_those_of_the_family_or_the_one_before_it(monkeypatch):
     assert rows[0]["tile"] == {"BM": 3}
 
 
+@pytest.mark.slow
 def test_importing_touches_no_gpu_and_needs_no_triton():
     code = """
 import sys

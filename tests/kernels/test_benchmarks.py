@@ -23,6 +23,7 @@ def dry_run(out, *options):
         return done, list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_gpu_dry(tmp_path):
     """Every case runs through the code that a GPU takes, and leaves its row."""
     done, rows = dry_run(tmp_path / "gpu.csv")

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from compiled import DEVICE, INTERPRETED, Case, cases, only_compiled, rerun
+from compiled import DEVICE, INTERPRETED, Case, cases, children, only_compiled, rerun
 
 pytest.importorskip("triton")
 from emulator import emulated  # noqa: E402
@@ -28,12 +28,12 @@ FIRST = set(map(str, cases(small=True)))
 
 def parameter(architecture, case):
     small = DEVICE == "cuda" or (architecture, f"{case.kernel} {case.precision}") in SMALL
-    marks = () if small and str(case) in FIRST else pytest.mark.slow
+    marks = () if small and str(case) in FIRST else pytest.mark.exhaustive
     return pytest.param(architecture, case, id=f"sm_{architecture} {case}", marks=marks)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="this process compiles")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@children
 def test_in_a_process_that_compiles(which):
     rerun(__file__, which)
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from compiled import INTERPRETED, rerun
+from compiled import INTERPRETED, children, rerun
 from compiled import only_compiled as compiled
 
 triton = pytest.importorskip("triton")
@@ -15,7 +15,7 @@ ARCHITECTURES = (80, 90)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="this process compiles")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@children
 def test_in_a_process_that_compiles(which):
     rerun(__file__, which)
 
@@ -220,7 +220,7 @@ def test_products(gpu, dtype, precision, tolerance):
 
 
 @compiled
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stages", range(1, 5))
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("dtype, precision, tolerance", PRECISIONS, ids=lambda x: str(x))

@@ -1,6 +1,7 @@
 """SupCon against float64: an error of at most twice the plain float32 formula's, plus FLOOR."""
 
 import importlib
+import itertools
 import math
 import zlib
 
@@ -330,41 +331,44 @@ def test_refusals(change, message):
         supcon_loss(*arguments, **options)
 
 
-SPLITS = {2: (23, 7), 3: (11, 0, 19)}
+SPLITS = (23, 7), (11, 0, 19)  # rows of each rank
 
 
-def distributed_rank(rank, world, folder, split, case):
+def distributed_rank(rank, folder, cases):
     """Write this rank's losses and gradients: what one process makes of all rows is the test's to compare."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    z, labels, options = case
-    start = sum(split[:rank])
-    mine = slice(start, start + split[rank])
-    results = {}
-    for reduction in ("mean", "none"):
-        x = z[mine].clone().requires_grad_()
-        loss = supcon_loss(x, labels[mine], reduction=reduction, group=dist.group.WORLD, **options)
-        given = torch.tensor(-3.0) if reduction == "mean" else weights(len(z)).cpu()[mine]
-        results[reduction] = loss.detach(), torch.autograd.grad(loss, x, given.to(loss.dtype))[0]
-    torch.save(results, f"{folder}/{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    groups = {2: dist.new_group([0, 1]), 3: dist.group.WORLD}
+    for number, (split, z, labels, options) in enumerate(cases):
+        if rank >= len(split):
+            continue
+        mine, results = slice(sum(split[:rank]), sum(split[: rank + 1])), {}
+        for reduction in ("mean", "none"):
+            x = z[mine].clone().requires_grad_()
+            loss = supcon_loss(x, labels[mine], reduction=reduction, group=groups[len(split)], **options)
+            given = torch.tensor(-3.0) if reduction == "mean" else weights(len(z)).cpu()[mine]
+            results[reduction] = loss.detach(), torch.autograd.grad(loss, x, given.to(loss.dtype))[0]
+        torch.save(results, f"{folder}/{number}.{rank}.pt")
     dist.barrier()  # gloo may abort where a rank leaves while others still talk
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world, dtype", [(2, torch.float32), (3, torch.float64)])
-@pytest.mark.parametrize("name", ["torch", pytest.param("triton", marks=triton_only)])
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo on a CPU; the spawned ranks choose their own device")
-def test_ranks_agree_with_one_process(tmp_path, world, name, dtype):
-    split = SPLITS[world]
-    z, labels = rows(sum(split), 32)
-    case = z.to(dtype if name == "torch" else torch.float32), labels, {"backend": name}
-    multiprocessing.spawn(distributed_rank, (world, str(tmp_path), split, case), nprocs=world)
-    for reduction in ("mean", "none"):
-        loss, gradient = run(supcon_loss, *case[:2], reduction, **case[2])
-        for rank in range(world):
-            mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
-            ours = torch.load(tmp_path / f"{rank}.pt")[reduction]
-            expected = loss if reduction == "mean" else loss[mine]
-            torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=1e-7)
+def test_ranks_agree_with_one_process(tmp_path):
+    kinds = [("torch", torch.float64), ("torch", torch.float32)]
+    kinds += [("triton", torch.float32)] * (backend.triton is not None)
+    cases = []
+    for split, (name, dtype) in itertools.product(SPLITS, kinds):
+        z, labels = rows(sum(split), 32)
+        cases.append((split, z.to(dtype), labels, {"backend": name}))
+    multiprocessing.spawn(distributed_rank, (str(tmp_path), cases), nprocs=3)
+    for number, (split, z, labels, options) in enumerate(cases):
+        ranks = [torch.load(tmp_path / f"{number}.{rank}.pt") for rank in range(len(split))]
+        for reduction in ("mean", "none"):
+            loss, gradient = run(supcon_loss, z, labels, reduction, **options)
+            losses, gradients = zip(*(results[reduction] for results in ranks), strict=True)
+            losses = torch.stack(losses) if reduction == "mean" else torch.cat(losses)
+            torch.testing.assert_close(losses, loss.expand_as(losses), rtol=1e-6, atol=1e-7)
             scale = gradient.abs().max().item()
-            torch.testing.assert_close(ours[1], gradient[mine], rtol=1e-5, atol=1e-6 * scale)
+            torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-5, atol=1e-6 * scale)

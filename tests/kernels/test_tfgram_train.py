@@ -86,7 +86,12 @@ def assert_close(results, exact, plain, floor=FLOOR):
 
 @triton_only
 @pytest.mark.parametrize(
-    "clips, samples", [(1, 331), (2, 1237), pytest.param(3, 700, marks=pytest.mark.slow)]
+    "clips, samples",
+    [
+        (1, 331),
+        pytest.param(2, 667, marks=pytest.mark.slow),
+        pytest.param(2, 1237, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_triton_forward_and_backward(clips, samples):
     wave, exact, plain = truth(clips, samples)
@@ -103,7 +108,10 @@ def test_triton_forward_and_backward(clips, samples):
 @triton_only
 @pytest.mark.parametrize(
     "samples, hop",
-    [(200, 20), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((799, 30), (12_040, 12_000)))],
+    [
+        pytest.param(200, 20, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((799, 30), (12_040, 12_000))),
+    ],
 )
 def test_triton_takes_any_hop(samples, hop):
     """Steps that lie in more than two windows of an adaptive pool, and windows of more than 256 steps."""
@@ -138,11 +146,12 @@ def test_adaptive_pool_of_any_window(length, pooled):
     torch.testing.assert_close(back, x.grad.transpose(1, 2), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @triton_only
 @pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
 def test_triton_precisions(precision):
     """tf32x3 is as good as float32, the others as plain modules under bfloat16 autocast."""
-    wave, exact, plain = truth(2, 1237)
+    wave, exact, plain = truth(2, 667)
     floor = 1e-5
     if precision != "tf32x3":
         floor = 1e-3
@@ -153,9 +162,10 @@ def test_triton_precisions(precision):
     assert all(result.dtype == torch.float32 for result in results.values())
 
 
+@pytest.mark.slow
 @triton_only
 def test_triton_is_the_same_bit_for_bit_run_to_run():
-    wave = noise(2, 331)
+    wave = noise(1, 331)
     one, two = (run(tfgram_train, wave, backend="triton", precision="ieee") for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in NAMES)
 
@@ -178,7 +188,7 @@ def test_moments_of_tiles_are_joined():
     torch.testing.assert_close(variance, values.flatten(0, 1).var(0, correction=0), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("choice", [pytest.param("triton", marks=triton_only), "torch"])
+@pytest.mark.parametrize("choice", [pytest.param("triton", marks=[triton_only, pytest.mark.slow]), "torch"])
 def test_low_tone_with_an_offset(choice):
     """A tone far below the first filters' band leaves variances that float32 moments lose."""
     samples = 331 if choice == "triton" else 16_000
@@ -235,6 +245,7 @@ def test_what_it_refuses():
             tfgram_train(wave.float().requires_grad_(), *groups, backend="triton")
 
 
+@pytest.mark.slow
 @cpu_only
 def test_freed_memory_is_kept_in_a_process_of_its_own():
     """A freed block of 64 MiB stays resident after the call, and goes back to the system without it."""

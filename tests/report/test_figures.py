@@ -25,6 +25,7 @@ def lines(ax):
     return {line.get_label(): line for line in ax.lines}
 
 
+@pytest.mark.slow
 def test_figures_are_pictures_and_nothing_stays_open(tiny_run, tmp_path):
     drawn = figures.draw(tiny_run, tiny_run / "data")
     assert list(drawn) == EVERY
