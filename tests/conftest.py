@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -53,7 +54,7 @@ def pytest_addoption(parser):
     parser.addoption("--golden", action="store_true", help="write tests/golden/surface.txt anew")
 
 
-SLOW_FIXTURES = {"swept", "reported"}
+SLOW_FIXTURES = {"swept", "reported", "steps"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -67,11 +68,13 @@ def pytest_collection_modifyitems(items):
 
 
 class OneFileOneProcess(LoadFileScheduling):
-    """A process runs all tests of a file; the files that read the executed notebooks go to one process."""
+    """A process runs all tests of a file; the files that share `tiny_run` or `reported` go to one process."""
+
+    shared = re.compile(r"(report|inference)/|test_(notebooks|surface|hostile|evaluate)\.py")
 
     def _split_scope(self, nodeid):
         file = super()._split_scope(nodeid)
-        return "report" if file.endswith(("test_report.py", "test_notebooks.py", "test_surface.py")) else file
+        return "tiny_run" if self.shared.search(file) else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -173,7 +176,7 @@ def uninterrupted(data, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> pathlib.Path:
-    """A whole run of twelve simulated machines, one-second clips and two epochs, with its data in data/.
+    """A whole run of twelve simulated machines, one-second clips and one epoch, with its data in data/.
 
     Its network has learned next to nothing. Tests that change it work on a copy.
     """
@@ -184,12 +187,10 @@ def tiny_run(tmp_path_factory) -> pathlib.Path:
     run = tmp_path_factory.mktemp("runs") / "tiny"
     data = write_dataset(run / "data", replace(MACHINES, ids_per_type=2))
     scoring = EvaluateConfig(batch_size=24, bootstrap=20)
-    best = train(data, run, tiny({"epochs": 2}, evaluate=scoring), device="cpu")
+    best = train(data, run, tiny({"epochs": 1}, evaluate=scoring), device="cpu")
     evaluate(best, data, run / "evaluation", config=scoring, device="cpu")
     evaluate(run / "initial.pt", data, run / "untrained", config=scoring, device="cpu")
-    examine(
-        "high-frequency", {"given": [best]}, data, run / "high_frequency", scoring, (1000.0, 4000.0), "cpu"
-    )
+    examine("high-frequency", {"given": [best]}, data, run / "high_frequency", scoring, (2000.0,), "cpu")
     return run
 
 

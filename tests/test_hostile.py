@@ -329,7 +329,7 @@ def stage(tiny_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if n % 3 else ()) for n, name in enumerate(CASES)]
+    "name", [pytest.param(name, marks=pytest.mark.slow if n % 5 else ()) for n, name in enumerate(CASES)]
 )
 def test_hostile(name, stage, tmp_path, monkeypatch, osscl):
     command, hostile, says, statuses, given, changes = CASES[name]

@@ -55,7 +55,7 @@ def built(kind):
     return load_upstream_state(model, {name: entry(name, shape) for name, shape in shapes.items()})
 
 
-@pytest.fixture(scope="module", params=[pytest.param("tfst", marks=pytest.mark.slow), "mel"])
+@pytest.fixture(scope="module", params=["tfst", "mel"])
 def steps(request):
     """A model in its first training-mode forward, and after three steps of the trainer."""
     model, outputs = built(request.param), []

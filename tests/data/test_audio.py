@@ -44,7 +44,7 @@ def test_16_bits_are_read_exactly_whatever_the_encoding(tmp_path):
     np.testing.assert_array_equal(decoded, np.rint(samples / 20000 * 32768).clip(-32768, 32767))
 
 
-@pytest.mark.parametrize("rate", [4_000, 11_025, 16_000, 44_100, 47_999, 48_000, 96_000])
+@pytest.mark.parametrize("rate", [4_000, 11_025, 16_000, 44_100, 48_000, 96_000])
 @pytest.mark.parametrize(("seconds", "channels", "starts"), [(1.5, 1, [0]), (7.3, 2, [0, 1.5, 6])])
 def test_the_part_that_is_read_equals_that_of_the_whole_file(tmp_path, rate, seconds, channels, starts):
     for suffix, channel, start in itertools.product(("wav", "flac"), (None, channels - 1), starts):
