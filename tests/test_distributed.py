@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 ROWS, STEPS = 7, 2
 CASES = {"noise": 3, "clean": 2}  # kinds of the contrastive loss, processes: blocks of 3, 2 and 2, of 4 and 3
 FRAME_MAPS = ("log_mel", "tgram")  # TFgram's statistics cannot be frozen in training
+FEW = "--preset quick --model.audio.seconds 1 --model.inputs log_mel --device cpu".split()
 SCORING = replace(TINY.evaluate, bootstrap=0)
 SHORT = replace(TINY, train=replace(TINY.train, epochs=2), engine=EngineConfig(checkpoint_seconds=0))
 
@@ -159,8 +160,7 @@ def torchrun(*arguments):
 
 
 def test_torchrun_trains(data, tmp_path):
-    settings = ["--preset", "quick", "--model.audio.seconds", "1", "--train.epochs", "1", "--device", "cpu"]
-    done = torchrun("train", "--data", data, "--out", tmp_path, *settings)
+    done = torchrun("train", "--data", data, "--out", tmp_path, "--train.epochs", "1", *FEW)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best.pt") == 1
     assert '"running": "float32 on cpu, 1 thread, 2 processes"' in (tmp_path / "config.json").read_text()
@@ -168,7 +168,6 @@ def test_torchrun_trains(data, tmp_path):
 
 def test_an_error_on_one_rank_ends_all(data, tmp_path):
     (tmp_path / "file").write_text("")
-    settings = ["--preset", "quick", "--model.audio.seconds", "1", "--device", "cpu"]
-    done = torchrun("train", "--data", data, "--out", tmp_path / "file" / "run", *settings)
+    done = torchrun("train", "--data", data, "--out", tmp_path / "file" / "run", *FEW)
     assert done.returncode != 0
     assert "osscl: cannot write" in done.stderr

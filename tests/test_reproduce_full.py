@@ -39,7 +39,8 @@ def checkout(tmp_path):
     (root / "kernels").symlink_to(ROOT / "kernels")
     settings = (root / "osscl_min" / "config.py").read_text()
     short = re.sub(r"_SHORT, epochs=\d+", "_SHORT, epochs=3", settings).replace(
-        "seconds=2.0, clip_step=2.0", "seconds=1.0, clip_step=1.0"
+        "AudioConfig(seconds=2.0, clip_step=2.0)",
+        'AudioConfig(seconds=1.0, clip_step=1.0), inputs=("log_mel",)',
     )
     assert short.count("epochs=3,") == short.count("seconds=1.0, clip") == 1
     (root / "osscl_min" / "config.py").write_text(short)

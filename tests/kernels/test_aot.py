@@ -50,7 +50,7 @@ def run(tmp_path, *command):
 )
 def test_configurations_compile_cleanly(only, capabilities, tmp_path):
     table = tmp_path / "table.csv"
-    run(tmp_path, SCRIPT, "--only", only, "--out", table, "--capability", *capabilities)
+    run(tmp_path, SCRIPT, "--only", only, "--out", table, "--workers", "1", "--capability", *capabilities)
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["capability"] for row in rows} == capabilities

@@ -122,7 +122,7 @@ def test_other_hops(folded, exact, hop, backend):
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_strided_waves(folded, backend):
     base = waves(4, 600)
-    for view in (base[::2, ::2], base.reshape(-1, 2)[:250].T, base[:1].expand(2, -1)[:, 5:300]):
+    for view in (base[::2, ::2], base[:1].expand(2, -1)[:, 5:300]):
         out = infer(view, folded, precision="ieee", backend=backend)
         assert torch.equal(out, infer(view.contiguous(), folded, precision="ieee", backend=backend))
 
