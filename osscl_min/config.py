@@ -2,7 +2,7 @@
 
 Sources: "paper" is OS-SCL (ICASSP 2025, arXiv 2509.13853); "code" is the authors' released code, which
 decides where the two differ; "ours" marks a choice of this package. Ranges are intervals: (0, 1] excludes 0
-and includes 1. A value outside its range is a UserError.
+and includes 1. `Settings` checks type and range of every field: a wrong value is a UserError.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ModelConfig(Settings):
     """The network."""
 
     audio: AudioConfig = field(default_factory=AudioConfig)
-    # maps that the encoder takes (paper)
+    # maps that the encoder takes (paper): the log-mel; Tgram and TFgram, of its size, learned from the wave
     inputs: tuple[Literal["log_mel", "tgram", "tfgram"], ...] = ("log_mel", "tgram", "tfgram")
     classes: Count = 41  # number of machines; 41 in DCASE 2020 Task 2 (code); training takes it from the data
     embedding: Annotated[int, "[2, inf)"] = 128  # dimensions of the embedding (code)
@@ -103,7 +103,8 @@ class TrainConfig(Settings):
     learning_rate: Positive = 1e-4
     # learning rate at the end of cosine annealing over the epochs (code)
     final_learning_rate: NonNegative = 1e-5
-    # decay of the moving average (EMA) of every float entry of the network, updated after every step (code)
+    # decay of the moving average (EMA) of every float entry of the network but frozen weights, updated after
+    # every step (code)
     ema_decay: Annotated[float, "[0, 1)"] = 0.9999
     # after the EMA's update, every float entry of the network is scaled by 1 - this (code); 0 turns this off
     student_decay: Annotated[float, "[0, 1)"] = 2e-6
@@ -136,7 +137,7 @@ class EngineConfig(Settings):
 
     # seconds between checkpoints within an epoch; each epoch ends with one
     checkpoint_seconds: NonNegative = 300.0
-    log_steps: Count = 20  # steps between two checks of the losses
+    log_steps: Count = 20  # steps between two looks at the losses, each of which waits for the device
     resident: Literal["auto", "yes", "no"] = "auto"  # keep all samples in GPU memory; auto: where they fit
     compile: bool = False  # torch.compile the network; on a CPU this takes minutes and gains little
     cuda_graph: Literal["auto", "no"] = "auto"  # auto: replay each step on a GPU, in a single process
@@ -150,9 +151,9 @@ class EvaluateConfig(Settings):
     precision: Precision = "fp32"  # precision of the network (code)
     bootstrap: Annotated[int, "[0, 1000000]"] = 1000  # resamples for 95 % intervals (ours); 0 omits them
     # exact: cross-entropy (paper); upstream: the same in float32, with ties at 0 (code); nearest: distance
-    # from the machine's training clips (ours); profile, gaussian: distances without the network (ours); auto:
-    # exact; for detectors of the preset small nearest, or profile if they recognise held-out recordings no
-    # better than by chance
+    # from the machine's training clips (ours); profile, gaussian: distances without the network (ours). auto:
+    # nearest for detectors of the preset small, or profile if they recognise held-out recordings no better
+    # than by chance; exact for all others
     score: Literal["auto", "exact", "upstream", "nearest", "profile", "gaussian"] = "auto"
 
 
@@ -175,7 +176,6 @@ _SHORT = TrainConfig(
     epochs=25,
     batch_size=16,
     learning_rate=1e-3,
-    final_learning_rate=1e-5,
     ema_decay=0.95,
     validation_fraction=0.1,
     keep="last",

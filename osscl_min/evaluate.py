@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.ndimage import maximum
 from tqdm import tqdm
 
 from osscl_min import checkpoint
@@ -99,8 +100,8 @@ class Scored:
     def rows_of(self, scores: np.ndarray) -> list[Score]:
         """The same with other scores."""
         return [
-            Score(printable(clip.path.name), *clip.machine, float(score), clip.anomaly, clip.subset)
-            for clip, score in zip(self.clips, scores, strict=True)
+            Score(printable(clip.path.name), *clip.machine, float(score), clip.anomaly, clip.subset, windows)
+            for clip, score, windows in zip(self.clips, scores, self.windows.tolist(), strict=True)
         ]
 
     @property
@@ -117,7 +118,6 @@ def score_clips(
     *,
     config: EvaluateConfig = EvaluateConfig(),
     positions: Sequence[int] | None = None,
-    description: str = "scoring",
     **changes: Any,
 ) -> Scored:
     """Score clips of a reader (all, or those at `positions`) against their own machines.
@@ -133,14 +133,13 @@ def score_clips(
     batches = batches_of(ranks.blocks(positions)[ranks.rank], config.batch_size, least=1)
     began, hidden = time.perf_counter(), None if ranks.first else True
     loaded = load_batches(reader, labels, batches, trained.device)
-    bar = {"total": len(batches), "desc": description, "unit": "batch", "disable": hidden, "leave": False}
-    loaded = tqdm(loaded, **bar)
+    loaded = tqdm(loaded, "scoring", len(batches), unit="batch", disable=hidden, leave=False)
     form = trained.form(config.score)
-    network = "upstream" if form == "upstream" else "exact"
-    own = score_batches(trained.model, front, loaded, config.precision, network, **changes)
-    parts = zip(*ranks.gather([value.numpy() for value in own]), strict=True)
+    of_network = "upstream" if form == "upstream" else "exact"
+    part = score_batches(trained.model, front, loaded, config.precision, of_network, **changes)
+    parts = zip(*ranks.gather([value.numpy() for value in part]), strict=True)
     labels, scores, predicted, embeddings, profiles = map(np.concatenate, parts)
-    forms = {network: scores}
+    forms = {of_network: scores}
     if trained.neighbours is not None:
         forms |= {name: trained.neighbours.scores(name, labels, embeddings, profiles) for name in FORMS}
     if missing := {" ".join(trained.classes[label]) for label in labels[np.isnan(forms[form])]}:
@@ -148,13 +147,11 @@ def score_clips(
             f"the checkpoint has too few training clips of {', '.join(sorted(missing))}; give --score exact"
         )
     recordings = reader.recordings[positions]
+    # of each recording, the window with the highest score
     highest = np.lexsort((forms[form], recordings))[np.flatnonzero(np.diff(np.sort(recordings), append=-1))]
     highest.sort()
-    for name, values in forms.items():
-        most = np.full(recordings.max() + 1, -np.inf)
-        with np.errstate(invalid="ignore"):  # NaN stays NaN
-            np.maximum.at(most, recordings, values)
-        forms[name] = most[recordings[highest]]
+    # NaN stays NaN
+    forms = {name: maximum(values, recordings, recordings[highest]) for name, values in forms.items()}
     clips = [reader.clips[position] for position in positions[highest]]
     windows = np.bincount(recordings)[recordings[highest]]
     kept = labels[highest], forms[form], predicted[highest], embeddings[highest], windows
@@ -218,18 +215,25 @@ def evaluate(
         for message in filter(None, (opened.report(), not_scored)) if ranks.first else ():
             tqdm.write(message)
         scored = score_clips(trained, opened.test, config=config, positions=positions)
-    form = trained.form(config.score)
     if not ranks.first:
         return {}
-    rows = scored.rows
+    form, rows = trained.form(config.score), scored.rows
     columns = ["file", "machine_type", "machine_id", "subset", "anomaly", "score", "recognised_as", "windows"]
     others = [name for name in scored.forms if name != form]
-    more = scored.windows.tolist(), *(scored.forms[name].tolist() for name in others)
+    more = [scored.forms[name].tolist() for name in others]
     write_csv(
         out / "scores.csv",
         [*columns, *others],
         [
-            [*astuple(row)[:3], row.subset, row.anomaly, row.score, " ".join(trained.classes[label]), *values]
+            [
+                *astuple(row)[:3],
+                row.subset,
+                row.anomaly,
+                row.score,
+                " ".join(trained.classes[label]),
+                row.windows,
+                *values,
+            ]
             for row, label, *values in zip(rows, scored.predicted, *more, strict=True)
         ],
     )

@@ -51,7 +51,9 @@ def mel_ticks(audio: AudioConfig) -> tuple[np.ndarray, list[int]]:
     """Positions of round frequencies on an axis that counts mel bands, and these frequencies (Hz)."""
     hertz = [f for f in (250, 500, 1000, 2000, 4000) if audio.f_min < f < audio.f_max]
     low, *mel, high = hz_to_mel(np.array([audio.f_min, *hertz, audio.f_max]))
-    return (np.array(mel) - low) / (high - low) * (audio.mels + 1) - 0.5, hertz  # band k's centre: k + 0.5
+    return (np.array(mel) - low) / (high - low) * (
+        audio.mels + 1
+    ) - 0.5, hertz  # band k, whose centre is edge k + 1, is drawn from k to k + 1
 
 
 class LogMel(nn.Module):
@@ -116,7 +118,7 @@ class ZeroPhaseFilter(nn.Module):
             self.order, cutoff, kind.replace("-", ""), fs=audio.sample_rate, output="sos"
         )
         self.rate = audio.sample_rate
-        self.gains: dict[tuple[int, torch.device], torch.Tensor] = {}  # by length
+        self.gains: dict[tuple[int, torch.device], torch.Tensor] = {}  # by length and device
 
     def gain(self, frequency: np.ndarray) -> np.ndarray:
         """Magnitude response of both passes at frequencies in Hz."""

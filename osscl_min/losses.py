@@ -24,7 +24,7 @@ def mixup(
     wave : (B, samples)
     log_mel : (B, 1, mels, frames), dB
     lam : float or 0-d tensor
-        lambda, the weight of the clip itself; one per batch, drawn from Beta(0.5, 0.5).
+        lambda, the weight of the clip itself; one per batch, drawn from Beta(alpha, alpha).
     permutation : (B,) int64
         Position of each clip's partner.
     """
@@ -47,8 +47,8 @@ def os_scl_loss(
 ) -> dict[str, torch.Tensor]:
     """lambda CE(logits, y_a) + (1 - lambda) CE(logits, y_b) + w SupCon(z, y_a); paper, section 2.
 
-    The margin sits on y_a's logit in both cross-entropies, and SupCon sees mixed features under y_a alone:
-    the partner mixed in is label noise, the "noise-supervised" part.
+    By default the margin sits on y_a's logit in both cross-entropies, and SupCon sees mixed features under
+    y_a alone: the partner mixed in is label noise, the "noise-supervised" part.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def os_scl_loss(
     share : float
         This rank's share of the clips of all ranks.
     clean : (B, D), optional
-        Of unit length, of the unmixed clips: SupCon's input where `config.contrastive` is "clean".
+        Of unit length, of the unmixed clips, for SupCon to take instead of `embedding`.
 
     Returns
     -------
@@ -75,11 +75,12 @@ def os_scl_loss(
     """
     own, partner = (logits, logits) if logits.dim() == 2 else logits.unbind(1)
     cross_entropy = lam * F.cross_entropy(own, labels) + (1 - lam) * F.cross_entropy(partner, partner_labels)
+    # the value of the global batch, with the gradient of this rank's share
     cross_entropy = global_sum(share * cross_entropy, group)
 
-    def supcon(features: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    def supcon(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         scale = {"temperature": config.temperature, "base_temperature": config.base_temperature}
-        return supcon_loss(features, classes, **scale, group=group)
+        return supcon_loss(features, targets, **scale, group=group)
 
     if config.contrastive == "none":
         contrastive = torch.zeros_like(cross_entropy)
@@ -98,7 +99,7 @@ def stage_loss(config: Config, epoch: int) -> LossConfig:
     """
     if not config.train.pretrain_epochs:
         return config.loss
-    if epoch < config.train.pretrain_epochs:
+    if epoch < config.train.pretrain_epochs:  # "noise" is SupCon of the batch as it is, here unmixed
         return replace(config.loss, mixup=False, contrastive="noise", cross_entropy_weight=0.0)
     return replace(config.loss, contrastive="none")
 

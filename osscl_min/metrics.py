@@ -22,7 +22,10 @@ from osscl_min.runtime.files import UserError, read_rows, write_csv, write_json
 from osscl_min.runtime.tables import percent
 
 MAX_FPR = 0.1  # pAUC's range of false-positive rates (DCASE 2020 Task 2)
-NAMES = ("auc_pooled", "pauc_pooled", "auc_id_mean", "pauc_id_mean", "mauc", "official")
+NAMES = {  # of the metrics, with their headings
+    "auc_pooled": "AUC pooled", "pauc_pooled": "pAUC pooled", "auc_id_mean": "AUC id-mean",
+    "pauc_id_mean": "pAUC id-mean", "mauc": "mAUC", "official": "AUC + pAUC, mean",
+}  # fmt: skip
 LOWEST_PAUC = (1 - MAX_FPR / (2 - MAX_FPR)) / 2  # McClish-standardised, where every anomaly scores lowest
 SCORE_FILE = re.compile(r"^(?:anomaly_score_(.+)_id_(.+)|(.+)_anomaly_score_id_(.+))\.csv$")
 
@@ -104,11 +107,11 @@ class Resampled:
         return None if math.isnan(value) else value
 
 
-def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
+def resampled(scores: Sequence[Score], times: int) -> Resampled:
     """AUC, pAUC and mAUC of the clips with known truth, and the same of `times` resamples of them.
 
     Each class of each id is resampled with one clip less than it has, which makes the variance of the
-    resamples unbiased. The draws follow from the seed and the clips' truth alone: the same clips in the same
+    resamples unbiased. The draws follow from the clips' truth alone: the same clips in the same
     order, scored by two systems, are resampled alike, so that systems can be compared draw by draw. Without
     a known truth, or with a score that is not finite, a UserError.
     """
@@ -128,28 +131,29 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
     counts: dict[tuple[str, ...], tuple[int, int]] = {}
 
     def both_areas(key: tuple[str, ...], own: np.ndarray) -> dict[str, np.ndarray]:
+        """AUC and pAUC of the clips at `own`, whose counts are noted under `key`."""
         counts[key] = int((truth[own] == 0).sum()), int((truth[own] == 1).sum())
         if not all(counts[key]):
             return dict.fromkeys(("auc", "pauc"), np.full(1 + times, np.nan))
         clips = truth[own], value[own], weight[:, own]
         return {"auc": weighted_auc(*clips), "pauc": weighted_auc(*clips, MAX_FPR)}
 
-    random, types = np.random.default_rng(seed), []
-    for kind, ids in sorted(groups.items(), key=lambda item: item[0].lower()):
+    random, types = np.random.default_rng(0), []
+    for machine_type, ids in sorted(groups.items(), key=lambda item: item[0].lower()):
         parts = []
-        for number, positions in sorted(ids.items(), key=lambda item: item[0].lower()):
+        for machine_id, positions in sorted(ids.items(), key=lambda item: item[0].lower()):
             own = np.array(positions)
             for drawn in (own[truth[own] == 0], own[truth[own] == 1]):
                 if len(drawn):
                     share = np.full(len(drawn), 1 / len(drawn))
                     weight[1:, drawn] = random.multinomial(max(1, len(drawn) - 1), share, times)
-            areas[kind, number] = both_areas((kind, number), own)
-            parts.append(areas[kind, number])
-        pooled = both_areas((kind,), np.concatenate(list(ids.values())))
+            areas[machine_type, machine_id] = both_areas((machine_type, machine_id), own)
+            parts.append(areas[machine_type, machine_id])
+        pooled = both_areas((machine_type,), np.concatenate(list(ids.values())))
         means = _over(np.mean, "auc", parts), _over(np.mean, "pauc", parts)
         values = (*pooled.values(), *means, _over(np.min, "auc", parts), sum(means) / 2)
-        areas[kind,] = dict(zip(NAMES, values, strict=True))
-        types.append(areas[kind,])
+        areas[machine_type,] = dict(zip(NAMES, values, strict=True))
+        types.append(areas[machine_type,])
     areas[()] = {name: _over(np.mean, name, types) for name in NAMES}
     counts[()] = int((truth == 0).sum()), int((truth == 1).sum())
     return Resampled(areas, counts)
@@ -158,7 +162,7 @@ def resampled(scores: Sequence[Score], times: int, seed: int = 0) -> Resampled:
 def _over(function: Callable[..., np.ndarray], name: str, parts: Sequence[dict]) -> np.ndarray:
     """The mean or minimum of a metric (1 + times,) over ids or types, without those that have none."""
     arrays = [part[name] for part in parts]
-    return function([a for a in arrays if not np.isnan(a[0])] or arrays, axis=0)
+    return function([a for a in arrays if not np.isnan(a[0])] or arrays, axis=0)  # all NaN: NaN
 
 
 def average(systems: Sequence[Resampled]) -> dict[str, Any]:
@@ -173,18 +177,18 @@ def average(systems: Sequence[Resampled]) -> dict[str, Any]:
     }
     mean = Resampled(areas, counts)
     levels: dict[int, list[dict[str, Any]]] = {2: [], 1: [], 0: []}
-    for key, names in areas.items():
+    for key, values in areas.items():
         entry: dict[str, Any] = dict(zip(("type", "id"), key, strict=False))
-        entry |= {name: mean.value(key, name) for name in names}
-        if len(next(iter(names.values()))) > 2:
-            entry["interval"] = {name: _bounds(mean, key, name) for name in names}
+        entry |= {name: mean.value(key, name) for name in values}
+        if len(next(iter(values.values()))) > 2:  # two resamples have a variance
+            entry["interval"] = {name: _bounds(mean, key, name) for name in values}
         if len(key) == 2:
             entry |= dict(zip(("normal", "anomaly"), counts[key], strict=True))
         levels[len(key)].append(entry)
     return {"ids": levels[2], "types": levels[1], "average": levels[0][0]}
 
 
-def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) -> dict[str, Any]:
+def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0) -> dict[str, Any]:
     """AUC, pAUC and mAUC per machine id, machine type and on average.
 
     Parameters
@@ -193,8 +197,6 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
         Clips without truth are left out.
     bootstrap : int
         Resamples of the clips, drawn within each id and class; 0 leaves the intervals out.
-    seed : int
-        Of the resampling.
 
     Returns
     -------
@@ -207,17 +209,18 @@ def evaluate_scores(scores: Sequence[Score], bootstrap: int = 0, seed: int = 0) 
     """
     if bootstrap < 0:
         raise UserError(f"--bootstrap {bootstrap}: give 0 or more")
-    return average([resampled(scores, bootstrap, seed)])
+    return average([resampled(scores, bootstrap)])
 
 
 def _bounds(system: Resampled, key: tuple[str, ...], name: str, level: float = 0.975) -> list[float] | None:
     """A 95 % interval of a metric over other clips (each side at `level`); None without both classes.
 
     Wilson's interval with as many trials as the variance of the resamples implies, at least the variance of
-    a share of `clips`, so that a perfect separation of few clips has a width. pAUC hangs on the few normal
-    clips within MAX_FPR: its centre is corrected by the bias of the resamples, which widens it too, and its
-    quantile is Student's with that many degrees of freedom. The lowest AUC of the ids lies between the lowest
-    of their lower and the lowest of their upper bounds. Measured coverage: results/statistics.md.
+    a share of an effective number of clips, so that a perfect separation of few clips has a width. pAUC hangs
+    on the few normal clips within MAX_FPR: its centre is corrected by the bias of the resamples, which widens
+    it too, and its quantile is Student's with that many degrees of freedom. The lowest AUC of the ids lies
+    between the lowest of their lower and the lowest of their upper bounds. Measured coverage:
+    results/statistics.md.
     """
     area = system.areas[key][name]
     if np.isnan(area[0]):
@@ -317,20 +320,9 @@ def table(metrics: dict[str, Any], more: Mapping[str, dict[str, Any]] = {}) -> l
 
     `metrics` comes from `evaluate_scores`; `more` has the averages of other scores or systems by name.
     """
-    rows = [
-        [
-            "machine type",
-            "AUC pooled",
-            "pAUC pooled",
-            "AUC id-mean",
-            "pAUC id-mean",
-            "mAUC",
-            "AUC + pAUC, mean",
-        ]
-    ]
+    rows = [["machine type", *NAMES.values()]]
     types = [(entry["type"], entry) for entry in metrics["types"]]
     others = [(f"average, {name}", entry) for name, entry in more.items()]
     for label, entry in (*types, ("average", metrics["average"]), *others):
-        bounds = entry.get("interval") or {}
-        rows.append([label, *(percent(entry.get(name), bounds.get(name)) for name in NAMES)])
+        rows.append([label, *(percent(entry, name) for name in NAMES)])
     return rows

@@ -10,7 +10,7 @@ import math
 
 import torch
 from osscl_kernels import LAYERS, fold_batchnorm, tfgram_infer, tfgram_train, update_running_statistics
-from osscl_kernels.tfgram_train import rows
+from osscl_kernels.tfgram_train import rows as values_per_channel
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,7 +55,7 @@ class TFgram(nn.Module):
             nn.Conv1d(x.inputs, x.outputs, x.kernel, x.stride, x.padding, x.dilation, bias=False)
             for x in LAYERS
         )
-        self.norm = nn.ModuleList(nn.BatchNorm1d(layer.outputs) for layer in LAYERS)
+        self.norm = nn.ModuleList(nn.BatchNorm1d(x.outputs) for x in LAYERS)
         for conv in self.conv:
             nn.init.xavier_uniform_(conv.weight)
 
@@ -68,25 +68,21 @@ class TFgram(nn.Module):
         result, means, variances = tfgram_train(
             wave, weights, gammas, betas, eps=self.norm[0].eps, hop=self.hop
         )
-        update_running_statistics(self.norm, means, variances, rows(wave, self.hop))
+        update_running_statistics(self.norm, means, variances, values_per_channel(wave, self.hop))
         return result
 
 
-class _OneValueSafe:
-    """BatchNorm that uses its running statistics for a single value per channel, where PyTorch's fails."""
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm1d and BatchNorm2d; a single value per channel, where PyTorch's fail, takes the running
+    statistics: a batch of one clip in training mode."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        """Any number of dimensions will do."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.numel() == x.shape[1]:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
-
-
-class BatchNorm1d(_OneValueSafe, nn.BatchNorm1d):
-    """BatchNorm1d that uses running statistics for a single value per channel."""
-
-
-class BatchNorm2d(_OneValueSafe, nn.BatchNorm2d):
-    """BatchNorm2d that uses running statistics for a single value per channel."""
 
 
 class ConvBlock(nn.Module):
@@ -95,7 +91,7 @@ class ConvBlock(nn.Module):
     def __init__(self, inputs, outputs, kernel, stride=1, padding=0, groups=1, linear=False):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = BatchNorm2d(outputs)
+        self.bn = BatchNorm(outputs)
         self.prelu = None if linear else nn.PReLU(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,13 +108,13 @@ class Bottleneck(nn.Module):
         inner = inputs * expansion
         self.conv = nn.Sequential(
             nn.Conv2d(inputs, inner, 1, bias=False),
-            BatchNorm2d(inner),
+            BatchNorm(inner),
             nn.PReLU(inner),
             nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
-            BatchNorm2d(inner),
+            BatchNorm(inner),
             nn.PReLU(inner),
             nn.Conv2d(inner, outputs, 1, bias=False),
-            BatchNorm2d(outputs),
+            BatchNorm(outputs),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,26 +128,23 @@ class MobileFaceNet(nn.Module):
     that, so a trained encoder fits one clip length.
     """
 
-    bottlenecks = ((2, 128, 2, 2), (4, 128, 2, 2), (4, 128, 2, 2))  # expansion, channels, repeats, stride
-
-    def __init__(self, maps: int, mels: int, frames: int, embedding: int = 128):
+    def __init__(self, inputs: int, mels: int, frames: int, embedding: int = 128):
         super().__init__()
-        self.conv1 = ConvBlock(maps, 64, 3, 2, 1)
+        self.conv1 = ConvBlock(inputs, 64, 3, 2, 1)
         self.dw_conv1 = ConvBlock(64, 64, 3, 1, 1, groups=64)
-        blocks, channels = [], 64
-        for expansion, outputs, repeats, stride in self.bottlenecks:
-            for repeat in range(repeats):
-                blocks.append(Bottleneck(channels, outputs, stride if repeat == 0 else 1, expansion))
-                channels = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.conv2 = ConvBlock(channels, 512, 1)
+        self.blocks = nn.Sequential(
+            Bottleneck(64, 128, stride=2, expansion=2),
+            Bottleneck(128, 128, stride=1, expansion=2),
+            *(Bottleneck(128, 128, stride, expansion=4) for stride in (2, 1, 2, 1)),
+        )
+        self.conv2 = ConvBlock(128, 512, 1)
         remaining = tuple(math.ceil(size / 16) for size in (mels, frames))
+        # convolutions, under the authors' names
         self.linear7 = ConvBlock(512, 512, remaining, groups=512, linear=True)
         self.linear1 = ConvBlock(512, embedding, 1, linear=True)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         maps = maps.contiguous(memory_format=torch.channels_last)  # the fastest layout for convolutions
@@ -167,18 +160,14 @@ class FeaturePerturbationHead(nn.Module):
 
     def __init__(self, embedding: int = 128, kind: str = "basic"):
         super().__init__()
-        half = embedding // 2
-
-        def activation() -> nn.Module:
-            return nn.ReLU() if kind == "basic" else nn.LeakyReLU(0.01)
-
+        half, activation = embedding // 2, nn.ReLU if kind == "basic" else nn.LeakyReLU  # of slope 0.01
         self.layers = nn.Sequential(
             nn.Linear(embedding, half),
             activation(),
-            BatchNorm1d(half),
+            BatchNorm(half),
             nn.Linear(half, embedding),
             activation(),
-            BatchNorm1d(embedding),
+            BatchNorm(embedding),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

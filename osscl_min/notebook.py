@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from osscl_min import checkpoint
 from osscl_min.config import AudioConfig, Config
@@ -12,28 +12,15 @@ from osscl_min.data.reader import Data, open_data
 from osscl_min.runtime.files import ROOT, UserError
 
 
-@dataclass(frozen=True)
-class OpenRun:
+class OpenRun(NamedTuple):
     """A run's folder, its detector, and its data."""
 
     folder: Path
     trained: checkpoint.Checkpoint
     data: Data
-
-    @property
-    def config(self) -> Config:
-        """The settings of its training."""
-        return self.trained.config
-
-    @property
-    def audio(self) -> AudioConfig:
-        """What a clip is for this detector."""
-        return self.config.model.audio
-
-    @property
-    def note(self) -> str:
-        """The end of a figure's title: simulated machines are always called synthetic."""
-        return " (synthetic data)" if self.data.dataset.synthetic else ""
+    config: Config
+    audio: AudioConfig
+    note: str  # the end of a figure's title: simulated machines are always called synthetic
 
 
 def run_folder() -> Path:
@@ -57,4 +44,5 @@ def open_run(*splits: str) -> OpenRun:
     counts = [f"{len(getattr(data, split))} {split} clips" for split in splits or ("train", "test")]
     source = "simulated machines, no recordings" if data.dataset.synthetic else data.dataset.root.name
     print(f"{source}: {', '.join(counts)}")
-    return OpenRun(run, trained, data)
+    note = " (synthetic data)" if data.dataset.synthetic else ""
+    return OpenRun(run, trained, data, trained.config, trained.config.model.audio, note)

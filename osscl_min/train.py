@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from osscl_min import checkpoint
 from osscl_min.augment import training_noise
-from osscl_min.checkpoint import Checkpoint
 from osscl_min.config import Config, TrainConfig, from_dict, to_dict, with_classes
 from osscl_min.data.batches import batches_of, load_batches, source_of, to_device
 from osscl_min.data.clips import BENCHMARK, label_table
@@ -55,12 +54,12 @@ def split_validation(
     """Positions of the clips to train on, sorted, and those of each recording that is held out.
 
     `recordings` (clips,) numbers each clip's recording from 0, `labels` (clips,) are classes, and `borrowed`
-    are the classes of machines that are not one's own. At least one recording is held out; see
-    `TrainConfig.hold_out`.
+    are the classes of machines that are not one's own (see `with_others`). At least one recording is held
+    out; see `TrainConfig.hold_out`.
     """
     count, fraction, last = recordings.max() + 1, config.validation_fraction, [np.array([], int)]
     own = len(np.unique(recordings[~np.isin(labels, borrowed)]))
-    enough = max(fraction, RESOLVING / own) if own >= 2.5 * RESOLVING else fraction
+    enough = max(fraction, RESOLVING / own) if own >= 2.5 * RESOLVING else fraction  # see hold_out
     for label in np.unique(labels) if config.hold_out == "last" else ():
         of_machine = np.unique(recordings[labels == label])
         number = math.ceil((fraction if label in borrowed else enough) * len(of_machine) - 1e-9)
@@ -86,11 +85,6 @@ def held_out_roles(
     half = len(np.concatenate(held_out[: (len(held_out) + 1) // 2]))
     choosing = np.arange(len(own)) < half
     return choosing, own & ~choosing
-
-
-def shuffled(positions: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch; it follows from seed and epoch alone."""
-    return np.random.default_rng([seed, 1, epoch]).permutation(positions)
 
 
 def draw_mixing(
@@ -191,7 +185,7 @@ def train(
                 "problems": dataset.problems,
                 "validation_files": sorted(printable(reader.clips[clips[0]].path.name) for clips in held_out),
             },
-            "classes": [list(machine) for machine in classes],
+            "classes": classes,
             "running": running,
             "provenance": provenance(where) | {"computed_by": trainer.computed_by},
         }
@@ -237,7 +231,7 @@ class Run:
     def batches(self) -> list[np.ndarray]:
         """The current epoch's batches, each of all ranks together."""
         train, ranks = self.trainer.config.train, self.trainer.ranks
-        order = shuffled(self.training, train.seed, self.epoch)
+        order = np.random.default_rng([train.seed, 1, self.epoch]).permutation(self.training)
         return batches_of(order, train.batch_size, 2 * ranks.world_size)
 
     def train_epoch(self) -> None:
@@ -246,18 +240,18 @@ class Run:
         trainer.start_epoch(self.epoch)
         batches = self.batches()
         todo = batches[self.step :]
-        own = [ranks.blocks(batch)[ranks.rank] for batch in todo]
+        blocks = [ranks.blocks(batch)[ranks.rank] for batch in todo]
         began, pending = time.perf_counter() - self.seconds, []
-        loaded = load_batches(self.source, self.labels, own, trainer.device)
+        loaded = load_batches(self.source, self.labels, blocks, trainer.device)
         for batch, (samples, labels) in zip(todo, loaded, strict=True):
-            step = self.step + len(pending)
+            step = self.step + len(pending)  # self.step counts those whose losses were looked at
             pending.append(self.train_step(step, batch, samples, labels))
             self.bar.update(len(batch))
             last = step + 1 == len(batches)
             due = time.perf_counter() - self.saved >= engine.checkpoint_seconds
-            # several processes must agree, so they stop only where all of them check
-            asked = ranks.world_size == 1 and (self.signals or due)
-            if not (last or asked or len(pending) >= engine.log_steps):
+            # several processes must agree, so they stop only where all of them look
+            look = ranks.world_size == 1 and (self.signals or due)
+            if not (last or look or len(pending) >= engine.log_steps):
                 continue
             # waits for the device
             values = torch.stack([torch.stack(list(losses.values())) for losses in pending]).tolist()
@@ -287,13 +281,13 @@ class Run:
         ranks, device, seed = trainer.ranks, trainer.device, config.train.seed
         sizes = [len(block) for block in ranks.blocks(batch)]
         lam, partners = draw_mixing(seed, self.epoch, step, config.loss.mixup_alpha, sizes)
-        partners, noise = to_device(partners[ranks.rank], device), None
+        partners, add_noise = to_device(partners[ranks.rank], device), None
         if device.type == "cuda":
             lam = to_device(np.array(lam, np.float32), device)
         if config.train.noise:
             random = np.random.default_rng([seed, 3, self.epoch, step, ranks.rank])
-            noise = training_noise(config.train.noise, config.model.audio, random)
-        wave, log_mel = trainer.front(samples, noise)
+            add_noise = training_noise(config.train.noise, config.model.audio, random)
+        wave, log_mel = trainer.front(samples, add_noise)
         return trainer.step(wave, log_mel, labels, lam, partners, share=len(labels) / len(batch))
 
     def finish_epoch(self) -> None:
@@ -306,7 +300,7 @@ class Run:
             choosing, calibrating = held_out_roles(self.held_out, self.labels, self.borrowed, train.keep)
             loss = scores[choosing].mean().item()
             if not math.isfinite(loss) or not trainer.is_finite():
-                self.fail(self.step - 1, f"the validation loss after it is {loss}")
+                self.fail(self.step - 1, f"the state or the validation loss after it is not finite ({loss})")
             # before the end of pre-training, a network cannot classify
             classifies = self.epoch >= train.pretrain_epochs
             if classifies and (train.keep == "last" or self.best is None or loss < self.best):
@@ -342,11 +336,8 @@ class Run:
         Returns a line on the latter.
         """
         trained = checkpoint.load(self.out / "best.pt", self.trainer.device)
-        if trained.neighbours is None and "recordings" in (trained.calibration or {}):
-            trained = self._with_neighbours(trained)
-        return trained.remark
-
-    def _with_neighbours(self, trained: Checkpoint) -> Checkpoint:
+        if trained.neighbours is not None or "recordings" not in (trained.calibration or {}):
+            return trained.remark
         recordings, seed = self.reader.recordings, self.trainer.config.train.seed
         kept = self.training[choose(self.labels[self.training], recordings[self.training], seed)]
         *_, embeddings, profiles = (value.numpy() for value in self.score(trained.model, kept))
@@ -356,7 +347,9 @@ class Run:
         calibrating = np.isin(recordings[held_out], trained.calibration["recordings"].numpy())
         forms = {form: neighbours.scores(form, labels, *described)[calibrating] for form in FORMS}
         ends = np.cumsum([len(clips) for clips in self.held_out])
-        recognised = int(sum(clips.mean() for clips in np.split(predicted == labels, ends[:-1])))
+        # a recording counts with its share of recognised clips; the sum is rounded down
+        recognised = int(sum(clips.mean() for clips in np.split(predicted == labels, ends[:-1])) + 1e-9)
+        # of naming the commonest machine always
         chance = np.bincount(self.labels[self.training]).max() / len(self.training)
         test = binomtest(recognised, len(ends), chance, alternative="greater")
         names = "labels", "recordings", "embeddings", "profiles"
@@ -373,7 +366,7 @@ class Run:
         }
         content = checkpoint.read(trained.path) | more
         checkpoint.save(trained.path, content, trained.config, trained.classes, trained.synthetic)
-        return checkpoint.load(trained.path)
+        return checkpoint.load(trained.path).remark
 
     def save(self) -> None:
         """Write last.pt, unless the state is not finite."""
@@ -426,7 +419,7 @@ class Run:
             self.trainer.load_state_dict(content)
             for name in POSITION:
                 setattr(self, name, content["position"][name])
-            names = "total", "cross_entropy", "contrastive"  # of the bare rows in files of version 0.1
+            names = "total", "cross_entropy", "contrastive"  # of the bare rows that older files have
             self.losses = [
                 row if isinstance(row, dict) else dict(zip(names, row, strict=True)) for row in self.losses
             ]
@@ -456,7 +449,7 @@ class Run:
 
     def _write_state(self, name: str) -> None:
         content = {
-            "position": {field: getattr(self, field) for field in POSITION},
+            "position": {key: getattr(self, key) for key in POSITION},
             "clips": self.about["data"]["clips"],
             "running": self.about["running"],
         }
@@ -468,8 +461,7 @@ class Run:
             "epoch": epoch,
             "computed_by": self.trainer.computed_by,
         } | content
-        classes = tuple(tuple(machine) for machine in self.about["classes"])
-        synthetic = self.about["data"]["synthetic"]
+        classes, synthetic = self.about["classes"], self.about["data"]["synthetic"]
         checkpoint.save(self.out / name, content, self.trainer.config, classes, synthetic)
 
 

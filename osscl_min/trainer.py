@@ -65,7 +65,7 @@ class Trainer:
             capturable=graphed,
             fused=True,
         )
-        # every float entry of the state, BatchNorm's statistics included, as in the authors' code
+        # every float entry but frozen weights, BatchNorm's statistics included, as in the authors' code
         frozen = {name for name, value in self.model.named_parameters() if not value.requires_grad}
         self._student, self._average = (
             [
@@ -76,15 +76,15 @@ class Trainer:
             for network in (self.model, self.ema)
         )
         self.computed_by = implementation(self.model.arcface.weight)
-        self._network: nn.Module = self.model
+        self._network: nn.Module = self.model  # as it is called: compiled or wrapped
         if config.engine.compile:
             self._network = torch.compile(self.model)
             self.computed_by += ", torch.compile"
         elif device.type == "cpu" and accelerate is not None:
-            self.computed_by = accelerate(self.model) or self.computed_by
+            self.computed_by = accelerate(self.model) or self.computed_by  # replaces layers' forward
         if ranks.group is not None:
-            with warnings.catch_warnings():  # of a new name for broadcast_buffers that older versions lack
-                warnings.simplefilter("ignore", FutureWarning)
+            # of a new name for broadcast_buffers that older versions lack
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 self._network = DistributedDataParallel(
                     self._network, broadcast_buffers=False, process_group=ranks.group
                 )
@@ -119,22 +119,20 @@ class Trainer:
         """
         batch = wave, log_mel, labels, lam, permutation
         full = len(labels) == self.config.train.batch_size and isinstance(lam, torch.Tensor)
-        if self.graph is None or not full:
-            return self.eager_step(*batch, share)
-        try:
-            return self.graph(*batch)
-        except CaptureError as error:
-            tqdm.write(f"steps run without a CUDA graph: {error}")
-            self.graph = None
-            return self.eager_step(*batch)
+        if self.graph is not None and full:
+            try:
+                return self.graph(*batch)
+            except CaptureError as error:
+                tqdm.write(f"steps run without a CUDA graph: {error}")
+                self.graph = None
+        return self.eager_step(*batch, share)
 
     def eager_step(self, wave, log_mel, labels, lam, permutation, share=1.0) -> dict[str, torch.Tensor]:
         """Mix the clips, run the network, compute the losses, update the student and then its EMA."""
         self.model.train()
-        wave, partner_labels, clean = wave.flatten(1), labels[permutation], None
-        mixed, lam = (
-            (mixup(wave, log_mel, lam, permutation), lam) if self.loss.mixup else ((wave, log_mel), 1.0)
-        )
+        partner_labels, clean = labels[permutation], None
+        lam = lam if self.loss.mixup else 1.0
+        mixed = mixup(wave, log_mel, lam, permutation) if self.loss.mixup else (wave, log_mel)
         margins = torch.stack([labels, partner_labels], 1) if self.loss.margin_on == "each" else labels
         logits, embedding = self.network(*mixed, margins)
         if self.loss.mixup and self.loss.contrastive == "clean":
@@ -143,15 +141,14 @@ class Trainer:
             logits, embedding, labels, partner_labels, lam, self.loss, self.ranks.group, share, clean
         )
         self.optimizer.zero_grad(set_to_none=True)
-        (
-            losses["total"] * self.ranks.world_size
-        ).backward()  # DistributedDataParallel averages over the ranks
+        total = losses["total"] * self.ranks.world_size  # DistributedDataParallel averages over the ranks
+        total.backward()
         self.optimizer.step()
-        self.average()
+        self.update_average()
         return {name: loss.detach() for name, loss in losses.items()}
 
     @torch.no_grad()
-    def average(self) -> None:
+    def update_average(self) -> None:
         """Update the EMA, then shrink the student."""
         torch._foreach_lerp_(self._average, self._student, 1 - self.config.train.ema_decay)
         if self.config.train.student_decay:
@@ -187,7 +184,7 @@ class Trainer:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(content["student"])
         self.ema.load_state_dict(content["ema"])
-        # this device's groups: whether the learning rate is a tensor depends on it
+        # keep this process's groups: their learning rate is a tensor on a GPU, else a number
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": groups})
 

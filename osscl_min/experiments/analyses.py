@@ -6,7 +6,6 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,10 @@ from osscl_min.experiments.sweep import Condition, Result, Values
 from osscl_min.features import LogMel, ZeroPhaseFilter, hz_to_mel, mel_to_hz
 from osscl_min.metrics import Score, measured
 from osscl_min.runtime.device import choose_device, prepare
-from osscl_min.runtime.files import UserError, printable, provenance, read_json
+from osscl_min.runtime.files import UserError, printable, provenance, read_json, write_json
+from osscl_min.runtime.plotting import save_all
+from osscl_min.runtime.tables import write_table
+from osscl_min.train import read_log
 
 CUTOFFS = (500.0, 1000.0, 2000.0, 3000.0, 4000.0, 5000.0, 6000.0, 7000.0)  # Hz
 SNRS = (20.0, 10.0, 0.0, -10.0)  # dB
@@ -37,11 +39,8 @@ def clip_noise(kind: str, snr: float, audio: AudioConfig) -> Callable[[torch.Ten
     """Adds noise to waves (B, samples); the noise of a clip follows from its samples alone."""
 
     def apply(wave: torch.Tensor) -> torch.Tensor:
-        seeds = [zlib.crc32(row.tobytes()) for row in wave.cpu().numpy()]
-        added = [
-            noise(kind, wave.shape[1], audio.sample_rate, np.random.default_rng([seed, NOISES.index(kind)]))
-            for seed in seeds
-        ]
+        seeds = ([zlib.crc32(row.tobytes()), NOISES.index(kind)] for row in wave.cpu().numpy())
+        added = [noise(kind, wave.shape[1], audio.sample_rate, np.random.default_rng(seed)) for seed in seeds]
         return add_noise(wave, np.stack(added), snr)
 
     return apply
@@ -62,17 +61,12 @@ def mel_bands(audio: AudioConfig, count: int) -> list[tuple[slice, float, float]
     ]
 
 
-def replace_band(
-    rows: slice, level: torch.Tensor | None = None
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Sets mel `rows` of log-mels (B, 1, mels, frames) to silence, or to `level` (classes, mels; dB)."""
+def replace_band(rows: slice, level: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Sets mel `rows` of log-mels (B, 1, mels, frames) to `level` (classes, mels; dB)."""
 
     def apply(log_mel: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         log_mel = log_mel.clone()
-        if level is None:
-            log_mel[:, :, rows] = 10 * np.log10(LogMel.floor)
-        else:
-            log_mel[:, :, rows] = level.to(log_mel)[labels][:, None, rows, None]
+        log_mel[:, :, rows] = level.to(log_mel)[labels][:, None, rows, None]
         return log_mel
 
     return apply
@@ -97,21 +91,16 @@ class Detector:
         positions = [position for position in known if clips[position] in chosen]
         return score_clips(self.trained, self.data.test, config=self.config, positions=positions, **changes)
 
-    @cached_property
-    def plain(self) -> Scored:
-        """The test clips as they are, scored once."""
-        return self.score()
 
-
-Examined = Iterator[tuple[dict[str, Any], Scored]]  # the settings of each condition and its test clips
+Examined = Iterator[tuple[dict[str, Any], dict[str, Any]]]  # settings of each condition; changes for `embed`
 
 
 def filtered(detector: Detector) -> Examined:
     """Test clips low-passed or high-passed; the detector stays as trained."""
-    yield {"filter": "none", "cutoff_hz": None}, detector.plain
+    yield {"filter": "none", "cutoff_hz": None}, {}
     for kind, cutoff in itertools.product(("low-pass", "high-pass"), detector.cutoffs):
         change = ZeroPhaseFilter(kind, cutoff, detector.trained.config.model.audio)
-        yield {"filter": kind, "cutoff_hz": cutoff}, detector.score(transform=change)
+        yield {"filter": kind, "cutoff_hz": cutoff}, {"transform": change}
 
 
 def occluded(detector: Detector) -> Examined:
@@ -119,36 +108,33 @@ def occluded(detector: Detector) -> Examined:
 
     The wave, which Tgram and TFgram take, stays whole.
     """
-    yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, detector.plain
-    fills = {"silence": None}
+    yield {"replaced_by": "nothing", "low_hz": None, "high_hz": None}, {}
+    audio = detector.trained.config.model.audio
+    silence = torch.full((len(detector.trained.classes), audio.mels), 10 * np.log10(LogMel.floor))
+    fills = {"silence": silence}
     if (near := detector.trained.neighbours) is not None:
-        fills["training mean"] = level = torch.zeros(len(detector.trained.classes), near.profiles.shape[2])
+        fills["training mean"] = level = torch.zeros_like(silence)
         for label in np.unique(near.labels):
             level[label] = torch.from_numpy(near.profiles[near.labels == label, 1].mean(0))
     for fill, level in fills.items():
-        for rows, low, high in mel_bands(detector.trained.config.model.audio, BANDS):
-            scored = detector.score(occlude=replace_band(rows, level))
-            yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, scored
+        for rows, low, high in mel_bands(audio, BANDS):
+            change = replace_band(rows, level)
+            yield {"replaced_by": fill, "low_hz": low, "high_hz": high}, {"occlude": change}
 
 
 def noisy(detector: Detector) -> Examined:
     """Test clips in white, pink and factory-like noise."""
-    yield {"noise": "none", "snr_db": None}, detector.plain
+    yield {"noise": "none", "snr_db": None}, {}
     for kind, snr in itertools.product(NOISES, SNRS):
         change = clip_noise(kind, snr, detector.trained.config.model.audio)
-        yield {"noise": kind, "snr_db": snr}, detector.score(transform=change)
-
-
-def embedded(detector: Detector) -> Examined:
-    """Test clips as they are, whose `separation` is measured."""
-    yield {}, detector.plain
+        yield {"noise": kind, "snr_db": snr}, {"transform": change}
 
 
 ANALYSES: dict[str, Callable[[Detector], Examined]] = {
     "high-frequency": filtered,
     "bands": occluded,
     "noise": noisy,
-    "embeddings": embedded,
+    "embeddings": lambda _: iter([({}, {})]),  # clips as they are, whose `separation` is measured
 }
 
 
@@ -175,16 +161,28 @@ def separation(scored: Scored) -> Values:
 def rows_of(name: str, detector: Detector) -> Iterator[tuple[dict[str, Any], list[Score], Values]]:
     """The settings, scores and values of a detector's rows: of an analysis, or else of its evaluation."""
     if name in ANALYSES:
-        for settings, scored in ANALYSES[name](detector):
+        for settings, changes in ANALYSES[name](detector):
+            scored = detector.score(**changes)
             yield settings, scored.rows, separation(scored) if name == "embeddings" else {}
         return
+    run = detector.trained.path.parent
     if name in SCORES:
-        for form, scores in sweep.scores_of_forms(detector.trained.path.parent).items():
+        for form, scores in sweep.scores_of_forms(run).items():
             yield {"score": form}, scores, {}
         return
     trained = sum(p.numel() for p in detector.trained.model.parameters() if p.requires_grad)
-    scores, values = sweep.evaluated(detector.trained.path.parent)
-    yield {}, scores, {"trained parameters (M)": trained / 1e6, **values}
+    evaluation, log = read_json(run / "evaluation" / "evaluation.json"), read_log(run)
+    accuracy = evaluation["identity_accuracy"]
+    yield (
+        {},
+        sweep.read_clip_scores(run / "evaluation"),
+        {
+            "trained parameters (M)": trained / 1e6,
+            "machine recognised (%)": None if accuracy is None else 100 * accuracy,
+            "s per epoch": float(np.mean([entry["seconds"] for entry in log])),
+            "kept epoch": evaluation["epoch"],
+        },
+    )
 
 
 def examine(
@@ -245,11 +243,16 @@ def examine(
 def finish(
     name: str, conditions: Sequence[Condition], about: Mapping[str, Any], out: Path | str, times: int
 ) -> Result:
-    """Keep the scores, and write the result with its tables and figures."""
-    sweep.keep_scores(conditions, Path(out) / f"{name.replace('-', '_')}_scores.csv")
+    """Keep the scores, and write the result as OUT/NAME.json, .md, .tex, .csv, .png and .pdf."""
+    stem = Path(out) / name.replace("-", "_")
+    sweep.keep_scores(conditions, Path(f"{stem}_scores.csv"))
     result = sweep.summarise(conditions, {"experiment": name, **about}, times)
-    sweep.write(result, out)
-    figures.write(result, out)
+    write_json(stem.with_suffix(".json"), result)
+    bound, draw = (sweep.BOUND, figures.curves) if name in figures.AXES else ("", figures.differences)
+    failed = [f"Failed: {run}: {line}" for run, line in result["failed"].items()]
+    notes = [sweep.NOTE, bound, sweep.origin(result), *failed]
+    write_table(stem, sweep.table(result), list(sweep.records(result)), notes)
+    save_all({stem.name: draw(result)}, stem.parent)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from sklearn.manifold import TSNE
 from osscl_min.checkpoint import load
 from osscl_min.experiments.sweep import Result, settings_of
 from osscl_min.runtime import plotting as plot
-from osscl_min.runtime.files import read_json
 
 AXES = {  # experiments whose rows differ in a number: title and axis
     "high-frequency": ("AUC ({}) of filtered test clips", "cut-off (kHz)"),
@@ -24,13 +22,6 @@ AXES = {  # experiments whose rows differ in a number: title and axis
 LINES = {"none": "unfiltered", "low-pass": "low-pass: what is below the cut-off stays",
          "high-pass": "high-pass: what is above the cut-off stays"}  # fmt: skip
 COLOURS = (plot.BLACK, plot.BLUE, plot.VERMILLION, plot.GREEN, plot.PURPLE, plot.ORANGE, plot.SKY, plot.GREY)
-
-
-def write(result: Result, out: Path | str) -> list[Path]:
-    """Draw an experiment's figure into OUT, as PNG and PDF."""
-    name = result["experiment"]
-    figure = curves(result) if name in AXES else differences(result)
-    return plot.save_all({name.replace("-", "_"): figure}, Path(out))
 
 
 def differences(result: Result) -> Figure:
@@ -55,7 +46,7 @@ def differences(result: Result) -> Figure:
         right.plot([], [], color=colour, linewidth=2, label=f"95 % interval (seeds and clips) {label}")
     left.set_yticks(range(len(rows)), [row.get("score", row["variant"]) for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
-    plot.legend_below(figure, [right])
+    plot.legend(figure, [right])
     return figure
 
 
@@ -88,16 +79,8 @@ def curves(result: Result, measure: str = "auc_id_mean") -> Figure:
                 ax.vlines(place, low, high, color=look["color"], alpha=0.5, linewidth=1)
         ax.axhline(50, color=plot.GREY, linestyle=":", linewidth=1, label="chance")
         ax.set(xlabel=label, ylabel="AUC (%)" if ax.get_subplotspec().is_first_col() else "")
-    plot.legend_below(figure, axes)
+    plot.legend(figure, axes)
     return figure
-
-
-def high_frequency(result: Path | str | Result, measure: str = "auc_id_mean") -> Figure:
-    """AUC against the cut-off of low-pass and high-pass filters: on average, and of each machine type.
-
-    `result` is high_frequency.json or its content; `measure` is "auc_id_mean" or "auc_pooled".
-    """
-    return curves(result if isinstance(result, Mapping) else read_json(result), measure)
 
 
 def first_filters(run: Path, synthetic: bool) -> Figure:
@@ -111,20 +94,15 @@ def first_filters(run: Path, synthetic: bool) -> Figure:
         tgram, tfgram = trained.model.tgram, trained.model.tfgram
         for title, layer in (("Tgram", tgram and tgram.extractor), ("TFgram", tfgram and tfgram.conv[0])):
             if layer is not None:
-                gain = torch.fft.rfft(layer.weight.detach()[:, 0].double(), 1024).abs()
-                gains.setdefault(title, {})[when] = gain.square().mean(0).sqrt().numpy()
+                power = torch.fft.rfft(layer.weight.detach()[:, 0].double(), 1024).abs().square().mean(0)
+                gains.setdefault(title, {})[when] = 10 * power.clamp(min=1e-12).log10().numpy()
     figure, axes = plot.panels("Mean response of the first convolutions", synthetic, list(gains), 2, (5, 2.6))
     nyquist = trained.config.model.audio.sample_rate / 2000  # kHz
     for ax, lines in zip(axes, gains.values(), strict=True):
         for (when, gain), colour in zip(lines.items(), (plot.GREY, plot.BLUE), strict=True):
-            ax.plot(
-                np.linspace(0, nyquist, len(gain)),
-                20 * np.log10(np.maximum(gain, 1e-6)),
-                color=colour,
-                label=when,
-            )
+            ax.plot(np.linspace(0, nyquist, len(gain)), gain, color=colour, label=when)
         ax.set(xlabel="frequency (kHz)", ylabel="gain (dB)")
-    plot.legend_below(figure, axes)
+    plot.legend(figure, axes)
     return figure
 
 

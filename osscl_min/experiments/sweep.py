@@ -26,10 +26,10 @@ from osscl_min.config import Config, EngineConfig, from_dict, to_dict, with_clas
 from osscl_min.data.clips import scan
 from osscl_min.evaluate import evaluate
 from osscl_min.metrics import NAMES, Resampled, Score, average, measured, resampled
-from osscl_min.runtime.files import UserError, locked, read_csv, read_json, safe_name, write_csv, write_json
+from osscl_min.runtime.files import UserError, locked, read_csv, read_json, safe_name, write_csv
 from osscl_min.runtime.settings import flat
-from osscl_min.runtime.tables import mean_text, write_table
-from osscl_min.train import read_log, train
+from osscl_min.runtime.tables import mean_text
+from osscl_min.train import train
 
 Changes = Mapping[str, Any]  # "loss.mixup" -> False
 Result = Mapping[str, Any]  # the content of an experiment's NAME.json, see `summarise`
@@ -176,17 +176,6 @@ def scores_of_forms(run: Path) -> dict[str, list[Score]]:
     return {form: read_clip_scores(run / "evaluation", column) for form, column in columns.items()}
 
 
-def evaluated(run: Path) -> tuple[list[Score], Values]:
-    """The scores of a finished run, and what its training took."""
-    evaluation, log = read_json(run / "evaluation" / "evaluation.json"), read_log(run)
-    accuracy = evaluation["identity_accuracy"]
-    return read_clip_scores(run / "evaluation"), {
-        "machine recognised (%)": None if accuracy is None else 100 * accuracy,
-        "s per epoch": float(np.mean([entry["seconds"] for entry in log])),
-        "kept epoch": evaluation["epoch"],
-    }
-
-
 @dataclass
 class Condition:
     """One row of an experiment: a variant, what was done to its test clips, and what came of it."""
@@ -313,10 +302,8 @@ def table(result: Result) -> list[list[str]]:
             line[heading] = f"{value:.0f}" if isinstance(value, float) else value or ""
         percent = {name: [value and 100 * value for value in row["each"][name]] for name in NAMES}
         for name, values in (percent | row["values"]).items():
-            heading = name.replace("auc", "AUC").replace("id_mean", "id-mean").replace("_", " ")
-            heading = heading.replace("official", "AUC + pAUC, mean")
             known = [value for value in values if value is not None]
-            line[heading] = mean_text(known, 1 if name in percent else 2) if known else ""
+            line[NAMES.get(name, name)] = mean_text(known, 1 if name in percent else 2) if known else ""
         line["difference"] = difference_text(row.get("difference"))
         lines.append(line | {"seeds": str(len(row["seeds"]))})
     headings = [heading for heading in lines[0] if any(line[heading] for line in lines)]
@@ -335,15 +322,6 @@ def records(result: Result) -> Iterator[dict[str, Any]]:
                 **{measure: entry[measure] for measure in NAMES},
                 **{f"difference_{key}": change.get(key) for key in ("mean", "interval", "clear")},
             }
-
-
-def write(result: Result, out: Path | str) -> None:
-    """Write a result as OUT/NAME.json, .md, .tex and .csv."""
-    stem = Path(out) / result["experiment"].replace("-", "_")
-    write_json(stem.with_suffix(".json"), result)
-    bound = BOUND if result["experiment"] in ("high-frequency", "bands", "noise") else ""
-    failed = [f"Failed: {run}: {line}" for run, line in result["failed"].items()]
-    write_table(stem, table(result), list(records(result)), [NOTE, bound, origin(result), *failed])
 
 
 ABOUT = ("file", "machine_type", "machine_id", "subset", "anomaly")

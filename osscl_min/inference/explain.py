@@ -17,7 +17,7 @@ from osscl_min.features import hz_to_mel, mel_ticks, mel_to_hz, to_wave
 from osscl_min.inference.recordings import Recording, Scorer
 from osscl_min.neighbours import FORMS
 from osscl_min.runtime.files import UserError
-from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend_below, panels, picture, signed
+from osscl_min.runtime.plotting import BLUE, GREY, VERMILLION, legend, panels, picture, signed
 
 COLUMNS = 1500  # of a spectrogram at most; a longer recording's frames are averaged
 BANDS, PARTS = 16, 10  # patches of an explanation, over frequency and over time
@@ -82,7 +82,7 @@ def timeline(scorer: Scorer, recording: Recording, threshold: float | None) -> F
     above.set(yscale="linear" if scorer.form in FORMS else "log", ylabel="anomaly score")
     _draw_log_mel(below, scorer.audio, spectrogram(scorer, recording), 0, length)
     below.set_xlim(0, length)
-    legend_below(figure, [above])
+    legend(figure, [above])
     return figure
 
 

@@ -17,7 +17,7 @@ from osscl_min import checkpoint
 from osscl_min.config import AudioConfig
 from osscl_min.data.clips import Clip
 from osscl_min.data.reader import Reader, open_data
-from osscl_min.experiments.figures import draw_map, high_frequency
+from osscl_min.experiments.figures import curves, draw_map
 from osscl_min.experiments.sweep import read_clip_scores
 from osscl_min.features import LogMel, mel_ticks, to_wave
 from osscl_min.metrics import MAX_FPR, auc
@@ -156,16 +156,16 @@ def training_curves(run: Path) -> Figure:
         "learning rate": {"learning_rate": plot.PURPLE},
     }
     figure, axes = plot.panels("Training", synthetic, list(panels), 2, (4.8, 2.7), sharex=True)
-    for ax, curves in zip(axes, panels.values(), strict=True):
-        for name, colour in curves.items():
-            label = name.replace("_", "-") if len(curves) > 1 else None
+    for ax, drawn in zip(axes, panels.values(), strict=True):
+        for name, colour in drawn.items():
+            label = name.replace("_", "-") if len(drawn) > 1 else None
             epochs, values = zip(*((entry["epoch"], entry[name]) for entry in log), strict=True)
             ax.plot(epochs, values, ".-" if len(log) < 40 else "-", color=colour, label=label)
         ax.axvline(kept, color=plot.GREY, linestyle=":", linewidth=1.2, label=f"epoch {kept}, kept")
         ax.set(xlabel="epoch", ylim=(0, 1.06 * ax.dataLim.ymax or 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[3].ticklabel_format(axis="y", scilimits=(0, 0))
-    plot.legend_below(figure, axes)
+    plot.legend(figure, axes)
     return figure
 
 
@@ -176,7 +176,7 @@ def score_histograms(evaluation: Path) -> Figure:
     scores = np.concatenate([values for _, values, _ in types.values()])
     for ax, (truth, values, _) in zip(axes, types.values(), strict=True):
         _histogram(ax, truth, values, scores)
-    plot.legend_below(figure, axes)
+    plot.legend(figure, axes)
     return figure
 
 
@@ -211,7 +211,7 @@ def machine_intervals(evaluation: Path) -> Figure:
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set(xlabel="AUC (%), 95 % interval", xlim=(min(45, ax.get_xlim()[0]), 101))
-    plot.legend_below(figure, [ax])
+    plot.legend(figure, [ax])
     return figure
 
 
@@ -231,7 +231,7 @@ def roc_curves(evaluation: Path, untrained: Path | None = None) -> Figure:
             ax.set_title(f"{name}: AUC pooled {100 * area:.1f} %", fontsize=10.5)
         ax.plot([0, 1], [0, 1], color=plot.GREY, linestyle=":", linewidth=1, label="chance")
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="false-positive rate", ylabel="true-positive rate")
-    plot.legend_below(figure, axes)
+    plot.legend(figure, axes)
     return figure
 
 
@@ -251,7 +251,7 @@ def embedding_map(evaluation: Path, seed: int = 0) -> Figure:
     figure, (ax,) = plot.panels(title, _is_synthetic(evaluation), [""], size=(8.5, 6))
     draw_map(ax, embeddings, types, truths == "1", seed)
     ax.spines[:].set_visible(False)
-    plot.legend(figure, [ax], "right center", title="machine type")
+    plot.legend(figure, [ax], "right center", title="machine type", ncols=1)
     return figure
 
 
@@ -277,5 +277,5 @@ def draw(run: Path, data: Path | str | None = None) -> dict[str, Figure]:
     if (evaluation / "embeddings.npz").is_file():
         figures["embeddings"] = embedding_map(evaluation)
     if (ablation := run / "high_frequency" / "high_frequency.json").is_file():
-        figures["high_frequency"] = high_frequency(ablation)
+        figures["high_frequency"] = curves(read_json(ablation))
     return figures

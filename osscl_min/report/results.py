@@ -85,7 +85,7 @@ def results_table(run: Path) -> Table:
             accuracy = evaluation["identity_accuracy"]
             recognised[label] = "-" if accuracy is None else f"{100 * accuracy:.1f}"
             if name == "evaluation":
-                forms = evaluation.get("forms", {})  # files of version 0.1 have none
+                forms = evaluation.get("forms", {})  # older files have none
                 others = {form: entry for form, entry in forms.items() if form != evaluation["score"]}
     rows = table(trained, others | ({"untrained": before} if before else {}))
     return [[*row, recognised.get(row[0], "")] for row in rows]
@@ -95,19 +95,14 @@ def machines_table(run: Path) -> Table:
     """AUC and pAUC of each machine in percent."""
     rows = [["type", "id", "normal", "anomalous", "AUC", "pAUC"]]
     for entry in read_metrics(run / "evaluation")["ids"]:
-        bounds = entry.get("interval", {})
-        areas = [percent(entry[name], bounds.get(name)) for name in ("auc", "pauc")]
+        areas = [percent(entry, name) for name in ("auc", "pauc")]
         rows.append([*(str(entry[name]) for name in ("type", "id", "normal", "anomaly")), *areas])
     return rows
 
 
 def headline(run: Path) -> str:
     """Mean AUC with its interval, trained and untrained, in one sentence."""
-    means = [
-        percent(average["auc_id_mean"], average.get("interval", {}).get("auc_id_mean"))
-        for average in averages(run)
-        if average
-    ]
+    means = [percent(average, "auc_id_mean") for average in averages(run) if average]
     if not means:
         return "No test clip has a known truth: there are scores and nothing to measure."
     what = "Mean AUC in percent (mean over the machines of a type, then over the types)"

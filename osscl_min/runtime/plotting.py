@@ -47,14 +47,10 @@ def panels(
 
 
 def legend(figure: Figure, axes: Sequence[Axes], place: str = "lower center", **look: Any) -> None:
-    """One legend for several panels, outside them; a label that they share appears once."""
+    """One legend for several panels, outside them, in a few columns; a label that they share appears once."""
     found = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    look = {"ncols": 4 if figure.get_figwidth() > 9 else 2} | look
     figure.legend(found.values(), found.keys(), loc=f"outside {place}", frameon=False, **look)
-
-
-def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    """The legend of several panels in a few columns."""
-    legend(figure, axes, ncols=4 if figure.get_figwidth() > 9 else 2)
 
 
 def picture(

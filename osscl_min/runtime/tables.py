@@ -50,10 +50,11 @@ def write_table(
         write_csv(f"{stem}.csv", list(records[0]), [[r[name] for name in records[0]] for r in records])
 
 
-def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """A fraction in percent, with its interval where there is one; "-" for None."""
-    if value is None:
+def percent(entry: Mapping[str, Any], name: str) -> str:
+    """A metric of an entry in percent, with its interval where there is one; "-" for none."""
+    if (value := entry.get(name)) is None:
         return "-"
+    interval = (entry.get("interval") or {}).get(name)
     bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
     return f"{100 * value:.2f}{bounds}"
 

@@ -75,7 +75,10 @@ def test_bands_cover_the_rows_once_and_their_edges_are_the_filters():
 def test_a_band_is_replaced_by_silence_or_its_machines_level(wave):
     log_mel, labels = LogMel(AUDIO)(wave), torch.tensor([0, 1, 1, 0])
     levels = -torch.arange(256.0).reshape(2, 128)
-    for level, expected in ((None, -100.0), (levels, levels[labels][:, None, 16:32, None])):
+    for level, expected in (
+        (torch.full((2, 128), -100.0), -100.0),
+        (levels, levels[labels][:, None, 16:32, None]),
+    ):
         changed = replace_band(slice(16, 32), level)(log_mel, labels)
         assert (changed[:, :, 16:32] == expected).all()
         assert torch.equal(changed[:, :, :16], log_mel[:, :, :16])

@@ -14,7 +14,7 @@ from osscl_min.data.clips import Clip
 from osscl_min.data.reader import open_data
 from osscl_min.features import LogMel, to_wave
 from osscl_min.report import figures
-from osscl_min.runtime.files import UserError, read_json, write_json
+from osscl_min.runtime.files import UserError, read_json
 from osscl_min.runtime.plotting import BLUE, VERMILLION
 from osscl_min.train import read_log
 
@@ -140,11 +140,10 @@ def test_embedding_map_has_a_point_per_clip_and_repeats(tiny_run):
     assert "48 test clips" in first.get_suptitle()
 
 
-def test_high_frequency_is_the_file(tiny_run, tmp_path):
-    path = tiny_run / "high_frequency" / "high_frequency.json"
-    content = read_json(path)
+def test_high_frequency_is_the_file(tiny_run):
+    content = read_json(tiny_run / "high_frequency" / "high_frequency.json")
     for measure in ("auc_id_mean", "auc_pooled"):
-        average, fan = figures.high_frequency(path, measure).axes[:2]
+        average, fan = figures.curves(content, measure).axes[:2]
         assert (average.get_title(), fan.get_title()) == ("average", "fan")
         for ax, take in ((average, lambda m: m["average"]), (fan, lambda m: m["types"][0])):
             expected = [100 * take(condition["metrics"])[measure] for condition in content["conditions"]]
@@ -156,6 +155,5 @@ def test_high_frequency_is_the_file(tiny_run, tmp_path):
     for condition in content["conditions"]:
         for entry in (condition["metrics"]["average"], *condition["metrics"]["types"]):
             del entry["interval"]
-    write_json(tmp_path / "without.json", content)
-    drawn = lines(figures.high_frequency(tmp_path / "without.json").axes[0])
+    drawn = lines(figures.curves(content).axes[0])
     assert drawn["unfiltered"].get_ydata()[0] > 0
