@@ -42,7 +42,7 @@ class Checkpoint:
     epoch: int | None  # epochs trained; None for the authors' files
     synthetic: bool = False  # trained on simulated machines
     # "labels", "recordings", "scores" and those of neighbours.FORMS, (n,), of held-out normal clips of one's
-    # own machines that did not choose the epoch; files of version 0.1 have labels and scores alone, one clip
+    # own machines that did not choose the epoch; older files have labels and scores alone, one clip
     # per recording
     calibration: dict[str, torch.Tensor] | None = None
     neighbours: Neighbours | None = None
@@ -114,11 +114,7 @@ def refusing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        why = (
-            f"it has no entry {error}"
-            if isinstance(error, KeyError)
-            else (str(error).splitlines() or ["?"])[0]
-        )
+        why = f"it has no entry {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise UserError(f"{printable(path)}: not a readable checkpoint of this package: {why}") from error
 
 
@@ -139,10 +135,8 @@ def read(path: Path | str) -> dict[str, Any]:
         except Exception as error:  # what torch raises depends on where the file is damaged
             if isinstance(error, OSError):
                 raise ValueError(error.strerror) from error
-            if not path.stat().st_size:
-                raise ValueError("it is empty") from error
             if not zipfile.is_zipfile(path):
-                raise ValueError("it is no PyTorch file, or only a part of one") from error
+                raise ValueError("it is empty, no PyTorch file, or only a part of one") from error
             raise ValueError("it is damaged, or holds more than tensors and plain values") from error
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
@@ -199,12 +193,11 @@ def _ours(path: Path, content: dict[str, Any]) -> Checkpoint:
     neighbours = content.get("neighbours")
     if neighbours is not None:
         neighbours = Neighbours(**{name: value.numpy() for name, value in neighbours.items()})
-        if not np.isin(neighbours.labels, np.arange(len(classes))).all():
-            raise ValueError("its training clips are of unknown machines")
-        clips, size = len(neighbours.labels), (config.model.embedding, config.model.audio.mels)
+        known, clips = np.isin(neighbours.labels, np.arange(len(classes))).all(), len(neighbours.labels)
+        size = config.model.embedding, config.model.audio.mels
         shapes = [getattr(neighbours, name).shape for name in ("recordings", "embeddings", "profiles")]
-        if shapes != [(clips,), (clips, size[0]), (clips, 3, size[1])]:
-            raise ValueError("its training clips do not fit its configuration")
+        if not known or shapes != [(clips,), (clips, size[0]), (clips, 3, size[1])]:
+            raise ValueError("its training clips do not fit its machines or its configuration")
     trained = Checkpoint(
         path,
         model,
@@ -261,10 +254,9 @@ def _upstream_name(name: str) -> str:
 
 def _live_entries(model: OSSCL) -> dict[str, tuple[str, torch.Tensor]]:
     """The authors' name -> (our name, tensor) of every entry but the batch counters."""
-    state = model.state_dict()
     return {
         _upstream_name(name): (name, value)
-        for name, value in state.items()
+        for name, value in model.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
 
@@ -298,16 +290,14 @@ def load_upstream_state(model: OSSCL, state: Mapping[str, torch.Tensor]) -> OSSC
         raise UserError(
             f"not a checkpoint of this model: {len(missing)} entries are missing, first {missing[0]}"
         )
-    loaded = {}
     for name, value in state.items():
         if name in live:
-            ours, tensor = live[name]
+            tensor = live[name][1]
             if value.shape != tensor.shape:
                 raise UserError(
                     f"checkpoint of another configuration: {name} has shape {tuple(value.shape)}, "
                     f"the model {tuple(tensor.shape)}"
                 )
-            loaded[ours] = value
         elif not (
             UPSTREAM_UNUSED.match(name)
             or name.endswith("num_batches_tracked")
@@ -315,5 +305,5 @@ def load_upstream_state(model: OSSCL, state: Mapping[str, torch.Tensor]) -> OSSC
             or (model.tfgram is None and name.startswith("TFgramNet."))
         ):
             raise UserError(f"not a checkpoint of this model: unknown entry {name}")
-    model.load_state_dict({**model.state_dict(), **loaded})
+    model.load_state_dict({ours: state[name] for name, (ours, _) in live.items()}, strict=False)
     return model

@@ -212,7 +212,7 @@ def evaluate(
                 f"{data}: no test clips; expected files such as TYPE/test/normal_id_00_00000000.wav"
             )
         positions, not_scored = known_machines(trained, opened.test)
-        for message in filter(None, (opened.report(), not_scored)) if ranks.first else ():
+        for message in filter(None, (opened.dataset.report(), not_scored)) if ranks.first else ():
             tqdm.write(message)
         scored = score_clips(trained, opened.test, config=config, positions=positions)
     if not ranks.first:

@@ -73,36 +73,27 @@ class Neighbours:
         spread = np.sqrt((deviations**2).mean(0) + means.var(0))
         return (log_mel - means.mean(0)[:, None]) / np.maximum(spread, 1e-6)[:, None]
 
-    @cached_property
-    def _within(self) -> dict[str, np.ndarray]:
-        """Distance of each clip from its machine's nearest other recordings; NaN where there is none."""
-        distances = {name: np.full(len(self.labels), np.nan) for name in FORMS["nearest"]}
-        for label in np.unique(self.labels):
-            own = np.flatnonzero(self.labels == label)
-            same = self.recordings[own, None] == self.recordings[own]
-            for name, values in distances.items():
-                points = getattr(self, name)[own]
-                values[own] = _nearest(np.where(same, np.nan, cdist(points, points)))
-        return distances
+    def _within(self, name: str, label: int) -> np.ndarray:
+        """Distances of a machine's clips from its nearest other recordings, where there are any."""
+        own = self.labels == label
+        points, recordings = getattr(self, name)[own], self.recordings[own]
+        same = recordings[:, None] == recordings
+        distances = _nearest(np.where(same, np.nan, cdist(points, points)))
+        return distances[~np.isnan(distances)]
 
-    def _moments(self, name: str, label: int) -> tuple[float, float]:
-        """Mean and deviation of the distances within a machine; the average over all machines where it has
+    @cached_property
+    def _moments(self) -> dict[tuple[str, int], tuple[float, float]]:
+        """Mean and deviation of the distances within each machine; the average over all machines where it has
         fewer than three recordings or all distances are equal."""
-        own = self._within[name][self.labels == label]
-        own = own[~np.isnan(own)]
-        few = len(np.unique(self.recordings[self.labels == label])) < 3
-        return self._typical[name] if few or not own.std() else (own.mean(), own.std(ddof=1))
-
-    @cached_property
-    def _typical(self) -> dict[str, tuple[float, float]]:
-        """Mean and deviation of the distances within a machine, averaged over machines."""
-        typical = {}
-        for name, values in self._within.items():
-            groups = [values[self.labels == label] for label in np.unique(self.labels)]
-            groups = [own[~np.isnan(own)] for own in groups]
-            moments = [(own.mean(), own.std(ddof=1)) for own in groups if len(own) > 1 and own.std() > 0]
-            typical[name] = tuple(np.mean(moments, axis=0)) if moments else (0.0, 1.0)
-        return typical
+        labels, moments = np.unique(self.labels), {}
+        few = [label for label in labels if len(np.unique(self.recordings[self.labels == label])) < 3]
+        for name in FORMS["nearest"]:
+            within = {label: self._within(name, label) for label in labels}
+            own = {label: (d.mean(), d.std(ddof=1)) for label, d in within.items() if d.size and d.std()}
+            typical = tuple(np.mean(list(own.values()), axis=0)) if own else (0.0, 1.0)
+            for label in labels:
+                moments[name, label] = typical if label in few else own.get(label, typical)
+        return moments
 
     def scores(
         self, form: str, labels: np.ndarray, embeddings: np.ndarray, profiles: np.ndarray
@@ -120,13 +111,12 @@ class Neighbours:
         points = {"embeddings": embeddings, "levels": profiles[:, 0]}
         for label in np.intersect1d(labels, self.labels):
             chosen, own = np.flatnonzero(labels == label), self.labels == label
-            if form == "gaussian":
-                if own.sum() > 1:
-                    result[chosen] = _mahalanobis(self.profiles[own, 1:], profiles[chosen, 1:])
-                continue
-            result[chosen] = 0
+            if form != "gaussian":
+                result[chosen] = 0
+            elif own.sum() > 1:
+                result[chosen] = _mahalanobis(self.profiles[own, 1:], profiles[chosen, 1:])
             for name in FORMS[form]:
-                mean, deviation = self._moments(name, label)
+                mean, deviation = self._moments[name, label]
                 distance = _nearest(cdist(points[name][chosen], getattr(self, name)[own]))
                 result[chosen] += (distance - mean) / deviation
         return result
@@ -134,9 +124,8 @@ class Neighbours:
 
 def _nearest(distances: np.ndarray) -> np.ndarray:
     """(m, n) -> mean of each row's NEAREST smallest; NaN is no neighbour."""
-    nearest = np.sort(distances, axis=1)[:, :NEAREST]
-    count = np.maximum((~np.isnan(nearest)).sum(1), 1)
-    return np.where(np.isnan(nearest[:, 0]), np.nan, np.nansum(nearest, axis=1) / count)
+    nearest = np.ma.masked_invalid(np.sort(distances, axis=1)[:, :NEAREST])
+    return nearest.mean(axis=1).filled(np.nan)
 
 
 def _mahalanobis(own: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -155,8 +155,8 @@ def train(
         if others is not None:
             opened = with_others(opened, others, config.model.audio, out, strict)
         dataset, reader = opened.dataset, opened.train
-        if opened.report():
-            say(opened.report())
+        if report := dataset.report():
+            say(report)
         classes = label_table(reader.clips, benchmark=config.preset == "paper" or None)
         recordings = len(set(reader.recordings.tolist()))
         if recordings < 4 or len(reader) < 4 * ranks.world_size:

@@ -52,8 +52,8 @@ def test_clips_of_one_recording_are_not_neighbours():
     twice = kept(*(np.repeat(a, 2, axis=0) for a in (labels, embeddings, profiles)), np.arange(24) // 2)
     # each clip twice: the two nearest are now both copies of the nearest one, in another recording
     apart = np.linalg.norm(profiles[:6, None, 0] - profiles[None, :6, 0], axis=2) + np.diag([np.inf] * 6)
-    np.testing.assert_allclose(twice._within["levels"][:12:2], apart.min(1))
-    assert (twice._within["levels"][:12:2] < one._within["levels"][:6]).all()
+    np.testing.assert_allclose(twice._within("levels", 0)[::2], apart.min(1))
+    assert (twice._within("levels", 0)[::2] < one._within("levels", 0)).all()
 
 
 def test_deviation_is_from_all_frames_of_the_machines_clips():

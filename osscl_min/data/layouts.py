@@ -64,15 +64,11 @@ class Layout:
     unlabelled: str = "evaluation"  # subset of test clips whose path does not tell their truth
     distinctive: bool = True  # whether the path of a single file is evidence of the layout
 
-    def match(self, path: PurePath) -> dict[str, str] | None:
-        """The groups of `pattern`, "" where one is missing; None where the path does not fit."""
+    def match(self, path: PurePath) -> dict[str, str]:
+        """The groups of `pattern`, "" where one is missing; empty where the path does not fit."""
         match = re.fullmatch(self.pattern, path.with_suffix("").as_posix())
-        if not match:
-            return None
-        groups = defaultdict(str)
-        for name, value in match.groupdict("").items():
-            groups[name.rstrip("_")] = groups[name.rstrip("_")] or value
-        return groups
+        groups = reversed(match.groupdict().items()) if match else ()
+        return defaultdict(str, {name.rstrip("_"): value for name, value in groups if value})
 
     def read(self, root: Path, names: Iterable[PurePath], truth: Truth) -> dict[Path, Clip | str]:
         """For every sound file its clip, or the reason why it is none."""
@@ -80,7 +76,7 @@ class Layout:
 
     def _clip(self, root: Path, name: PurePath, truth: Truth) -> Clip | str:
         groups = self.match(name)
-        if groups is None:
+        if not groups:
             return f"does not fit the layout {self.name}: {self.expected}"
         split = "train" if groups["split"] in ("", "train") else "test"
         anomaly, subset = int(groups["state"] != "normal") if groups["state"] else None, "development"
@@ -149,7 +145,7 @@ def recognise(names: Sequence[PurePosixPath]) -> Layout:
 
     def fit(layout: Layout) -> tuple[int, int]:
         resembling = sum(bool(re.fullmatch(layout.file_pattern, name.stem)) for name in names)
-        return sum(layout.match(name) is not None for name in names), resembling
+        return sum(bool(layout.match(name)) for name in names), resembling
 
     return max(LAYOUTS, key=fit)
 

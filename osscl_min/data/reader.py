@@ -74,10 +74,6 @@ class Data:
     train: Reader | None = None  # None if not asked for; may be empty
     test: Reader | None = None
 
-    def report(self) -> str:
-        """What is not used and why, and what was done to the rest, as lines to print."""
-        return self.dataset.report()
-
 
 def open_data(
     path: Path | str,
@@ -135,12 +131,9 @@ def with_others(own: Data, others: Path | str, audio: AudioConfig, run: Path, st
             f"{' id '.join(min(same))}; give one of them another type or id"
         )
     first, second, name = own.dataset, added.dataset, added.dataset.root.name
-    dataset = replace(
-        first,
-        clips=first.clips + second.clips,
-        problems=first.problems | {f"{name}/{file}": why for file, why in second.problems.items()},
-        remarks=first.remarks + second.remarks,
-        usage=first.usage | {f"{name}/{split}": text for split, text in second.usage.items()},
-    )
+    first.clips += second.clips
+    first.problems |= {f"{name}/{file}": why for file, why in second.problems.items()}
+    first.remarks += second.remarks
+    first.usage |= {f"{name}/{split}": text for split, text in second.usage.items()}
     rows = zip(own.train.clips + added.train.clips, own.train.rows + added.train.rows, strict=True)
-    return Data(dataset, Reader(dict(rows), own.train.length))
+    return Data(first, Reader(dict(rows), own.train.length))

@@ -42,11 +42,7 @@ class Threshold:
     blocks: int  # of the recording that is judged
     rank: int  # which of the highest maxima is the threshold; 0 where they are too few to resolve the rate
     maxima: np.ndarray  # of the normal recordings' first blocks, sorted
-
-    @property
-    def value(self) -> float | None:
-        """The threshold; None where the normal recordings are too few to resolve the rate."""
-        return float(self.maxima[-self.rank]) if self.rank else None
+    value: float | None  # the threshold; None where the normal recordings are too few to resolve the rate
 
     def p_value(self, score: float) -> float:
         """The probability that the highest window of a normal recording scores as high."""
@@ -108,4 +104,4 @@ class Calibration:
             more = recordings_needed(self.rate) - np.count_nonzero(lengths >= windows)
             length = f" of {windows} windows" if windows > 1 else ""
             source += f"; {100 * self.rate:g} % false alarms need {more} more{length}"
-        return Threshold(source, blocks, rank, maxima)
+        return Threshold(source, blocks, rank, maxima, float(maxima[-rank]) if rank else None)

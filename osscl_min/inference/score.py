@@ -46,20 +46,6 @@ def shared(scorer: Scorer, files: Iterable[str | Recording], ranks: Ranks) -> It
             yield from part
 
 
-def calibrate(scorer: Scorer, rate: float, recordings: Iterable[Recording] = ()) -> Calibration:
-    """Thresholds from the checkpoint's held-out clips and from further normal recordings.
-
-    These are scored already and were never trained on. Each file counts once, however long it is.
-    """
-    machines, scores = scorer.trained.held_out(scorer.form)
-    for recording in {os.path.realpath(recording.file): recording for recording in recordings}.values():
-        if recording.problem:
-            raise UserError(f"--calibrate: {printable(recording.file)}: {recording.problem}")
-        machines.append(recording.machine)
-        scores.append(recording.scores[~np.isnan(recording.scores)])
-    return Calibration(machines, scores, rate)
-
-
 @dataclass
 class Summary:
     """Counts over all files, and the most anomalous files."""
@@ -189,7 +175,13 @@ def score(
     scorer, summary = Scorer(trained, **options), Summary()
     with joined(where) as ranks:
         normal = list(shared(scorer, expand(calibrate_with), ranks))
-        calibration = calibrate(scorer, rate, normal)
+        machines, scores = trained.held_out(scorer.form)
+        for recording in {os.path.realpath(each.file): each for each in normal}.values():  # each file once
+            if recording.problem:
+                raise UserError(f"--calibrate: {printable(recording.file)}: {recording.problem}")
+            machines.append(recording.machine)
+            scores.append(recording.scores[~np.isnan(recording.scores)])
+        calibration = Calibration(machines, scores, rate)
         scored, hidden = shared(scorer, expand(files), ranks), None if ranks.first else True
         with _tables(*((csv_path, json_path) if ranks.first else (None, None))) as add:
             for recording in tqdm(scored, "scoring", unit="file", disable=hidden, leave=False):

@@ -46,7 +46,7 @@ def test_mimii_channel_zero_is_the_default_and_another_can_be_chosen(tmp_path):
     eight = soundfile.read(root / "fan/id_00/normal/00000000.wav", dtype="int16")[0]
     data = open_data(root, AUDIO, splits=["train"])
     np.testing.assert_array_equal(data.train.read([0])[0], eight[:, 0])
-    assert "2 files with several channels, channel 0 taken" in data.report()
+    assert "2 files with several channels, channel 0 taken" in data.dataset.report()
     third = open_data(root, AUDIO, splits=["train"], channel=3)
     np.testing.assert_array_equal(third.train.read([0])[0], eight[:, 3])
     with pytest.raises(UserError, match="no channel 8"):

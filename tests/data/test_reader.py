@@ -65,7 +65,7 @@ def test_every_clip_is_what_its_file_holds_there(data):
             np.testing.assert_array_equal(row, decode(clip.path, AUDIO, start=clip.start)[0])
     whole = soundfile.read(opened.train.clips[-1].path, dtype="int16")[0]
     np.testing.assert_array_equal(opened.train.read([3, 4, 5, 6]).ravel(), whole)
-    assert opened.report().splitlines()[:2] == [
+    assert opened.dataset.report().splitlines()[:2] == [
         "train: 7 clips of 1 s from 3 recordings, 7 of 8 s used",
         "test: 4 clips of 1 s from 1 recording, 3 of 3 s used",
     ]
@@ -80,7 +80,7 @@ def test_short_recordings_are_as_without_a_step(data):
     one, other = open_data(data, AUDIO, splits=["train"]), open_data(data, FIRST, splits=["train"])
     assert one.train.clips == other.train.clips and vars(one.dataset) == vars(other.dataset)
     np.testing.assert_array_equal(one.train.read([0, 1]), other.train.read([0, 1]))
-    assert one.report() == "train: 2 clips of 1 s from 2 recordings, 2 of 3 s used"
+    assert one.dataset.report() == "train: 2 clips of 1 s from 2 recordings, 2 of 3 s used"
 
 
 def test_a_silent_part_is_not_used_and_named(data):
@@ -90,13 +90,13 @@ def test_a_silent_part_is_not_used_and_named(data):
     opened = open_data(data, AUDIO, splits=["train"])
     assert opened.dataset.problems == {"fan/c/x.wav at 1 s": "silent"}
     assert starts(opened.train)[-3:] == [("c", 0), ("c", 2), ("c", 3)]
-    assert "train: 6 clips of 1 s from 3 recordings, 6 of 8 s used" in opened.report()
+    assert "train: 6 clips of 1 s from 3 recordings, 6 of 8 s used" in opened.dataset.report()
 
 
 @pytest.mark.parametrize("step", [0.5, 1.0, 3.0])
 def test_a_store_is_its_folder_and_serves_the_first_clips_too(data, tmp_path, step):
     audio = replace(AUDIO, clip_step=step)
-    assert open_data(data, audio).report() in pack(data, tmp_path / "store", audio)
+    assert open_data(data, audio).dataset.report() in pack(data, tmp_path / "store", audio)
     for served in (audio, FIRST):
         same(data, tmp_path / "store", served)
     with refused(f"one every {step:g} s, .* --seconds 1 --step 0.25$"):
@@ -118,7 +118,7 @@ def test_other_machines_are_cut_alike(data, tmp_path):
         np.testing.assert_array_equal(row, decode(clip.path, AUDIO, start=clip.start)[0])
     assert both.dataset.problems.keys() == {"more/saw/x/bad.wav"}
     assert both.train.recordings.tolist() == [0, 0, 1, 2, 2, 2, 2, 3, 3]
-    assert "more/train: 2 clips of 1 s from 1 recording, 2 of 2 s used" in both.report()
+    assert "more/train: 2 clips of 1 s from 1 recording, 2 of 2 s used" in both.dataset.report()
 
 
 @pytest.mark.slow

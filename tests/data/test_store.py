@@ -5,11 +5,10 @@ import os
 import re
 import shutil
 import subprocess
-import time
 
 import numpy as np
 import pytest
-from conftest import COMMAND, contents, environment, noise, refused, write_sound
+from conftest import COMMAND, contents, environment, kill_when, noise, refused, write_sound
 
 from osscl_min.config import AudioConfig
 from osscl_min.data import store as module
@@ -42,7 +41,7 @@ def same(folder, store, audio=AUDIO):
     """Assert that a folder and its store are the same data."""
     here, there = open_data(folder, audio), open_data(store, audio)
     assert isinstance(here.train, FolderReader) and isinstance(there.train, StoreReader)
-    assert vars(here.dataset) == vars(there.dataset) and here.report() == there.report()
+    assert vars(here.dataset) == vars(there.dataset) and here.dataset.report() == there.dataset.report()
     for split in ("train", "test"):
         one, other = getattr(here, split), getattr(there, split)
         assert one.clips == other.clips and (one.recordings == other.recordings).all()
@@ -109,7 +108,7 @@ def test_verify_finds_what_size_and_time_hide(data, tmp_path):
     assert text[1] == "fan/test/id_02_00000000.wav: damaged in test.int16; test packed again"
     assert text[0].startswith("fan/train/normal_id_00_00000001.wav: other content, though")
     assert "16 decoded, 0 kept" in text[-1]
-    assert len(text) == 2 + len(open_data(data, AUDIO).report().splitlines()) + 1
+    assert len(text) == 2 + len(open_data(data, AUDIO).dataset.report().splitlines()) + 1
     same(data, store)
 
 
@@ -120,13 +119,9 @@ def test_kill_9_while_packing(data, tmp_path):
         os.link(first, first.with_stem(f"normal_id_00_{k + 100:08d}"))
     store = tmp_path / "store"
     command = [*COMMAND, "pack", data, store, "--jobs", "2", "--seconds", "1", "--step", "0"]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    index, noted = store / "index.jsonl", 0
-    while process.poll() is None and noted < 60:
-        noted = index.read_bytes().count(b"\n") if index.is_file() else 0
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    index, options = store / "index.jsonl", {"stderr": subprocess.DEVNULL, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment(), **options)
+    kill_when(process, lambda: index.is_file() and index.read_bytes().count(b"\n") >= 60)
     with refused("store: its packing was not finished; run the same `pack` again"):
         open_data(store, AUDIO)
     with open(index, "a") as file:  # the last line may be half there
