@@ -160,7 +160,7 @@ def commands(preset: Config) -> dict[str, Callable]:
         folder(out)
         options = {"config": config, "device": device, "strict": strict}
         result = load("evaluate").evaluate(checkpoint, data, out, **options)
-        if not first_process():
+        if not result:
             return None
         if result["metrics"] is None:
             return f"scored {result['clips']} clips, none with a known truth: {out / 'scores.csv'}"
@@ -293,14 +293,9 @@ def load(name: str) -> Any:
     return import_module(f"osscl_min.{name}")
 
 
-def first_process() -> bool:
-    """Whether this process prints results: the only one, or the first of torchrun's."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def show(text: object) -> None:
-    """Print in the first process."""
-    if first_process():
+    """Print in the first process: the only one, or the first of torchrun's."""
+    if os.environ.get("RANK", "0") == "0":
         print(text)
 
 
