@@ -8,7 +8,8 @@ import re
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,16 @@ def put(place, content):
         place.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def kill_when(process, reached, after=0.0):
+    """Kill -9 a process, the first of its session, and what it started, `after` seconds after `reached()`."""
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    time.sleep(after)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def contents(folder):
     """Every regular file below a folder, by its name there, with a digest of its content."""
     return {
@@ -147,6 +158,30 @@ def osscl(monkeypatch, capfd):
         return status, *capfd.readouterr()
 
     return run
+
+
+@pytest.fixture
+def help_text(osscl, monkeypatch):
+    """Gives the help of a command, 100 columns wide."""
+    for name, value in {"COLUMNS": "100", "LINES": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments):
+        with redirect_stdout(io.StringIO()) as text:  # of no encoding: boxes are in ASCII
+            osscl(*arguments, "--help")
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())
+        return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+    return run
+
+
+@pytest.fixture
+def poisoned():
+    """Every fresh tensor holds NaN (bytes: 255) until something is written there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device="cuda" if torch.cuda.is_available() else "cpu").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

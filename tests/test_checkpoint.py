@@ -48,35 +48,28 @@ FIRST = "mobilefacenet.conv1.conv.weight"  # by which the authors' checkpoints a
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("added", "content", "message"),
     [
-        ({"format": 1, "bad": Malicious()}, "more than tensors and plain values"),
-        ([1, 2], "it holds a list"),
-        ({"a": torch.zeros(1)}, "neither this package's entries nor those"),
-        ({3: "mobilefacenet"}, "neither this package's entries nor those"),
-        ({FIRST: 3}, "no attribute 'shape'"),
-        ({FIRST: torch.zeros(64, 3, 3, 3)}, "entries are missing"),
+        (False, {"format": 1, "bad": Malicious()}, "more than tensors and plain values"),
+        (False, [1, 2], "it holds a list"),
+        (False, {"a": torch.zeros(1)}, "neither this package's entries nor those"),
+        (False, {3: "mobilefacenet"}, "neither this package's entries nor those"),
+        (False, {FIRST: 3}, "no attribute 'shape'"),
+        (False, {FIRST: torch.zeros(64, 3, 3, 3)}, "entries are missing"),
+        (True, {"format": 99}, "format 99, this version reads 1"),
+        (True, {"config": {"modle": 1}}, "unknown setting modle"),
+        (True, {"classes": [["fan", "00"]]}, "it names 1 machines for 2 classes"),
+        (True, {"classes": [["fan", 0], ["pump", 0]]}, "not named by texts"),
+        (True, {"ema": {}}, "its weights do not fit its configuration"),
+        (
+            True,
+            {"calibration": {"labels": torch.tensor([7]), "scores": torch.zeros(1)}},
+            "calibration scores",
+        ),
     ],
 )
-def test_files_that_are_no_checkpoint(content, message, tmp_path, capsys):
-    torch.save(content, tmp_path / "some.pt")
-    with refused(message):
+def test_what_is_no_checkpoint_is_named_and_runs_no_code(valid, tmp_path, capsys, added, content, message):
+    torch.save(checkpoint.read(valid) | content if added else content, tmp_path / "some.pt")
+    with refused(f"some.pt: not a readable checkpoint of this package: .*{message}"):
         checkpoint.load(tmp_path / "some.pt")
     assert "ran" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("entry", "value", "message"),
-    [
-        ("format", 99, "format 99, this version reads 1"),
-        ("config", {"modle": 1}, "unknown setting modle"),
-        ("classes", [["fan", "00"]], "it names 1 machines for 2 classes"),
-        ("classes", [["fan", 0], ["pump", 0]], "not named by texts"),
-        ("ema", {}, "its weights do not fit its configuration"),
-        ("calibration", {"labels": torch.tensor([7]), "scores": torch.zeros(1)}, "calibration scores"),
-    ],
-)
-def test_wrong_entries_are_named(valid, tmp_path, entry, value, message):
-    torch.save(checkpoint.read(valid) | {entry: value}, tmp_path / "wrong.pt")
-    with refused(f"wrong.pt: not a readable checkpoint of this package: .*{message}"):
-        checkpoint.load(tmp_path / "wrong.pt")

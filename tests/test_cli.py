@@ -8,7 +8,6 @@ import sys
 
 import pytest
 from conftest import COMMAND, ROOT, contents, environment, refused
-from test_surface import help_text
 
 from osscl_min import __version__, cli
 from osscl_min.runtime.files import UserError
@@ -24,7 +23,7 @@ def test_version(osscl):
 
 
 @pytest.mark.parametrize(("preset", "seconds"), [("quick", "2.0"), ("paper", "10.0")])
-def test_the_preset_gives_the_defaults(preset, seconds):
+def test_the_preset_gives_the_defaults(preset, seconds, help_text):
     text = " ".join(help_text("train", "--preset", preset).split())
     assert f"(default: {seconds})" in text and f"(default: {preset})" in text
 

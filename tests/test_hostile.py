@@ -200,14 +200,9 @@ CHECKPOINTS = {
     "list": changed(lambda content: [1, 2, 3]),
     "tensor": changed(lambda content: torch.zeros(3)),
     "no-format": with_entry("format"),
-    "format-99": with_entry("format", 99),
     "no-config": with_entry("config"),
     "config-text": with_entry("config", "paper"),
-    "unknown-setting": with_entry("config/model/head", "tail"),
-    "infinite-scale": with_entry("config/model/scale", float("inf")),
-    "negative-length": with_entry("config/model/audio/seconds", -1.0),
     "no-ema": with_entry("ema"),
-    "no-weight": with_entry(WEIGHT),
     "no-synthetic": with_entry("synthetic"),
     "ema-list": with_entry("ema", []),
     "epoch-text": with_entry("epoch", "three"),
@@ -216,13 +211,11 @@ CHECKPOINTS = {
     "weight-shape": with_entry(WEIGHT, torch.zeros(2, 2)),
     "nan-weights": changed(nan_weights),
     "no-classes": with_entry("classes"),
-    "short-classes": changed(lambda content: content["classes"].pop() and None),
     "classes-numbers": with_entry("classes", [1, 2, 3]),
     "classes-text": with_entry("classes", "fan"),
     "no-epoch": with_entry("epoch"),
     "calibration-text": with_entry("calibration", "none"),
     "calibration-uneven": with_entry("calibration", {"labels": LABELS, "scores": VALUES[:2]}),
-    "calibration-labels": with_entry("calibration", {"labels": LABELS + 99, "scores": VALUES}),
     "calibration-recordings": with_entry("calibration/recordings", LABELS),
     "calibration-no-form": with_entry("calibration/nearest"),
     "neighbours-shape": with_entry("neighbours/profiles", VALUES),
@@ -242,12 +235,9 @@ for kind in ("empty", "text", "cut", "list", "no-config", "no-ema", "sound"):
 
 RANGES = {
     TRAIN: """
-        --train.epochs 0 | --train.learning-rate nan | --train.pretrain-epochs 1 | --loss.temperature 0
-        --train.validation-fraction 2 | --loss.mixup-alpha nan | --model.audio.seconds 1e9 0.01
-        --model.audio.f-max 9000 nan | --model.audio.f-min 8000 | --model.audio.mels 100000 -1
-        --model.audio.n-fft -1 | --model.scale inf | --model.margin 10 | --model.embedding 0
-        --evaluate.bootstrap -1 | --seeds a 1,,2 -1 | --engine.checkpoint-seconds nan | --trian.epochs 3
-        --device cuda cuda:7 tpu cpu:x""",
+        --train.learning-rate nan | --loss.temperature 0 | --model.audio.seconds 1e9 | --model.embedding 0
+        --model.audio.f-min 8000 | --model.audio.mels 100000 | --engine.checkpoint-seconds nan | --seeds -1
+        --trian.epochs 3 | --device cuda cuda:7 tpu cpu:x""",
     EVALUATE: "--bootstrap -1 | --batch-size 0 -3 | --device cuda",
     SCORE: """
         --batch-size 0 -1 | --window-step 0 -1 nan | --false-alarm-rate 0 1 nan -0.1 | --machine rocket
@@ -265,7 +255,6 @@ for command, options in RANGES.items():
     for option, *values in filter(None, map(str.split, options.replace("\n", "|").split("|"))):
         values = [value for value in values if value != "cuda" or not torch.cuda.is_available()]
         case("range", "|".join(f"{command} {option}={value}" for value in values), status=(2, 3))
-case("no seeds", "ablate scores --data data --out new --seeds")
 case("one epoch", "ablate training --data data --out new --preset quick --train.epochs 1", status=(1, 2))
 case("latin-1 names", "score best.pt -", given=b"data/fan/test/normal\xe4.wav\n", status=(1, 2))
 case("no names", "score best.pt -")

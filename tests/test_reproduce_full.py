@@ -4,15 +4,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, kill_when
 from test_download import Zenodo, miniature
 
 from osscl_min.data.clips import BENCHMARK
@@ -58,15 +56,6 @@ def start(checkout, zenodo):
     command = ["bash", "reproduce.sh", "--full", "--preset", "quick", "--device", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=checkout, env=environment, start_new_session=True, **pipes)
-
-
-def kill_when(process, reached):
-    """Kill -9 the script and everything that it started as soon as `reached()`."""
-    while not reached():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 @pytest.mark.slow

@@ -3,36 +3,15 @@
 `tests/golden/surface.txt` holds it. After a decided change: `python tests/test_surface.py`.
 """
 
-import contextlib
 import csv
-import io
 import json
-import os
 import re
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 COMMANDS = "synth download inspect pack train evaluate score metrics ablate report bench".split()
-
-
-def help_text(*arguments):
-    """The help of a command, 100 columns wide."""
-    from osscl_min import cli
-
-    text = io.StringIO()
-    wide = {"COLUMNS": "100", "LINES": "50", "NO_COLOR": "1", "TERM": "dumb"}
-    with (
-        mock.patch.dict(os.environ, wide),
-        mock.patch.object(sys, "argv", ["osscl", *arguments, "--help"]),
-        contextlib.redirect_stdout(text),
-        contextlib.suppress(SystemExit),
-    ):
-        cli.main()
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
 def keys(value):
@@ -78,7 +57,7 @@ def compare(parts, request):
         assert text == golden[name], f"{name}: a decided change? Then: python tests/test_surface.py"
 
 
-def test_help(request):
+def test_help(request, help_text):
     compare({"osscl": help_text(), **{f"osscl {name}": help_text(name) for name in COMMANDS}}, request)
 
 

@@ -54,14 +54,9 @@ def test_the_run_folder(uninterrupted):
     assert initial.epoch == 0 and not equal(initial.model.state_dict(), best.model.state_dict())
 
 
-def test_the_same_seed_gives_bit_identical_losses(data, uninterrupted, tmp_path):
-    train.train(data, tmp_path, TINY)
-    same = ("total", "cross_entropy", "contrastive", "validation_loss")
-    for a, b in zip(train.read_log(uninterrupted), train.read_log(tmp_path), strict=True):
-        assert [a[key] for key in same] == [b[key] for key in same]
-    assert equal(state(uninterrupted / "last.pt"), state(tmp_path / "last.pt"))
-    train.train(data, tmp_path / "other", replace(TINY, train=replace(TINY.train, epochs=1, seed=1)))
-    assert train.read_log(tmp_path / "other")[0]["total"] != train.read_log(tmp_path)[0]["total"]
+def test_another_seed_gives_other_losses(data, uninterrupted, tmp_path):
+    train.train(data, tmp_path, replace(TINY, train=replace(TINY.train, epochs=1, seed=1)))
+    assert train.read_log(tmp_path)[0]["total"] != train.read_log(uninterrupted)[0]["total"]
 
 
 def test_a_folder_with_another_run_is_refused(data, uninterrupted, tmp_path):

@@ -284,6 +284,7 @@ def test_hostile_files_are_listed_and_the_rest_is_scored(command, clip, tmp_path
     folder, latin = tmp_path / "fan/id_00", os.fsdecode(b"latin-\xe9.wav")
     copy(clip, *(folder / name for name in ("good.wav", latin, "._hidden.wav")))
     (folder / "bad.wav").write_text("no sound")
+    (folder / "dangling.wav").symlink_to("nothing")
     (folder / "loop").symlink_to(tmp_path)
     os.mkfifo(folder / "pipe.wav")
     copy(clip, tmp_path / "mp3/a.mp3")
@@ -291,6 +292,7 @@ def test_hostile_files_are_listed_and_the_rest_is_scored(command, clip, tmp_path
     (tmp_path / "list.csv").write_text("nothing,of,the,kind\n")
     inside = {
         "bad.wav": "not a readable sound file",
+        "dangling.wav": "cannot be read (No such file or directory)",
         "good.wav": "",
         "latin-\\xe9.wav": "its name is not UTF-8",
         "pipe.wav": "not a regular file",
@@ -308,9 +310,9 @@ def test_hostile_files_are_listed_and_the_rest_is_scored(command, clip, tmp_path
     tables = ["--json", tmp_path / "s.json", "--csv", tmp_path / "s.csv"]
     status, out, _ = command("-", *tables, names=[tmp_path / "fan", *given])
     assert status == 1 and "files scored: 1" in out and out.encode("utf-8")
-    assert f"files not scored: {len(given) + 3}; windows not scored: 0" in out
+    assert f"files not scored: {len(given) + 4}; windows not scored: 0" in out
     assert f"{tmp_path / 'gone.wav'}: no such file" in out
     rows = json.loads((tmp_path / "s.json").read_text())
-    assert [Path(row["file"]).name for row in rows[:4]] == list(inside)  # once, in spite of the loop
+    assert [Path(row["file"]).name for row in rows[:5]] == list(inside)  # once, in spite of the loop
     for row, problem in zip(rows, [*inside.values(), *given.values()], strict=True):
         assert problem in row["problem"] and bool(row["problem"]) == (row["score"] is None)

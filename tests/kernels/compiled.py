@@ -6,29 +6,18 @@ On a GPU the kernels run there; elsewhere, `emulated` executes what Triton compi
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from osscl_kernels import supcon_loss, supcon_loss_ref
+from hardware import DEVICE, error, python
+from osscl_kernels import backend, supcon_loss, supcon_loss_ref
 from osscl_kernels.tfgram_infer import LAYERS, Folded, tfgram_infer, tfgram_infer_ref
 from osscl_kernels.tfgram_train import tfgram_train, tfgram_train_ref
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton chooses between its compiler and its interpreter when it is imported, for the whole process.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-only_compiled = pytest.mark.skipif(INTERPRETED, reason="run by test_in_a_process_that_compiles")
-children = pytest.mark.parametrize(
-    "which",
-    [
-        pytest.param("not exhaustive", marks=pytest.mark.slow),
-        pytest.param("exhaustive", marks=pytest.mark.exhaustive),
-    ],
-)
+only_compiled = pytest.mark.skipif(backend.INTERPRETED, reason="run by test_in_a_process_that_compiles")
 KERNELS = ("supcon", "tfgram_infer", "tfgram_train")
 # Sizes of a case; the first is the one of the ordinary suite.
 SIZES = {
@@ -61,15 +50,12 @@ class Case:
     def errors(self) -> dict[str, tuple[float, float]]:
         """Error and budget of each result."""
         results, exact, plain = RUNNERS[self.kernel](self.precision, *self.size)
-        norm = self.kernel == "tfgram_train"
         rounding = FLOOR[self.kernel] + ROUNDING.get((self.kernel, self.precision), 0.0)
-        return {
-            name: (
-                error(results[name], exact[name], norm),
-                2 * error(plain[name], exact[name], norm) + rounding,
-            )
-            for name in exact
-        }
+        ours, theirs = (
+            {name: error(values[name], exact[name], norm=self.kernel == "tfgram_train") for name in exact}
+            for values in (results, plain)
+        )
+        return {name: (ours[name], 2 * theirs[name] + rounding) for name in exact}
 
 
 def cases(small: bool = False) -> Iterator[Case]:
@@ -79,14 +65,6 @@ def cases(small: bool = False) -> Iterator[Case]:
         for precision in precisions[1:]:  # the first is "auto"
             for size in SIZES[kernel][: 1 if small else None]:
                 yield Case(kernel, precision, size)
-
-
-def error(value: torch.Tensor, exact: torch.Tensor, norm: bool) -> float:
-    """Of the largest entry, or of the Euclidean norm; NaN where a result is not finite."""
-    assert value.shape == exact.shape
-    difference, exact = value.cpu().double() - exact.cpu(), exact.cpu()
-    size = torch.linalg.vector_norm if norm else lambda x: x.abs().max()
-    return float(size(difference) / size(exact).clamp(min=1e-30))
 
 
 def _supcon(precision, rows, width):
@@ -160,13 +138,17 @@ def _train(precision, clips, samples, hop):
     return results, run(tfgram_train_ref, torch.float64), plain
 
 
-def rerun(file: str, markers: str) -> None:
-    """Run a test file in a process whose Triton compiles; fails with its report."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", markers, file]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True
-    )
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-
-
 RUNNERS = {"supcon": _supcon, "tfgram_infer": _infer, "tfgram_train": _train}
+
+
+@pytest.mark.skipif(not backend.INTERPRETED, reason="this process compiles")
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param("not exhaustive", marks=pytest.mark.slow),
+        pytest.param("exhaustive", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_in_a_process_that_compiles(which, request):
+    """The file of tests that imports this."""
+    python("-m", "pytest", "-q", "-x", "-m", which, request.path)

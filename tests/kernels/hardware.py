@@ -4,8 +4,13 @@ By itself the interpreter truncates float32 to bfloat16 where the hardware round
 multiplies tf32 operands exactly where tensor cores ignore the last 13 bits.
 """
 
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
-import pytest
 import torch
 from osscl_kernels import LAYERS, backend, frames
 from osscl_kernels.tfgram_infer import pool_ref
@@ -14,13 +19,22 @@ from torch import nn
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture
-def poisoned():
-    """Every fresh tensor holds NaN (bytes: 255) until something is written there."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+def error(value, exact, least=1e-30, norm=False):
+    """Of the largest entry, or of the Euclidean norm; NaN, within no bound, where a value is not finite."""
+    assert value.shape == exact.shape
+    value, exact = value.detach().cpu().double(), exact.detach().cpu().double()
+    size = torch.linalg.vector_norm if norm else lambda x: x.abs().max()
+    relative = size(value - exact) / size(exact).clamp(min=least)
+    return float(relative) if relative.isfinite() else math.nan
+
+
+def python(*arguments, **variables):
+    """What a process of its own writes, whose Triton compiles."""
+    kernels = {"PYTHONPATH": str(pathlib.Path(backend.__file__).parents[1]), "TRITON_INTERPRET": "0"}
+    command, environment = [sys.executable, *arguments], os.environ | kernels | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 class Modules(nn.Module):

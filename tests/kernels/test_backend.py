@@ -1,17 +1,12 @@
 """The choice between Triton and PyTorch."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 import torch
+from hardware import python
 from osscl_kernels import backend
 from osscl_kernels.backend import ENVIRONMENT_VARIABLE, resolve
 
 CPU = torch.zeros(1)
-PACKAGE = pathlib.Path(backend.__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +99,4 @@ z = torch.randn(8, 4, requires_grad=True)
 osscl_kernels.supcon_loss(z, torch.arange(8) % 2).backward()
 assert z.grad.abs().sum() > 0
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(PACKAGE)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    python("-c", code)

@@ -5,11 +5,10 @@ and sm_90, and also finds races and reads of memory that was not written.
 """
 
 import contextlib
-import re
 
 import pytest
 import torch
-from compiled import DEVICE, INTERPRETED, Case, cases, children, only_compiled, rerun
+from compiled import DEVICE, Case, cases, only_compiled, test_in_a_process_that_compiles  # noqa: F401
 
 pytest.importorskip("triton")
 from emulator import emulated  # noqa: E402
@@ -32,34 +31,15 @@ def parameter(architecture, case):
     return pytest.param(architecture, case, id=f"sm_{architecture} {case}", marks=marks)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="this process compiles")
-@children
-def test_in_a_process_that_compiles(which):
-    rerun(__file__, which)
-
-
 @only_compiled
 @pytest.mark.parametrize("architecture, case", [parameter(*pair) for pair in ALL])
-def test_error_against_float64(architecture, case):
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh tensors hold NaN
-    gpu = contextlib.nullcontext() if DEVICE == "cuda" else emulated(architecture)
-    try:
-        with gpu as emulation:
-            errors = case.errors()
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_error_against_float64(architecture, case, poisoned):
+    with contextlib.nullcontext() if DEVICE == "cuda" else emulated(architecture) as emulation:
+        errors = case.errors()
     for name, (error, budget) in errors.items():
         assert error <= budget, name
     if emulation:
         assert emulation.launches and not emulation.findings() and not emulation.findings(notes=True)
-
-
-@only_compiled
-@pytest.mark.skipif(DEVICE == "cuda", reason="faults are planted in the emulator")
-def test_missing_barriers_are_seen():
-    with emulated(90, edit=lambda ptx: re.sub(r"bar\.sync[^;\n]*;", "", ptx)) as emulation:
-        Case("supcon", "bf16", (65, 100)).errors()
-    assert any("without a barrier" in finding for finding in emulation.findings())
 
 
 @only_compiled

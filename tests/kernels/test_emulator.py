@@ -4,20 +4,15 @@ import re
 
 import pytest
 import torch
-from compiled import INTERPRETED, children, rerun
 from compiled import only_compiled as compiled
+from compiled import test_in_a_process_that_compiles  # noqa: F401
+from hardware import error
 
 triton = pytest.importorskip("triton")
 from emulator import EmulationError, emulated  # noqa: E402
 from triton import language as tl  # noqa: E402
 
 ARCHITECTURES = (80, 90)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="this process compiles")
-@children
-def test_in_a_process_that_compiles(which):
-    rerun(__file__, which)
 
 
 @triton.jit
@@ -127,11 +122,6 @@ def gpu(request):
 
 def nan(*shape):
     return torch.full(shape, float("nan"))
-
-
-def error(value, exact):
-    value, exact = value.double(), exact.double()
-    return ((value - exact).abs().max() / exact.abs().max()).item()
 
 
 def normal(*shape, seed=0):

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from hardware import DEVICE, Modules, poisoned  # noqa: F401
+from hardware import DEVICE, Modules, error
 from osscl_kernels import backend
 from osscl_kernels.tfgram_infer import LAYERS, Folded, fold_batchnorm, frames, tfgram_infer_ref
 
@@ -37,11 +37,6 @@ def waves(clips, samples, seed=1):
     return (torch.randn(clips, samples) * 0.1).to(DEVICE)
 
 
-def error(out, truth):
-    assert out.shape == truth.shape
-    return ((out.double() - truth).abs().max() / truth.abs().max()).item()  # NaN compares false: it fails
-
-
 def plain(wave, folded, precision, **options):
     """What PyTorch makes of it in the same precision, layer by layer."""
     if precision == "bf16":
@@ -54,7 +49,7 @@ def assert_within_budget(wave, folded, exact, precision="ieee", backend="triton"
     out = infer(wave, folded, precision=precision, backend=backend, **options)
     truth = tfgram_infer_ref(wave.double(), exact, **options)
     assert out.shape == (len(wave), 128, frames(wave.shape[1], **options)) and out.dtype == torch.float32
-    assert truth.abs().max() > 0 and out.isfinite().all()
+    assert truth.abs().max() > 0
     # on a CPU PyTorch has no tf32 to compare with: each factor loses its last 13 bits, 2^-10 of it
     floor = 2**-9 if precision == "tf32" and DEVICE == "cpu" else FLOOR
     assert error(out, truth) <= 2 * error(plain(wave, folded, precision, **options), truth) + floor
@@ -120,11 +115,15 @@ def test_other_hops(folded, exact, hop, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_strided_waves(folded, backend):
-    base = waves(4, 600)
-    for view in (base[::2, ::2], base[:1].expand(2, -1)[:, 5:300]):
-        out = infer(view, folded, precision="ieee", backend=backend)
-        assert torch.equal(out, infer(view.contiguous(), folded, precision="ieee", backend=backend))
+def test_strides_runs_batches_and_graphs_agree_bit_for_bit(folded, backend):
+    base, options = waves(4, 1206), {"precision": "ieee", "backend": backend}
+    for view in (base[:1].expand(2, -1)[:, 5:300], base[::2, ::2]):
+        out = infer(view, folded, **options)
+        assert torch.equal(out, infer(view.contiguous(), folded, **options))
+    compiled = torch.compile(infer, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(out, function(view, folded, **options)) for function in (infer, compiled))
+    if (backend == "triton") == (DEVICE == "cuda"):  # NumPy's products depend on the row's place in its tile
+        assert torch.equal(out[1:], infer(view[1:], folded, **options))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -134,16 +133,6 @@ def test_int16_is_the_same_wave(folded, backend):
     out = infer(whole, folded, precision="ieee", backend=backend)
     assert out.dtype == torch.float32
     assert torch.equal(out, infer(whole.float() / 32768, folded, precision="ieee", backend=backend))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_runs_and_batches_agree_bit_for_bit(folded, backend):
-    wave = waves(2, 603)
-    out = infer(wave, folded, precision="ieee", backend=backend)
-    assert torch.equal(out, infer(wave, folded, precision="ieee", backend=backend))
-    if (backend == "triton") == (DEVICE == "cuda"):  # NumPy's products depend on the row's place in its tile
-        assert torch.equal(out[1:2], infer(wave[1:2], folded, precision="ieee", backend=backend))
 
 
 def test_silence_and_loud_edges(folded, exact):
@@ -208,15 +197,6 @@ def test_no_clips_and_refusals(folded):
 def test_operator_is_well_formed(folded):
     arguments = (waves(1, 300), list(folded.weights), list(folded.biases), 2, "ieee")
     torch.library.opcheck(tfgram_infer._infer, arguments)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_compiles_to_one_graph(folded, backend):
-    wave = waves(1, 300)
-    compiled = torch.compile(infer, fullgraph=True, backend="aot_eager")
-    out = compiled(wave, folded, precision="ieee", backend=backend)
-    assert torch.equal(out, infer(wave, folded, precision="ieee", backend=backend))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
