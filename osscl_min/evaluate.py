@@ -52,7 +52,7 @@ def embed(
     transform: Transform | None = None,
     occlude: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Unit embeddings (B, D), profiles (B, 3, mels) and labels (B,) of batches, on the model's device.
+    """Unit embeddings (B, D), profiles (B, 3, mels; see `neighbours.profile`) and labels (B,) of batches.
 
     `transform` changes the waves (B, samples), `occlude` the log-mels (B, 1, mels, frames) given the labels.
     """
@@ -247,9 +247,9 @@ def evaluate(
         np.savez(file, embeddings=scored.embeddings.astype(np.float32), labels=scored.labels)
     metrics = {}
     for subset, folder in (("development", out), ("evaluation", out / "evaluation_set")):
-        known = [row for row in rows if row.subset == subset and row.anomaly is not None]
-        if known:
-            metrics[subset] = evaluate_scores(known, config.bootstrap)
+        own = [row for row in rows if row.subset == subset and row.anomaly is not None]
+        if own:
+            metrics[subset] = evaluate_scores(own, config.bootstrap)
             write_metrics(metrics[subset], folder)
     summary = {
         "checkpoint": printable(Path(checkpoint_path).name),
@@ -262,9 +262,9 @@ def evaluate(
         "problems": opened.dataset.problems,
         "score": form,
         "forms": {
-            name: evaluate_scores(known, config.bootstrap)["average"]
+            name: evaluate_scores(chosen, config.bootstrap)["average"]
             for name, values in scored.forms.items()
-            if np.isfinite(values).all() and (known := measured(scored.rows_of(values)))
+            if np.isfinite(values).all() and (chosen := measured(scored.rows_of(values)))
         },
         "recognition": trained.recognition,
         "identity_accuracy": scored.identity_accuracy,

@@ -93,9 +93,9 @@ def weighted_auc(
 class Resampled:
     """The metrics of some clips and of their resamples.
 
-    `areas` maps (type, id) to "auc" and "pauc", and (type,) and (), the average over types, to NAMES; each is
-    an array (1 + times,): first the metric, then that of each resample, NaN without both classes. `counts`
-    maps the same keys to the numbers of normal and anomalous clips.
+    `areas` maps ("fan", "00") to "auc" and "pauc", and ("fan",) and (), the average over types, to NAMES;
+    each is an array (1 + times,): first the metric, then that of each resample, NaN without both classes.
+    `counts` maps the same keys to the numbers of normal and anomalous clips.
     """
 
     areas: dict[tuple[str, ...], dict[str, np.ndarray]]

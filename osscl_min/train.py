@@ -157,6 +157,7 @@ def train(
         dataset, reader = opened.dataset, opened.train
         if report := dataset.report():
             say(report)
+        # None: the data decides
         classes = label_table(reader.clips, benchmark=config.preset == "paper" or None)
         recordings = len(set(reader.recordings.tolist()))
         if recordings < 4 or len(reader) < 4 * ranks.world_size:

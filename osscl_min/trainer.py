@@ -75,7 +75,7 @@ class Trainer:
             ]
             for network in (self.model, self.ema)
         )
-        self.computed_by = implementation(self.model.arcface.weight)
+        self.computed_by = implementation(self.model.arcface.weight)  # "Triton kernels" or "PyTorch"
         self._network: nn.Module = self.model  # as it is called: compiled or wrapped
         if config.engine.compile:
             self._network = torch.compile(self.model)
