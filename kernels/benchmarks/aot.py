@@ -70,13 +70,15 @@ def module(part: str):
     return importlib.import_module(f"osscl_kernels.{part}")
 
 
-def launch(part: str, precision: str, rows: int = 64, *, clips: int = 2, device: str = "cpu") -> Callable:
+def launch(
+    part: str, precision: str, rows: int = 64, *, clips: int = 2, samples: int = 40_000, device: str = "cpu"
+) -> Callable:
     """A call of a module's host functions, forward and backward.
 
     40,000 samples have the pool windows of the paper's clips.
     """
     host, zeros = module(part), functools.partial(torch.zeros, device=device)
-    wave, weights = zeros(clips, 40_000), [zeros(x.outputs, x.inputs, x.kernel) for x in LAYERS]
+    wave, weights = zeros(clips, samples), [zeros(x.outputs, x.inputs, x.kernel) for x in LAYERS]
     vectors = [zeros(x.outputs) for x in LAYERS]
     if part == "tfgram_infer":
         folded = [w.permute(2, 1, 0) for w in weights]

@@ -2,8 +2,9 @@
 
     python kernels/benchmarks/predict.py        # the table of kernels/README.md, into results/predicted.md
 
-counted.json holds, per kernel and precision, what one program of the compiled code does on sm_90, counted by
-executing it. A program takes the largest of its clocks on each unit; programs share 132 multiprocessors.
+counted.json, made by tests/kernels/count_work.py, holds per kernel and precision what one program of the
+compiled code does on sm_90, counted by executing it. A program takes the largest of its clocks on each unit;
+programs share 132 multiprocessors.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def table() -> str:
         for precision in ("tf32x3", "tf32", "bf16", "ieee"):
             if predicted := milliseconds(kernel, passing, precision, size):
                 lines.append(f"| {kernel} | {passing} | {size} | {precision} | {predicted:.3g} |")
-    left_out = "launches, pools and what PyTorch computes between the kernels are left out"
+    left_out = "launches and what PyTorch computes between the kernels are left out"
     units = "Size: rows of SupCon, clips of 10 s of TFgram. Both: forward and backward."
     note = f"Predicted for an H200, not timed; {left_out}. {units}"
     return "\n".join([*lines, "", note, ""])

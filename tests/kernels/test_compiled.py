@@ -44,6 +44,19 @@ def test_error_against_float64(architecture, case, poisoned):
 
 @only_compiled
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU counts nothing")
+def test_work_counted_for_predictions(monkeypatch):
+    import count_work
+
+    monkeypatch.setattr(count_work, "COLUMNS", 256)
+    records = count_work.records("supcon", "bf16")
+    assert [record["passes"] for record in records] == 2 * [["forward", "both"], ["both"]]
+    for record, products in zip(records, (1, 2, 1, 2), strict=True):
+        assert record["work"]["tensor_flop"] == products * 2 * record["rows"] * 256 * 128
+        assert min(record["work"].values()) > 0
+
+
+@only_compiled
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU counts nothing")
 def test_report_of_errors_and_counted_work():
     import compiled_report  # it turns the interpreter off
 

@@ -40,10 +40,12 @@ class Launch:
 class Emulation:
     """A GPU, and the launches on it.
 
-    `count` counts memory traffic. `edit` changes the PTX before it is read, to plant a fault.
+    `count` counts memory traffic. `one` runs one program of each launch: the results mean nothing, its work
+    does. `edit` changes the PTX before it is read, to plant a fault.
     """
 
     count: bool = False
+    one: bool = False
     edit: Callable[[str], str] = str
     launches: list[Launch] = field(default_factory=list)
     kernels: dict[str, Kernel] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Emulation:
         parameters = [next(addresses) if isinstance(x, torch.Tensor) else x for x in parameters]
         parameters += [0] * (len(kernel.entry.parameters) - len(parameters))  # scratch memory, unused
         try:
-            counts = kernel.launch(memory, parameters, grid, self.count)
+            counts = kernel.launch(memory, parameters, grid, self.count, self.one)
         except EmulationError as error:
             raise EmulationError(f"{function.__name__}: {error}") from None
         memory.copy_back()

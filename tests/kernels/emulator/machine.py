@@ -111,12 +111,15 @@ class Kernel:
                 block.jump = (guard, i.negated, to)
         return block
 
-    def launch(self, memory: GlobalMemory, parameters: list, grid: tuple[int, ...], count: bool) -> Counts:
-        """Run all programs of a grid; `parameters` are integers and floats in the order of the entry's.
+    def launch(
+        self, memory: GlobalMemory, parameters: list, grid: tuple[int, ...], count: bool, one: bool
+    ) -> Counts:
+        """Run all programs of a grid, or its middle `one`; `parameters` are numbers in the entry's order.
 
         Races are looked for in the first bundle of programs: the others run the same code.
         """
         programs = np.indices(grid[::-1]).reshape(len(grid), -1)[::-1].T
+        programs = programs[len(programs) // 2 :][:1] if one else programs
         size = max(BUNDLE // self.threads, 1)
         bundles = [programs[first : first + size] for first in range(0, len(programs), size)]
         counts = Counts()
