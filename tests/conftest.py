@@ -60,12 +60,12 @@ SLOW_FIXTURES = {"swept", "reported", "steps"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Exhaustive tests and those that wait for a slow fixture are slow; files with slow tests begin first."""
+    """Exhaustive tests and those that wait for a slow fixture are slow; long files begin first."""
     for item in items:
         if item.get_closest_marker("exhaustive") or not SLOW_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, len(item.path.parts)))  # short ones fill the end
 
 
 class OneFileOneProcess(LoadFileScheduling):
