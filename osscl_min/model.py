@@ -73,8 +73,8 @@ class TFgram(nn.Module):
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm1d and BatchNorm2d; a single value per channel, where PyTorch's fail, takes the running
-    statistics: a batch of one clip in training mode."""
+    """BatchNorm1d and BatchNorm2d in one. A single value per channel, with which PyTorch's fail (one clip in
+    training mode), takes the running statistics."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         """Any number of dimensions will do."""

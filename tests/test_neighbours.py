@@ -102,6 +102,11 @@ def test_a_machine_of_few_recordings_takes_the_others_scale():
     scores = near.scores("nearest", labels, embeddings, profiles)
     assert np.isfinite(scores).all()
     assert np.isnan(near.scores("profile", np.array([7]), embeddings[:1], profiles[:1])).all()
+    recordings = np.where(labels == 2, np.arange(36) // 6, 100 + np.arange(36))  # two, of six clips each
+    near = kept(labels, embeddings, profiles, recordings)
+    each = [near._within("levels", label) for label in range(3)]
+    average = np.mean([(own.mean(), own.std(ddof=1)) for own in each], axis=0)
+    assert near._moments["levels", 2] == pytest.approx(average)
 
 
 def test_whole_recordings_are_kept_up_to_a_number():

@@ -72,6 +72,7 @@ MEANING = {  # layout -> file -> type, id, split, truth, domain, attributes
         "press/P-7/x.wav": "press P-7 train 0",
         "test/grinder/line 1/normal/b.wav": "grinder line 1 test 0",
         "test/grinder/line 1/anomaly/b.wav": "grinder line 1 test 1",
+        "test/grinder/line 1/anomaly/normal_c.wav": "grinder line 1 test 1",  # the folder decides
         "test/press/P-7/anomaly_3.wav": "press P-7 test 1",
         "test/press/P-7/unknown.wav": "press P-7 test None",
         "press/P-7/test/anomaly/x.wav": "press P-7 test 1",

@@ -29,10 +29,9 @@ def launches(part: str, precision: str) -> list[Launch]:
     """The launches of a forward and a backward pass: SupCon of COLUMNS rows, TFgram of one clip of 10 s."""
     with emulated(90, count=True, one=True) as emulation:
         aot.launch(part, precision, COLUMNS, clips=1, samples=160_000)()
-    made = emulation.launches
-    return (
-        made[: len(made) // 2] if (part, precision) == ("tfgram_infer", "bf16") else made
-    )  # int16 waves too
+    if (part, precision) == ("tfgram_infer", "bf16"):  # the second half takes int16 waves
+        return emulation.launches[: len(emulation.launches) // 2]
+    return emulation.launches
 
 
 def counts(launch: Launch) -> dict[str, int]:
@@ -54,7 +53,8 @@ def records(part: str, precision: str) -> list[dict]:
             made.append({"part": launch.name, "passes": passes} | programs | {"work": counts(launch)})
     else:
         tile = backend.tile
-        sizes = sorted({row["size"] for row in backend.tile_rows() if kernel in row["kernel"]})
+        rows = (row for row in backend.tile_rows() if row["precision"] == precision)
+        sizes = sorted({row["size"] for row in rows if kernel in row["kernel"]})
         for first, below in itertools.pairwise([*sizes, None]):
             with mock.patch.object(backend, "tile", lambda *case, size=first: tile(*case[:3], size)):
                 forward, backward = launches(part, precision)

@@ -105,11 +105,10 @@ def test_segments_are_seamless(folded, exact, monkeypatch, segment):
     assert_within_budget(waves(2 if segment == 36 else 1, 700), folded, exact)
 
 
-@pytest.mark.parametrize(
-    "hop", [pytest.param(200, marks=pytest.mark.slow), 4096]
-)  # windows too wide for a tile take the PyTorch path
+@pytest.mark.parametrize("hop", [pytest.param(200, marks=pytest.mark.slow), 4096])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_other_hops(folded, exact, hop, backend):
+    """Windows too wide for a tile, as of the larger hop, take the PyTorch path."""
     assert_within_budget(waves(1, max(3001, hop)), folded, exact, backend=backend, hop=hop)
 
 
